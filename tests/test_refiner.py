@@ -1,0 +1,215 @@
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import EMOJI, EMOJI_REFINER, ROOT, output
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from noiserefine import Refiner, draw_noise
+from noiserefine.backbones import load_pipeline
+from noiserefine.compare import ForwardCounter
+from noiserefine.noise import encode_prompt
+
+PROMPTS = ["a red apple on a blue background", "a cat"]
+
+
+def perturbed(pipe, rank=16):
+    """A refiner that does something, without training."""
+    torch.manual_seed(1)
+    refiner = Refiner.create(pipe, rank)
+    for name, parameter in refiner.unet.named_parameters():
+        if "lora_B.refiner" in name:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    return refiner
+
+
+@pytest.fixture(params=["pipe", "sdxl"])
+def any_pipe(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_untrained_is_the_identity(any_pipe):
+    x_T = draw_noise(any_pipe, 0, 2)
+    torch.testing.assert_close(Refiner.create(any_pipe, 16)(x_T, PROMPTS), x_T, rtol=0, atol=1e-5)
+
+
+def test_strength(any_pipe):
+    x_T, refiner = draw_noise(any_pipe, 0, 2), perturbed(any_pipe)
+    assert torch.equal(refiner(x_T, PROMPTS, strength=0), x_T)
+    full, half = refiner(x_T, PROMPTS) - x_T, refiner(x_T, PROMPTS, strength=0.5) - x_T
+    assert full.abs().mean() > 1e-3
+    torch.testing.assert_close(half * 2, full, rtol=0, atol=1e-5)
+
+
+def test_prompt_encoding_is_the_pipelines_own(any_pipe):
+    """Embeddings encoded once give the pixels that the pipeline's own call with a prompt gives, guided and not."""
+    latents = draw_noise(any_pipe, 0)
+    for guidance_scale in (1.0, 4.0):
+        settings = dict(latents=latents, num_inference_steps=2, guidance_scale=guidance_scale, output_type="latent")
+        assert torch.equal(any_pipe(**settings, **encode_prompt(any_pipe, "a cat")).images, any_pipe("a cat", **settings).images)
+
+
+def test_one_forward(any_pipe):
+    refiner, counter = perturbed(any_pipe), ForwardCounter()
+    with counter.watch(any_pipe.unet, refiner.unet):
+        refiner(draw_noise(any_pipe, 0), PROMPTS[0])
+    assert counter.count == 1
+
+
+def test_conditioning_is_the_pipelines_own(any_pipe):
+    """The refining pass must see the prompt exactly as the pipeline's own unguided call shows it to the UNet."""
+    seen = []
+    for unet, call in ((any_pipe.unet, lambda: output(any_pipe)), ((refiner := perturbed(any_pipe)).unet, lambda: refiner(draw_noise(any_pipe, 0), "a red apple"))):
+        handle = unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+        call()
+        handle.remove()
+    theirs, ours = seen[0], seen[-1]  # in between, the pipeline's second step
+    assert torch.equal(theirs["encoder_hidden_states"], ours["encoder_hidden_states"])
+    for name, value in (theirs.get("added_cond_kwargs") or {}).items():
+        assert torch.equal(value, ours["added_cond_kwargs"][name])
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_base_is_untouched(any_pipe, tmp_path, merge):
+    before, parameters = output(any_pipe), [(p, p.requires_grad) for p in any_pipe.unet.parameters()]
+    perturbed(any_pipe).save_pretrained(tmp_path)
+    refiner = Refiner.from_pretrained(tmp_path, any_pipe, merge=merge)
+    refiner(draw_noise(any_pipe, 0), PROMPTS[0])
+    assert torch.equal(output(any_pipe), before)
+
+    def cancel(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        output(any_pipe, callback_on_step_end=cancel)
+    with pytest.raises(ValueError):
+        refiner(draw_noise(any_pipe, 0)[:, :1], PROMPTS[0])
+    handle = refiner.unet.mid_block.register_forward_pre_hook(cancel)
+    with pytest.raises(KeyboardInterrupt):
+        refiner(draw_noise(any_pipe, 0), PROMPTS[0])
+    handle.remove()
+    assert torch.equal(output(any_pipe), before)
+    assert all(a is b and b.requires_grad == flag for a, (b, flag) in zip(any_pipe.unet.parameters(), parameters, strict=True))
+
+
+def test_weights_are_shared(pipe):
+    refiner = Refiner.create(pipe, 16)
+    own = {id(p) for p in refiner.unet.parameters()} - {id(p) for p in pipe.unet.parameters()}
+    assert len(own) == len(get_peft_model_state_dict(refiner.unet, adapter_name="refiner"))
+
+
+def test_save_and_load_are_exact(any_pipe, tmp_path):
+    x_T, refiner = draw_noise(any_pipe, 3, 2), perturbed(any_pipe)
+    refiner.save_pretrained(tmp_path)
+    loaded = Refiner.from_pretrained(tmp_path, any_pipe, merge=False)
+    assert loaded.note == "" and loaded.config == refiner.config
+    assert torch.equal(loaded(x_T, PROMPTS), refiner(x_T, PROMPTS))
+    merged = Refiner.from_pretrained(tmp_path, any_pipe)
+    torch.testing.assert_close(merged(x_T, PROMPTS), refiner(x_T, PROMPTS), rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match="merge=False"):
+        merged.save_pretrained(tmp_path / "again")
+
+
+def test_plain_diffusers_loads_the_file(tmp_path):
+    pipe = load_pipeline(EMOJI, "cpu")
+    x_T, refiner = draw_noise(pipe, 3, 2), perturbed(pipe)
+    refined = refiner(x_T, PROMPTS)
+    refiner.save_pretrained(tmp_path)
+    pipe.load_lora_weights(tmp_path)
+    with torch.no_grad():
+        predicted = pipe.unet(x_T, 999, encode_prompt(pipe, PROMPTS)["prompt_embeds"]).sample
+    assert torch.equal(x_T + (predicted - pipe.unet.conv_out.base_layer.bias[:, None, None]), refined)
+
+
+def test_a_users_lora_survives(tmp_path):
+    pipe = load_pipeline(EMOJI, "cpu")
+    perturbed(pipe).save_pretrained(tmp_path)  # any LoRA will do for the user's
+    pipe.load_lora_weights(tmp_path, adapter_name="style")
+    pipe.set_adapters(["style"], [0.7])
+    before = output(pipe)
+    perturbed(pipe)(draw_noise(pipe, 0), "a cat")
+    Refiner.from_pretrained(EMOJI_REFINER, pipe)(draw_noise(pipe, 0), "a cat")
+    assert torch.equal(output(pipe), before) and pipe.get_active_adapters() == ["style"]
+
+
+def test_fine_tune_is_said(tmp_path):
+    pipe = load_pipeline(EMOJI, "cpu")
+    for parameter in pipe.unet.parameters():
+        parameter.data += 0.01 * parameter.std().nan_to_num() * torch.randn_like(parameter)
+    with pytest.warns(UserWarning, match="fine-tune"):
+        assert Refiner.from_pretrained(EMOJI_REFINER, pipe).note
+
+
+def test_bad_calls(refiner, pipe):
+    x_T = draw_noise(pipe, 0)
+    for strength in (float("nan"), float("inf"), -0.1, 4):
+        with pytest.raises(ValueError, match="strength"):
+            refiner(x_T, "a cat", strength=strength)
+    with pytest.raises(ValueError, match="x_T has shape"):
+        refiner(x_T[:, :3], "a cat")
+    with pytest.raises(ValueError, match="rank"):
+        Refiner.create(pipe, 4)
+
+
+def truncated(folder):
+    weights = folder / "pytorch_lora_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+
+
+def foreign_key(folder):
+    weights = folder / "pytorch_lora_weights.safetensors"
+    save_file(load_file(weights) | {"unet.other.lora_A.weight": torch.zeros(2, 2)}, weights)
+
+
+def other_shape(folder):
+    weights = folder / "pytorch_lora_weights.safetensors"
+    state = load_file(weights)
+    save_file(state | {min(state): state[min(state)][:1].clone()}, weights)
+
+
+def pickled(folder):
+    torch.save({"a": 1}, folder / "pytorch_lora_weights.safetensors")
+
+
+def edit(**values):
+    def apply(folder):
+        path = folder / "refiner.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return apply
+
+
+@pytest.mark.parametrize("damage, error, says", [
+    (truncated, ValueError, "damaged"), (foreign_key, ValueError, "superfluous"), (other_shape, ValueError, "another shape"),
+    (pickled, ValueError, "damaged"), (edit(format_version=2), ValueError, "format version 2"), (edit(rank="32"), ValueError, "rank '32'"),
+    (edit(alpha="x"), ValueError, "alpha 'x'"), (edit(base_signature=None), ValueError, "base_signature None"), (edit(timestep="x"), ValueError, "timestep"),
+    (edit(parametrisation="raw"), ValueError, "parametrisation 'raw'"),
+    (edit(architecture={"in_channels": 4}), ValueError, "no other architecture"), (edit(unknown=1), ValueError, "not a refiner's configuration"),
+    (edit(prediction_type="epsilon"), ValueError, "predicts “epsilon”"), (lambda f: (f / "refiner.json").write_text("{"), ValueError, "not a refiner's"),
+    (lambda f: (f / "refiner.json").unlink(), FileNotFoundError, "holds no refiner.json"), (shutil.rmtree, FileNotFoundError, "There is no refiner"),
+])
+def test_bad_files(pipe, tmp_path, damage, error, says):
+    folder = tmp_path / "refiner"
+    shutil.copytree(EMOJI_REFINER, folder)
+    damage(folder)
+    with pytest.raises(error, match=says):
+        Refiner.from_pretrained(folder, pipe)
+
+
+def test_refiner_of_another_backbone(sdxl):
+    with pytest.raises(ValueError, match="fits no other architecture"):
+        Refiner.from_pretrained(EMOJI_REFINER, sdxl)
+
+
+def test_the_shipped_refiner_refines(pipe, refiner):
+    """On held-out prompts the refined arm ends much nearer to the guided image than the Gaussian arm does."""
+    prompts = (ROOT / "assets/prompts/emoji_heldout.txt").read_text(encoding="utf-8").splitlines()[::14]
+    x_T, embeds = draw_noise(pipe, 10**6, len(prompts)), encode_prompt(pipe, prompts)
+
+    def x0(latents, guidance_scale=1.0):
+        return pipe(latents=latents, num_inference_steps=10, guidance_scale=guidance_scale, output_type="latent", **embeds).images
+
+    guided = x0(x_T, 2.5)
+    gaussian, refined = ((x0(latents) - guided).pow(2).mean() for latents in (x_T, refiner(x_T, embeds)))
+    assert refined < 0.7 * gaussian

@@ -1,0 +1,170 @@
+"""The trainer as a process: it learns, and a run killed half-way ends where an uninterrupted one does."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import EMOJI, ROOT, script
+from safetensors.torch import load_file
+
+from noiserefine import Refiner
+from train.train_refiner import PRESETS, Options, Targets, main, parse, plan
+
+SMALL = ["--preset", "emoji", "--num_targets", "64", "--target_steps", "6", "--steps", "4", "--batch_size", "16", "--epochs", "8",
+         "--validate_every", "16", "--num_validation", "24", "--save_every", "6"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate allows a process one precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def stats(folder):
+    path = folder / "stats.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def finish(folder):
+    with script("train/train_refiner.py", *SMALL, "--output_dir", folder) as process:
+        said = process.communicate()[0]
+    assert process.returncode == 0, said
+
+
+def test_learns_and_resumes_exactly(tmp_path, pipe):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(whole)
+    curve = stats(whole)
+    assert [line["step"] for line in curve] == list(range(1, 33))
+    assert curve[-1]["validation_refined"] < 0.9 * curve[-1]["validation_gaussian"]
+    assert {"config.json", "refiner.json", "tensorboard", "validation"} <= {path.name for path in whole.iterdir()}
+    assert Refiner.from_pretrained(whole, pipe).config.training["steps"] == 4
+
+    for stop in (lambda: len(list((broken / "targets").glob("*.safetensors"))) >= 2, lambda: len(stats(broken)) >= 9):
+        with script("train/train_refiner.py", *SMALL, "--output_dir", broken) as process:
+            while not stop():
+                assert process.poll() is None, process.stdout.read()
+                time.sleep(0.02)
+            os.kill(process.pid, signal.SIGKILL)
+    assert 6 <= len(stats(broken)) < 32
+    finish(broken)
+    names = ("step", "loss", "grad_norm", "lr", "validation_refined")
+    assert [[line.get(name) for name in names] for line in stats(broken)] == [[line.get(name) for name in names] for line in curve]
+    ours, theirs = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (broken, whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+TINY = ["--preset", "emoji", "--backbone", EMOJI, "--prompts", str(ROOT / "assets/prompts/emoji.txt"), "--validation_prompts", "",
+        "--num_targets", "4", "--target_steps", "2", "--steps", "2", "--batch_size", "4", "--epochs", "1", "--warmup_steps", "0"]
+
+
+def lora(folder):
+    return load_file(folder / "pytorch_lora_weights.safetensors")
+
+
+def test_accumulation_is_a_larger_batch(tmp_path):
+    main([*TINY, "--output_dir", str(tmp_path / "a")])
+    main([*TINY, "--output_dir", str(tmp_path / "b"), "--batch_size", "1", "--gradient_accumulation_steps", "4"])
+    a, b = stats(tmp_path / "a"), stats(tmp_path / "b")
+    assert len(a) == len(b) == 1 and b[0]["loss"] == pytest.approx(a[0]["loss"], rel=1e-4)
+    assert b[0]["grad_norm"] == pytest.approx(a[0]["grad_norm"], rel=1e-3)
+
+
+def test_clipping_clips(tmp_path):
+    """AdamW hides a factor on all gradients, until it takes them far below its epsilon of 1e-8."""
+    main([*TINY, "--output_dir", str(tmp_path), "--max_grad_norm", "1e-9", "--weight_decay", "0"])
+    moved = [value.abs().max().item() for name, value in lora(tmp_path).items() if "lora_B" in name and "conv_out" not in name]  # from zero
+    assert 0 < max(moved) < 1e-8  # 1e-4 where nothing is clipped
+
+
+def test_every_path_trains(tmp_path, pipe):
+    main([*TINY, "--output_dir", str(tmp_path), "--pag_scale", "2", "--mixed_precision", "bf16", "--gradient_checkpointing", "True", "--epochs", "2",
+          "--validation_prompts", str(ROOT / "assets/prompts/emoji_heldout.txt"), "--num_validation", "2", "--sampler", "Euler"])
+    assert [line["loss"] > 0 for line in stats(tmp_path)] == [True, True] and "validation_refined" in stats(tmp_path)[-1]
+    assert Refiner.from_pretrained(tmp_path, pipe).config.training["pag_scale"] == 2
+
+
+def test_processes_share_the_work(tmp_path):
+    """Two processes with half the batch each take the step that one takes."""
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]  # what accelerate launch starts
+    main([*TINY, "--output_dir", str(tmp_path / "one"), "--target_batch_size", "2"])
+    with script(*launcher, "train/train_refiner.py", *TINY, "--output_dir", tmp_path / "two", "--target_batch_size", "2", "--batch_size", "2",
+                env=os.environ | {"ACCELERATE_USE_CPU": "true"}) as process:
+        said = process.communicate()[0]
+    assert process.returncode == 0, said
+    (one,), (two,) = stats(tmp_path / "one"), stats(tmp_path / "two")
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4) and two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+def brightness(images, prompts):
+    return [sum(image.convert("L").resize((1, 1)).getdata()) for image in images]
+
+
+def test_targets_are_kept_and_filtered(tmp_path, pipe):
+    options = parse(["--preset", "emoji", "--output_dir", str(tmp_path), "--num_targets", "6", "--target_batch_size", "4", "--target_steps", "2",
+                     "--keep_top", "2", "--score", "test_train:brightness"])
+
+    class OneProcess:
+        process_index, num_processes, is_local_main_process = 0, 1, True
+
+        def wait_for_everyone(self):
+            pass
+
+    targets = Targets(options, pipe, ["a cat", "a dog on a red background"])
+    targets.make(OneProcess())
+    files = sorted(targets.folder.iterdir())
+    assert [path.name for path in files] == ["00000000.safetensors", "00000004.safetensors"]
+    before = [path.stat().st_mtime_ns for path in files]
+    targets.make(OneProcess())
+    assert [path.stat().st_mtime_ns for path in files] == before
+    kept = targets.kept()
+    scores = torch.cat([load_file(path)["scores"] for path in files])
+    assert torch.equal(targets.x0([5, 0]), torch.stack([load_file(files[1])["x0"][1], load_file(files[0])["x0"][0]]))
+    assert kept == sorted(scores.topk(2).indices.tolist())
+    assert torch.cat([load_file(path)["seeds"] for path in files]).tolist() == list(range(6))
+
+
+def test_paper_is_the_default(tmp_path):
+    options = parse(["--output_dir", str(tmp_path), "--prompts", "x"])
+    assert (options.rank, options.guidance_scale, options.pag_scale, options.target_steps, options.steps) == (128, 7.0, 3.0, 20, 10)
+    assert (options.num_targets, options.epochs, options.sampler) == (50_000, 6.0, "DDIM")
+    assert all(hasattr(options, name) for preset in PRESETS.values() for name in preset)
+    assert all(field.metadata["help"] for field in Options.__dataclass_fields__.values())
+    # Appendix A.7 with CFG alone: 2 N' M and (1 + N + 1) M E.
+    assert plan(parse(["--output_dir", "x", "--prompts", "x", "--pag_scale", "0"]), 1)[1] == {"targets": 2_000_000, "training": 3_600_000}
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--preset", "nonsense"], "no preset"), (["--steps", "0"], "--steps must be above 0"), (["--guidance_scale", "1"], "need guidance"),
+    (["--keep_top", "5"], "go together"), (["--prompts", "missing.txt"], "no prompt file"), (["--backbone", "missing"], "can't be loaded"),
+    (["--rank", "4"], "rank must be at least 8"), (["--sampler", "x"], "no sampler"), (["--lr_schedule", "x"], "no lr_schedule"),
+    (["--keep_top", "5", "--score", "json:nothing"], "--score is module:function"), (["--height", "65"], "native size"),
+])
+def test_bad_options_are_said_first(tmp_path, arguments, says):
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        main(["--preset", "emoji", "--output_dir", str(tmp_path / "run"), "--backbone", EMOJI, "--prompts",
+              str(ROOT / "assets/prompts/emoji.txt"), *arguments])
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_prompts_are_named(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat\n" + "apple " * 50 + "\n")
+    with pytest.raises(ValueError, match="prompt 2: The prompt is 52 tokens long"):
+        main(["--preset", "emoji", "--output_dir", str(tmp_path / "run"), "--backbone", EMOJI, "--prompts", str(tmp_path / "prompts.txt")])
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    main(["--preset", "emoji", "--output_dir", str(tmp_path / "run"), "--backbone", EMOJI, "--prompts", str(ROOT / "assets/prompts/emoji.txt"),
+          "--validation_prompts", str(ROOT / "assets/prompts/emoji_heldout.txt"), "--dry_run"])
+    assert "144 steps" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+def test_other_options_do_not_continue_a_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"rank": 16}')
+    with pytest.raises(ValueError, match="rank was 16 and is 32"):
+        main(["--preset", "emoji", "--output_dir", str(tmp_path), "--backbone", EMOJI, "--prompts", str(ROOT / "assets/prompts/emoji.txt"),
+              "--validation_prompts", str(ROOT / "assets/prompts/emoji_heldout.txt")])

@@ -1,0 +1,91 @@
+"""Time and memory of one training step's loss against its parts: N + 1 forwards and one backward.
+
+    python train/profile_msd.py --backbone assets/emoji --json msd.json
+
+The step is refine, sample N steps, loss, backward, as in train_refiner.py.  The parts are timed alone on
+the same tensors, taking turns with the step; the ratio is the median over rounds.  Peak memory is that
+of a process of its own which takes one step of N = 5 or 20: resident memory on a CPU, allocated memory on CUDA.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root, when run as a script
+
+from benchmark import synchronize
+
+from noiserefine import Refiner, draw_noise
+from noiserefine.backbones import load_pipeline
+from noiserefine.guidance import sample
+from noiserefine.msd import msd_loss, sampler_gain
+from noiserefine.noise import encode_prompt
+from noiserefine.samplers import with_sampler
+
+
+def timed(call, device: torch.device):
+    synchronize(device)
+    began = time.perf_counter()
+    result = call()
+    synchronize(device)
+    return time.perf_counter() - began, result
+
+
+def peak(args: argparse.Namespace, steps: int) -> int:
+    command = [sys.executable, __file__, "--backbone", args.backbone, "--rank", args.rank, "--batch_size", args.batch_size, "--peak", steps]
+    return int(subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default="assets/emoji")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--peak", type=int, help="only take a step of this N and print the process's peak memory in bytes")
+    args = parser.parse_args()
+    pipe = load_pipeline(args.backbone, dtype=torch.float32)
+    refiner = Refiner.create(pipe, args.rank)
+    pipe.unet.requires_grad_(False)
+    sampling_pipe = with_sampler(pipe, "DDIM")
+    x_T = draw_noise(pipe, 0, args.batch_size).to(pipe.device)
+    embeds = encode_prompt(pipe, ["a cat"] * args.batch_size)
+    target = torch.zeros_like(x_T)
+
+    def loss(steps: int) -> torch.Tensor:
+        x_hat = x_T + refiner.correction(x_T, embeds)
+        x0 = sample(sampling_pipe, num_inference_steps=steps, latents=x_hat.detach(), output_type="latent", **embeds).images
+        return msd_loss(x0, x_hat, target, gains[steps])
+
+    gains = {steps: sampler_gain(sampling_pipe.scheduler, steps) for steps in (5, 10, 20)}
+    if args.peak:
+        loss(args.peak).backward()
+        on_cuda = pipe.device.type == "cuda"
+        # VmHWM and not ru_maxrss, which a child inherits from its parent.
+        resident = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+        print(torch.cuda.max_memory_allocated() if on_cuda else resident)
+        return
+    ratios = []
+    for _ in range(args.rounds):
+        step, _ = timed(lambda: loss(10).backward(), pipe.device)
+        refine, correction = timed(lambda: refiner.correction(x_T, embeds), pipe.device)
+        backward, _ = timed(lambda c=correction: c.square().mean().backward(), pipe.device)
+        with torch.no_grad():
+            forward, _ = timed(lambda: [pipe.unet(x_T, 500, embeds["prompt_embeds"]) for _ in range(10)], pipe.device)
+        ratios.append(step / (refine + backward + forward))
+    result = {"backbone": args.backbone, "rank": args.rank, "batch_size": args.batch_size, "rounds": args.rounds,
+              "step_over_parts": statistics.median(ratios), "peak_bytes": {steps: peak(args, steps) for steps in (5, 20)}}
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

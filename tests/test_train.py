@@ -5,6 +5,7 @@ import os
 import signal
 import time
 
+import pandas
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -12,6 +13,7 @@ from conftest import EMOJI, ROOT, script
 from safetensors.torch import load_file
 
 from noiserefine import Refiner
+from train import prompts
 from train.train_refiner import PRESETS, Options, Targets, main, parse, plan
 
 SMALL = ["--preset", "emoji", "--num_targets", "64", "--target_steps", "6", "--steps", "4", "--batch_size", "16", "--epochs", "8",
@@ -168,3 +170,39 @@ def test_other_options_do_not_continue_a_run(tmp_path):
     with pytest.raises(ValueError, match="rank was 16 and is 32"):
         main(["--preset", "emoji", "--output_dir", str(tmp_path), "--backbone", EMOJI, "--prompts", str(ROOT / "assets/prompts/emoji.txt"),
               "--validation_prompts", str(ROOT / "assets/prompts/emoji_heldout.txt")])
+
+
+def test_the_guidance_scale_is_trained(tmp_path, pipe):
+    main([*TINY, "--output_dir", str(tmp_path), "--num_targets", "8", "--target_batch_size", "2", "--guidance_scale_range", "1", "5", "--epochs", "2"])
+    refiner = Refiner.from_pretrained(tmp_path, pipe, merge=False)
+    assert refiner.config.guidance_scale_range == [1.0, 5.0]
+    assert refiner.unet.time_embedding.cond_proj.weight.abs().max() > 0, "it starts at zero"
+    options = parse([*TINY, "--output_dir", "x", "--target_batch_size", "2", "--guidance_scale_range", "1", "5"])
+    scales = [Targets(options, pipe, ["a cat"]).scale(i) for i in range(200)]
+    assert scales[0] == scales[1] != scales[2], "a batch has one scale"
+    counts = torch.histc(torch.tensor(scales), bins=4, min=1, max=5)
+    assert counts.min() >= 40, "spread evenly over the range"
+
+
+@pytest.mark.parametrize("scales", [["5", "1"], ["0", "5"], ["3"], ["1", "2"]])
+def test_bad_guidance_scale_range(scales):
+    with pytest.raises(ValueError, match="guidance_scale_range"):
+        parse([*TINY, "--output_dir", "x", "--guidance_scale_range", *scales])
+
+
+def test_prompt_files_from_public_data(tmp_path):
+    """One caption an image, no repeats, nothing that the tokenizer would cut."""
+    coco, pickapic, output = tmp_path / "captions.json", tmp_path / "train.parquet", tmp_path / "prompts.txt"
+    coco.write_text(json.dumps({"annotations": [{"image_id": i // 2, "caption": f"a cat {'on' if i % 2 == 0 else 'under'} a number  {i // 2}"}
+                                                for i in range(20)]}))
+    pandas.DataFrame({"caption": ["a dog", "a  dog", "a bird", "long " * 100, "a cat on a number 3"]}).to_parquet(pickapic)
+    arguments = ["--coco", str(coco), "--pickapic", str(pickapic), "--backbone", EMOJI, "--output", str(output)]
+    prompts.main([*arguments, "--coco_count", "10", "--pickapic_count", "2"])
+    assert sorted(output.read_text().splitlines()) == sorted([f"a cat on a number {i}" for i in range(10)] + ["a bird", "a dog"])
+    with pytest.raises(ValueError, match="Pick-a-Pic holds only 2"):
+        prompts.main([*arguments, "--coco_count", "10", "--pickapic_count", "3"])
+    with pytest.raises(ValueError, match="not a COCO caption file"):
+        coco.write_text("[]")
+        prompts.main([*arguments, "--coco_count", "1"])
+    with pytest.raises(FileNotFoundError, match="no file"):
+        prompts.main(["--coco", str(tmp_path / "nothing.json"), "--output", str(output)])

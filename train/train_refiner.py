@@ -65,6 +65,7 @@ class Options:
     # Targets (section 3.3, appendix D.1)
     num_targets: int = knob(50_000, "M, the number of guided targets; prompts are reused with new seeds if there are fewer")
     guidance_scale: float = knob(7.0, "CFG scale of the targets, diffusers' g: e_u + g (e_c - e_u)")
+    guidance_scale_range: list[float] = knob(None, "lowest and highest CFG scale of a refiner that takes the scale as an input (A.4), e.g. 1 10")
     pag_scale: float = knob(3.0, "PAG scale s of the targets (eq. 32); 0 for none")
     target_steps: int = knob(20, "N', sampling steps of the targets")
     target_batch_size: int = knob(8, "images a sampling call of the targets, on each device")
@@ -130,6 +131,11 @@ def parse(arguments: list[str] | None = None) -> Options:
         raise ValueError("--compile needs a C++ compiler and finds none: install one, or leave it out.")
     if options.guidance_scale < 1 or options.pag_scale < 0 or (options.guidance_scale == 1 and options.pag_scale == 0):
         raise ValueError("The targets need guidance: --guidance_scale above 1, --pag_scale above 0, or both.")
+    scales = options.guidance_scale_range
+    if scales and not (len(scales) == 2 and 1 <= scales[0] < scales[1]):
+        raise ValueError(f"--guidance_scale_range is two scales, the lower one first and at least 1, e.g. 1 10; got {scales}.")
+    if scales and not scales[0] <= options.guidance_scale <= scales[1]:
+        raise ValueError(f"--guidance_scale, which validation uses, must lie in --guidance_scale_range; got {options.guidance_scale}.")
     if bool(options.keep_top) != bool(options.score) or options.keep_top > options.num_targets:
         raise ValueError("--keep_top and --score go together, and --keep_top is at most --num_targets.")
     return options
@@ -170,6 +176,13 @@ class Targets:
         o = self.options
         return torch.cat([draw_noise(self.pipe, o.seed + i, height=o.height, width=o.width) for i in indices])
 
+    def scale(self, index: int) -> float:
+        """The guidance scale of an item: one for its whole batch, spread evenly over --guidance_scale_range by the golden ratio."""
+        if not self.options.guidance_scale_range:
+            return self.options.guidance_scale
+        low, high = self.options.guidance_scale_range
+        return low + (high - low) * ((0.5 + (index // self.options.target_batch_size) * 0.6180339887498949) % 1)
+
     def make(self, accelerator: Accelerator) -> None:
         """Samples the batches that are not on disk yet, every process its share."""
         o, size = self.options, self.options.target_batch_size
@@ -181,7 +194,7 @@ class Targets:
             began, indices = time.perf_counter(), list(range(start, min(start + size, o.num_targets)))
             prompts = [self.prompts[i] for i in indices]
             x0 = latents_from(pipe, self.noise(indices), encode_prompt(pipe, prompts), o.target_steps, o.seed + start,
-                              guidance_scale=o.guidance_scale, pag_scale=o.pag_scale)
+                              guidance_scale=self.scale(start), pag_scale=o.pag_scale)
             tensors = {"x0": x0.cpu().contiguous(), "seeds": torch.tensor([o.seed + i for i in indices])}
             if self.score:
                 tensors["scores"] = torch.tensor([float(value) for value in self.score(decode(pipe, x0), prompts)])
@@ -239,8 +252,8 @@ class Correction(nn.Module):
         super().__init__()
         self.unet, self.correction = refiner.unet, refiner.correction
 
-    def forward(self, x_T: torch.Tensor, embeds: dict[str, torch.Tensor]) -> torch.Tensor:
-        return self.correction(x_T, embeds)
+    def forward(self, x_T: torch.Tensor, embeds: dict[str, torch.Tensor], guidance_scale: torch.Tensor) -> torch.Tensor:
+        return self.correction(x_T, embeds, guidance_scale)
 
 
 class Validation:
@@ -258,7 +271,8 @@ class Validation:
 
     def __call__(self, refiner: Refiner, step: int) -> dict[str, float]:
         """Latent MSE to the guided x0 of both arms; writes validation/STEP.png: Gaussian, guided, refined side by side."""
-        refined = latents_from(self.pipe, refiner(self.x_T, self.embeds), self.embeds, self.options.steps, self.options.seed)
+        scale = self.options.guidance_scale if refiner.takes_guidance_scale else None
+        refined = latents_from(self.pipe, refiner(self.x_T, self.embeds, guidance_scale=scale), self.embeds, self.options.steps, self.options.seed)
         rows = [decode(self.pipe, latents[:8]) for latents in (self.gaussian, self.guided, refined)]
         width, height = rows[0][0].size
         sheet = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
@@ -318,9 +332,10 @@ def train(options: Options, accelerator: Accelerator, pipe: DiffusionPipeline, t
             indices = [kept[shuffled(i // len(kept), len(kept), o.seed)[i % len(kept)]] for i in range(first, first + batch)]
             x_T = targets.noise(indices).to(accelerator.device)
             embeds = encode_prompt(pipe, [targets.prompts[i] for i in indices], guided=False)
+            scales = torch.tensor([targets.scale(i) for i in indices])
             last = micro == o.gradient_accumulation_steps - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(correction):
-                x_hat = x_T + correction(x_T, embeds)
+                x_hat = x_T + correction(x_T, embeds, scales)
                 x0 = latents_from(sampling_pipe, x_hat, embeds, o.steps, o.seed + first)
                 loss = msd_loss(x0.float(), x_hat, targets.x0(indices).to(accelerator.device).float(), gain)
                 accelerator.backward(loss / o.gradient_accumulation_steps)
@@ -378,7 +393,7 @@ def main(arguments: list[str] | None = None) -> None:
     height, width = image_size(pipe, options.height, options.width)
     gain = sampler_gain(make_scheduler(options.sampler, pipe), options.steps)
     targets = Targets(options, pipe, prompts)
-    refiner = Refiner.create(pipe, options.rank)
+    refiner = Refiner.create(pipe, options.rank, guidance_scale_range=options.guidance_scale_range)
     pipe.unet.requires_grad_(False)
     cast_training_params(refiner.unet)
     if options.gradient_checkpointing:
@@ -413,7 +428,7 @@ def main(arguments: list[str] | None = None) -> None:
     validation = Validation(options, pipe, held_out) if held_out and accelerator.is_main_process else None
     train(options, accelerator, pipe, targets, refiner, gain, total_steps, validation)
     if accelerator.is_main_process:
-        keys = ("guidance_scale", "pag_scale", "target_steps", "sampler", "steps", "num_targets", "epochs", "height", "width", "prompts")
+        keys = ("guidance_scale", "guidance_scale_range", "pag_scale", "target_steps", "sampler", "steps", "num_targets", "epochs", "height", "width", "prompts")
         refiner.config.training = {key: settings[key] for key in keys} | {"optimizer_steps": total_steps}
         refiner.config.results = results(folder)
         refiner.save_pretrained(folder)

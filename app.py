@@ -7,17 +7,31 @@ import argparse
 import functools
 import math
 import secrets
+import tempfile
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
+
+try:  # before anything that touches CUDA
+    from spaces import GPU
+    from spaces.config import Config
+    ZERO_GPU = Config.zero_gpu
+except ImportError:  # it matters on Hugging Face's ZeroGPU only
+    ZERO_GPU = False
+
+    def GPU(duration):
+        return lambda function: function
 
 import gradio as gr
-import spaces  # before anything that touches CUDA
 import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
 
 from noiserefine import Refiner
-from noiserefine.backbones import BACKBONES, load_pipeline
-from noiserefine.compare import MAX_STEPS, check_request, compare
+from noiserefine.backbones import ASSETS, BACKBONES, add_lora, any_model_allowed, default_device, default_dtype, load_pipeline, refiner_for
+from noiserefine.compare import MAX_STEPS, Arm, check_request, compare
 from noiserefine.noise import MAX_SEED
+from noiserefine.offload import OFFLOADS, offload
 from noiserefine.samplers import SAMPLERS
 from noiserefine.spectrum import LOW_FREQUENCY, energy_below, heat_map, low_frequency_difference
 
@@ -28,8 +42,11 @@ ARMS = {
     "guided": ("Gaussian noise", "guided (CFG)"),
     "refined": ("Refined noise", "no guidance"),
 }
-CHOICES = [(backbone.title, name) for name, backbone in BACKBONES.items()]
-LOADING = threading.Lock()
+# On ZeroGPU a model has to be placed before the first visitor comes, and every one slows the start.
+SERVED = ("emoji", "sd21") if ZERO_GPU else tuple(BACKBONES)
+CHOICES = [(BACKBONES[name].title, name) for name in SERVED]
+REFINERS = [("the backbone's own", ""), ("Emoji, takes the guidance scale", str(ASSETS / "refiners" / "emoji-scales"))]
+SECONDS_OF_A_FORWARD = {"emoji": 0.03, "sdxl": 0.2}  # on ZeroGPU's cards, generously; 0.1 for the others
 
 THEME = gr.themes.Base(
     primary_hue=gr.themes.colors.orange, neutral_hue=gr.themes.colors.stone, radius_size=gr.themes.sizes.radius_lg,
@@ -65,17 +82,71 @@ footer { display: none !important; }
 """
 
 
-@functools.lru_cache(maxsize=2)
-def _load(name: str):
-    """The pipeline of a backbone and its refiner, None where nobody has trained one."""
-    backbone = BACKBONES[name]
-    pipe = load_pipeline(backbone.source)
-    return pipe, Refiner.from_pretrained(backbone.refiner, pipe) if backbone.refiner else None
+@dataclass(frozen=True)
+class Model:
+    """What a visitor chose to make images with."""
+
+    backbone: str  # a name of BACKBONES, a hub id, a folder or a .safetensors checkpoint
+    refiner: str = ""  # a hub id or folder; empty for the backbone's own
+    lora: str = ""  # a hub id, folder or .safetensors file; empty for none
+    lora_weight: float = 1.0
+
+    def check(self) -> None:
+        """Raises ValueError for names that visitors may not give here."""
+        ours = {"", *BACKBONES, *(folder for _, folder in REFINERS)}
+        named = [name for name in (self.backbone, self.refiner, self.lora) if name not in ours]
+        if not self.backbone:
+            raise ValueError("No backbone is chosen.")
+        if named and not any_model_allowed():
+            raise ValueError(f"This Space serves its own models only; {named[0]} is none of them. Duplicate the Space, or run the app "
+                             "on your machine, to use any model.")
+        if self.backbone in BACKBONES and self.backbone not in SERVED:
+            raise ValueError(f"{BACKBONES[self.backbone].title} is not served here; choose one of {', '.join(SERVED)}, or run the app on "
+                             "your machine.")
 
 
-def load(name: str):
-    with LOADING:  # two visitors must not load the same model twice
-        return _load(name)
+class Models:
+    """The models in memory: the embedded one and the last other one.  One loads at a time."""
+
+    def __init__(self) -> None:
+        self.offload, self.loaded, self.lock = "none", {}, threading.Lock()
+
+    def get(self, model: Model) -> tuple[DiffusionPipeline, Refiner | None, str]:
+        """The pipeline, its refiner (None where there is none) and what to say of them.
+
+        Raises what load_pipeline, add_lora and Refiner.from_pretrained raise.
+        """
+        with self.lock:
+            if model not in self.loaded:
+                if not ZERO_GPU:
+                    self.loaded = {other: value for other, value in self.loaded.items() if other == Model(DEFAULT)}
+                self.loaded[model] = self.load(model)
+            return self.loaded[model]
+
+    def load(self, model: Model) -> tuple[DiffusionPipeline, Refiner | None, str]:
+        backbone, device = BACKBONES.get(model.backbone), default_device()
+        by_way_of_cpu = ZERO_GPU or self.offload != "none"  # where the card is not there yet, or too small
+        pipe = load_pipeline(backbone.source if backbone else model.backbone, "cpu" if by_way_of_cpu else device, default_dtype(device))
+        notes = [add_lora(pipe, model.lora, model.lora_weight)] if model.lora else []
+        source = model.refiner or refiner_for(pipe, backbone)
+        refiner = Refiner.from_pretrained(source, pipe, merge=True if ZERO_GPU else None) if source else None
+        if by_way_of_cpu:
+            offload(pipe, refiner, self.offload, device)
+        if refiner is None:
+            notes.append(f"**No refiner exists for this model yet**, so there is no third column. This trains one:\n\n"
+                         f"`python train/train_refiner.py --backbone {backbone.source if backbone else model.backbone} --prompts prompts.txt "
+                         f"--output_dir {backbone.refiner if backbone else 'runs/refiner'}`")
+        else:
+            notes.append(refiner.note)
+            scales = "takes no guidance scale: the slider drives the guided column only."
+            if refiner.takes_guidance_scale:
+                low, high = refiner.config.guidance_scale_range
+                scales = f"takes the guidance scale, from {low:g} to {high:g}: the slider drives the guided and the refined column."
+            notes.append(f"This refiner {scales}")
+        return pipe, refiner, " ".join(note for note in notes if note)
+
+
+MODELS = Models()
 
 
 def number(value: float | None, what: str) -> float:
@@ -93,43 +164,73 @@ def whole(value: float | None, what: str) -> int:
 
 
 def seconds_of_gpu(prompt, seed, backbone, steps, *_) -> int:
-    """What the comparison may take on ZeroGPU: four passes of the UNet a step, and loading."""
-    return int(20 + min(max(float(steps or 0), 1), MAX_STEPS) * (0.5 if "xl" in str(backbone) else 0.25))
+    """What the comparison may take on ZeroGPU: four forwards a step, one to refine, and decoding; 18 s at SD2.1's defaults."""
+    steps = steps if isinstance(steps, (int, float)) and 1 <= steps <= MAX_STEPS else 1  # others are refused
+    return int(10 + (4 * steps + 1) * SECONDS_OF_A_FORWARD.get(backbone, 0.1))
 
 
-@spaces.GPU(duration=seconds_of_gpu)
+def arm_keys(model: Model, refiner: Refiner | None, prompt: str, settings: dict, size: dict) -> dict[str, tuple]:
+    """For each arm what it depends on: where that is as before, so is the arm."""
+    common = (model.backbone, model.lora, model.lora_weight, prompt, settings["seed"], settings["steps"], settings["sampler"], *size.values())
+    scale = settings["guidance_scale"]
+    taken = scale if refiner and refiner.takes_guidance_scale else None
+    return {"gaussian": common, "guided": (*common, scale), "refined": (*common, model.refiner, settings["strength"], taken)}
+
+
+@GPU(duration=seconds_of_gpu)
 def run(prompt: str, seed: float, backbone: str, steps: float, guidance_scale: float, strength: float, sampler: str,
-        width: float | None, height: float | None) -> Iterator[dict]:
+        width: float | None, height: float | None, refiner: str, lora: str, lora_weight: float,
+        last: dict[str, tuple[tuple, Arm]]) -> Iterator[dict]:
     """Compares unguided, guided and refined sampling from one prompt and seed.
 
-    Yields what to show, by the names of `shown`, each time a column is finished.
+    last: this visitor's last arms by name, with what they depended on; an arm that would be the same again is not sampled again.
+    Yields what to show, by the names of `shown`, each time a column is finished, and under "last" the arms for the next run.
     """
+    backbone = (backbone or "").strip()
+    backbone = next((name for name, listed in BACKBONES.items() if listed.source == backbone), backbone)
     try:
+        model = Model(backbone, (refiner or "").strip(), (lora or "").strip(), number(lora_weight, "The LoRA's weight") if lora else 1.0)
+        model.check()
+        listed = BACKBONES.get(model.backbone)
+        unguided = listed is not None and listed.guidance_scale is None
         settings = dict(seed=whole(seed, "The seed"), steps=whole(steps, "The number of steps"), sampler=sampler,
-                        guidance_scale=number(guidance_scale, "The guidance scale"), strength=number(strength, "The refinement strength"))
+                        guidance_scale=number(guidance_scale, "The guidance scale"),
+                        strength=number(strength, "The refinement strength"))
         check_request(prompt, **settings)
         size = {name: whole(side, f"The {name}") if side else None for name, side in (("width", width), ("height", height))}
-        pipe, refiner = load(backbone)
-        done, arms = {}, compare(pipe, refiner, prompt, **settings, **size)
+        pipe, refiner, says = MODELS.get(model)
+        keys = arm_keys(model, refiner, prompt, settings, size)
+        known = {name: arm for name, (key, arm) in (last or {}).items() if key == keys[name]}
+        done, arms = {}, compare(pipe, refiner, prompt, **settings, **size, guided=not unguided, known=known)
         yield {}  # from here on it can only succeed: the last results go
+        if unguided:
+            yield {"guided_cost": f"**Not applicable**: {listed.title} is distilled to be sampled without guidance."}
         for arm in arms:
             done[arm.name] = arm
-            share = "" if arm.name != "refined" else f" · {arm.seconds / done['guided'].seconds:.0%} of the guided time"
+            share = f" · {arm.seconds / done['guided'].seconds:.0%} of the guided time" if arm.name == "refined" and "guided" in done else ""
             yield {arm.name: arm.image, f"{arm.name}_cost": f"**{arm.forwards}** UNet forwards  \n{arm.seconds:.2f} s{share}"}
     except (ValueError, FileNotFoundError) as error:
         raise gr.Error(str(error), print_exception=False) from error
     except torch.OutOfMemoryError as error:
-        raise gr.Error("The graphics card's memory is full: choose a smaller size or a smaller backbone.", print_exception=False) from error
+        MODELS.loaded.pop(model, None)
+        raise gr.Error("The graphics card's memory is full. A smaller size or backbone needs less of it, and so does the app when it is started "
+                       f"with {smaller_mode()}.", print_exception=False) from error
+    yield {"last": {name: (keys[name], arm) for name, arm in done.items()}}
     if refiner is None:
-        yield {"says": f"Nobody has trained a refiner for {BACKBONES[backbone].title} yet. This makes one:\n\n"
-                       f"`python train/train_refiner.py --backbone {BACKBONES[backbone].source} --prompts prompts.txt --output_dir runs/refiner`"}
+        yield {"says": says}
         return
     x_T, x_hat = done["gaussian"].x_T, done["refined"].x_T
     share = energy_below(x_hat.float() - x_T.float())
     yield {"heat": heat_map(low_frequency_difference(x_T, x_hat), done["refined"].image.size), "layout": done["refined"].image,
            "says": f"**What the refiner changed.** The heat map is the part of the change in x_T below {LOW_FREQUENCY} of the frequency "
                    f"radius: {share:.0%} of its energy. Where it is bright, the noise already says that something will be there; "
-                   f"beside it is the image that grew from it. {refiner.note}"}
+                   f"beside it is the image that grew from it. {says}"}
+
+
+def smaller_mode() -> str:
+    """The flag of the next offload mode that needs less memory."""
+    modes = list(OFFLOADS)
+    return f"--offload {modes[min(modes.index(MODELS.offload) + 1, len(modes) - 1)]}"
 
 
 def build() -> gr.Blocks:
@@ -159,38 +260,61 @@ def build() -> gr.Blocks:
                 with gr.Row(elem_id="seed", scale=1):
                     seed = gr.Number(7, label="Seed", min_width=140)
                     dice = gr.Button("🎲 New seed", min_width=90, size="md")
-                backbone = gr.Dropdown(CHOICES, value=DEFAULT, label="Backbone", scale=1)
+                backbone = gr.Dropdown(CHOICES, value=DEFAULT, label="Backbone", scale=1, allow_custom_value=any_model_allowed(),
+                                       info="or a hub id, a folder, a .safetensors file" if any_model_allowed() else None)
                 sampler = gr.Dropdown(list(SAMPLERS), value="DDIM", label="Sampler", scale=1)
             with gr.Row():
                 strength = gr.Slider(0, 2, 1, step=0.05, label="Refinement strength", info="0 is the Gaussian noise, 1 as trained")
-                scale = gr.Slider(1, 15, default.guidance_scale, step=0.1, label="Guidance scale", info="of the guided column")
+                scale = gr.Slider(1, 15, default.guidance_scale, step=0.1, label="Guidance scale", info="of the guided column, and of a refiner that takes it")
                 steps = gr.Slider(1, 100, default.steps, step=1, label="Steps", info="of every column")
             with gr.Row():
                 width = gr.Number(0, label="Width", info="pixels; 0 for the model's own")
                 height = gr.Number(0, label="Height", info="pixels; 0 for the model's own")
 
+            with gr.Row():
+                free = any_model_allowed()
+                refiner = gr.Dropdown(REFINERS, value="", label="Refiner", info="or a hub id, a folder" if free else None, allow_custom_value=free)
+                lora = gr.Textbox("", label="LoRA", info="hub id, folder or .safetensors; empty for none", max_lines=1, visible=free)
+                lora_weight = gr.Slider(0, 2, 1, step=0.05, label="LoRA weight", info="in all three columns", visible=free)
+        last = gr.State({})
+
         names = list(shown)
 
         @functools.wraps(run)
         def generate(*inputs):
-            state = {name: None if name in ("gaussian", "guided", "refined", "heat", "layout") else "" for name in names}
-            for update in run(*inputs):
-                state |= update
-                yield [state[name] for name in names]
+            state = {name: None if name in ("gaussian", "guided", "refined", "heat", "layout") else "" for name in names} | {"last": inputs[-1]}
+            # As files, which Gradio copies once; it would write an image anew at every yield, while the browser reads it.
+            with tempfile.TemporaryDirectory() as folder:
+                for update in run(*inputs):
+                    for name, value in update.items():
+                        if isinstance(value, Image.Image):
+                            value.save(path := f"{folder}/{name}.png")
+                            value = path
+                        state[name] = value
+                    yield [state[name] for name in (*names, "last")]
 
-        inputs = [prompt, seed, backbone, steps, scale, strength, sampler, width, height]
-        event = dict(fn=generate, inputs=inputs, outputs=list(shown.values()), concurrency_id="gpu", concurrency_limit=1, show_progress="minimal")
+        inputs = [prompt, seed, backbone, steps, scale, strength, sampler, width, height, refiner, lora, lora_weight, last]
+        event = dict(fn=generate, inputs=inputs, outputs=[*shown.values(), last], concurrency_id="gpu", concurrency_limit=1, show_progress="minimal")
         gr.on([button.click, prompt.submit], **event, api_name="compare")
         examples.load_input_event.then(**event, api_visibility="private")
         dice.click(lambda: secrets.randbelow(MAX_SEED + 1), None, seed, api_visibility="private")
-        backbone.input(lambda name: (BACKBONES[name].guidance_scale, BACKBONES[name].steps), backbone, [scale, steps],
-                       api_visibility="private")
+        backbone.input(defaults_of, backbone, [scale, steps, sampler], api_visibility="private")
     return page
+
+
+def defaults_of(name: str) -> tuple:
+    """Guidance scale, steps and sampler of a model of the catalogue; any other leaves them as they are."""
+    backbone = BACKBONES.get(name)
+    return (backbone.guidance_scale or gr.skip(), backbone.steps, backbone.sampler) if backbone else (gr.skip(), gr.skip(), gr.skip())
 
 
 def picture(label: str) -> gr.Image:
     return gr.Image(label=label, show_label=False, interactive=False, format="png", elem_classes="picture", buttons=["download", "fullscreen"])
 
+
+if ZERO_GPU:
+    for name in SERVED:
+        MODELS.get(Model(name))  # a worker's models are lost with it: they are placed here, before it is forked
 
 demo = build().queue(max_size=32)
 
@@ -198,5 +322,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", help="address to listen on; GRADIO_SERVER_NAME or 127.0.0.1 if not given")
     parser.add_argument("--port", type=int, help="GRADIO_SERVER_PORT or the first free one from 7860 if not given")
+    parser.add_argument("--offload", choices=OFFLOADS, default="none", help="for small cards: " + "; ".join(f"{k}: {v}" for k, v in OFFLOADS.items()))
     args = parser.parse_args()
+    MODELS.offload = args.offload
+    if args.offload != "none" and default_device().type == "cpu":
+        parser.error("--offload spares the memory of a graphics card, and there is none here: leave it out.")
     demo.launch(server_name=args.host, server_port=args.port, theme=THEME, css=CSS)

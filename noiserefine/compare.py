@@ -1,10 +1,10 @@
 """One prompt and one seed, three ways to an image."""
 
 import contextlib
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from diffusers import DiffusionPipeline
@@ -24,7 +24,7 @@ class Arm:
 
     name: str  # gaussian, guided or refined
     image: Image.Image
-    x_T: torch.Tensor  # the noise it started from, (1, C, h, w), unit variance
+    x_T: torch.Tensor  # the noise it started from, (1, C, h, w) on the CPU, unit variance
     forwards: int  # of the UNet, for one image
     seconds: float
 
@@ -60,39 +60,49 @@ def check_settings(steps: int, guidance_scale: float, strength: float, sampler: 
     """Raises ValueError for values no sampling can be done with."""
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"The number of steps is a whole number from 1 to {MAX_STEPS}; got {steps!r}.")
-    if not math.isfinite(guidance_scale) or not 1 <= guidance_scale <= 30:
+    if not 1 <= guidance_scale <= 30:
         raise ValueError(f"The guidance scale is a number from 1 (none) to 30; got {guidance_scale}.")
     check_strength(strength)
     if sampler not in SAMPLERS:
         raise ValueError(f"There is no sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}.")
 
 
-def compare(pipe: DiffusionPipeline, refiner: Refiner | None, prompt: str, seed: int, *, steps: int = 20, guidance_scale: float = 7.0,
-            strength: float = 1.0, sampler: str = "DDIM", height: int | None = None, width: int | None = None) -> Iterator[Arm]:
+def compare(pipe: DiffusionPipeline, refiner: Refiner | None, prompt: str, seed: int, *, steps: int = 20,
+            guidance_scale: float = 7.0, strength: float = 1.0, sampler: str = "DDIM", height: int | None = None,
+            width: int | None = None, guided: bool = True, known: Mapping[str, Arm] = MappingProxyType({})) -> Iterator[Arm]:
     """An iterator over the three arms, which are sampled as it is advanced, all from the same x_T:
 
     gaussian   unguided, N forwards
-    guided     classifier-free guidance, 2N forwards
-    refined    unguided from refiner(x_T, prompt), N + 1 forwards; left out where refiner is None
+    guided     classifier-free guidance, 2N forwards; left out where guided is False, for models without guidance
+    refined    unguided from refiner(x_T, prompt), N + 1 forwards; left out where refiner is None.
+               A refiner that takes a guidance scale is given that of the guided arm
 
-    N is the steps for first-order samplers.  Sizes in pixels, the model's own where None.
+    N is the steps for first-order samplers.  Sizes in pixels, the model's own where None.  Arms in known are not
+    sampled again but yielded as they are.
     Raises ValueError for bad input at once.
     """
     check_request(prompt, seed, steps, guidance_scale, strength, sampler)
     check_prompt_length(pipe, prompt)
+    refiner_scale = guidance_scale if refiner and refiner.takes_guidance_scale else None
+    if refiner:
+        refiner.check_guidance_scale(refiner_scale)
     height, width = image_size(pipe, height, width)
+    names = ["gaussian"] + ["guided"] * guided + ["refined"] * (refiner is not None)
 
     def arms() -> Iterator[Arm]:
-        x_T = draw_noise(pipe, seed, height=height, width=width).to(pipe._execution_device)
-        embeds = encode_prompt(pipe, prompt)
-        for name in ("gaussian", "guided", "refined") if refiner else ("gaussian", "guided"):
+        x_T = draw_noise(pipe, seed, height=height, width=width)
+        embeds = encode_prompt(pipe, prompt, guided=guided) if set(names) - known.keys() else {}
+        for name in names:
+            if name in known:
+                yield known[name]
+                continue
             began, counter = time.perf_counter(), ForwardCounter()
             with counter.watch(pipe.unet, *([refiner.unet] if refiner else [])):
-                latents = refiner(x_T, embeds, strength) if name == "refined" else x_T.to(pipe.unet.dtype)
+                latents = refiner(x_T, embeds, strength, refiner_scale) if name == "refined" else x_T.to(pipe._execution_device, pipe.unet.dtype)
                 # Stochastic samplers draw from the seed too, so that the arms differ in one thing only.
                 image = sample(with_sampler(pipe, sampler), guidance_scale=guidance_scale if name == "guided" else 1.0, latents=latents,
                                num_inference_steps=steps, height=height, width=width, generator=torch.Generator().manual_seed(seed),
                                **embeds).images[0]
-            yield Arm(name, image, latents, counter.count, time.perf_counter() - began)
+            yield Arm(name, image, latents.cpu(), counter.count, time.perf_counter() - began)
 
     return arms()

@@ -13,16 +13,21 @@ from diffusers import (
 
 # What another scheduler's config may lack is always set: from_config would take defaults that Stable Diffusion does not use.
 SAMPLERS = {
-    "DDIM": (DDIMScheduler, {"timestep_spacing": "leading", "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False,
-                             "thresholding": False}),
-    "DPM++ 2M": (DPMSolverMultistepScheduler, {"timestep_spacing": "leading", "steps_offset": 1, "algorithm_type": "dpmsolver++", "thresholding": False,
-                                               "use_karras_sigmas": False, "final_sigmas_type": "zero"}),
-    "DPM++ SDE": (DPMSolverMultistepScheduler, {"timestep_spacing": "leading", "steps_offset": 1, "algorithm_type": "sde-dpmsolver++", "thresholding": False,
-                                                "use_karras_sigmas": False, "final_sigmas_type": "zero"}),
-    "Euler": (EulerDiscreteScheduler, {"timestep_spacing": "leading", "steps_offset": 1, "use_karras_sigmas": False}),
+    "DDIM": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False, "thresholding": False}),
+    "DPM++ 2M": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "thresholding": False, "use_karras_sigmas": False,
+                                               "final_sigmas_type": "zero"}),
+    "DPM++ SDE": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "thresholding": False, "use_karras_sigmas": False,
+                                                "final_sigmas_type": "zero"}),
+    "Euler": (EulerDiscreteScheduler, {"use_karras_sigmas": False}),
     # The paper's "EDM": its second-order Heun solver on Karras sigmas; two forwards a step but for the last.
-    "Heun (EDM)": (HeunDiscreteScheduler, {"timestep_spacing": "leading", "steps_offset": 1, "use_karras_sigmas": True}),
+    "Heun (EDM)": (HeunDiscreteScheduler, {"use_karras_sigmas": True}),
 }
+
+
+def timestep_spacing(scheduler: SchedulerMixin) -> str:
+    """The spacing a model asks for (SD-Turbo: "trailing", to start at t = 999 even in one step), else Stable Diffusion's "leading"."""
+    config = scheduler.config
+    return "leading" if "timestep_spacing" in config.get("_use_default_values", ()) else config.timestep_spacing
 
 
 def make_scheduler(sampler: str, pipe: DiffusionPipeline) -> SchedulerMixin:
@@ -33,7 +38,7 @@ def make_scheduler(sampler: str, pipe: DiffusionPipeline) -> SchedulerMixin:
     if sampler not in SAMPLERS:
         raise ValueError(f"There is no sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}.")
     scheduler_class, settings = SAMPLERS[sampler]
-    return scheduler_class.from_config(pipe.scheduler.config, **settings)
+    return scheduler_class.from_config(pipe.scheduler.config, timestep_spacing=timestep_spacing(pipe.scheduler), steps_offset=1, **settings)
 
 
 def with_sampler(pipe: DiffusionPipeline, sampler: str) -> DiffusionPipeline:

@@ -1,23 +1,29 @@
 """The page through its server: as an API and in a browser."""
 
+import pickle
 import re
 import shutil
 import time
+from dataclasses import replace
 
 import gradio as gr
 import numpy as np
 import pytest
-from conftest import script
+import torch
+from conftest import EMOJI, perturbed, script
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
 
 import app
 from noiserefine import draw_noise
+from noiserefine.backbones import load_pipeline
+from noiserefine.compare import compare
+from train.architectures import random_pipeline
 
 PROMPT = "a red apple on a blue background"
-# prompt, seed, backbone, steps, guidance scale, strength, sampler, width, height
-GOOD = [PROMPT, 7, "emoji", 5, 2.5, 1.0, "DDIM", 0, 0]
+# prompt, seed, backbone, steps, guidance scale, strength, sampler, width, height, refiner, LoRA, LoRA weight
+GOOD = [PROMPT, 7, "emoji", 5, 2.5, 1.0, "DDIM", 0, 0, "", "", 1.0]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,7 @@ def test_compare_gives_the_librarys_pixels(client, pipe, refiner):
     (0, "", "prompt is empty"), (0, "apple " * 60, "tokens long"), (1, 1.5, "whole number"), (1, -1, "seed is a whole number"), (1, None, "is a number"),
     (3, 0, "less than minimum value"), (3, 500, "greater than maximum value"), (5, 9, "greater than maximum value"),
     (3, 2.5, "whole number"), (6, "nonsense", "not in the list of choices"),
-    (2, "nonsense", "not in the list of choices"), (7, 65, "native size"), (8, 100000, "native size"),
+    (2, "nonsense", "can't be loaded"), (2, "", "No backbone"), (9, "nonsense", "no refiner at nonsense"), (10, "nonsense", "no LoRA at nonsense"), (7, 65, "native size"), (8, 100000, "native size"),
     (2, "sd21", "can't be loaded"),
 ])
 def test_bad_input_is_answered_with_a_sentence(client, position, value, says):
@@ -71,7 +77,103 @@ def test_nan_is_refused(position):
     inputs = list(GOOD)
     inputs[position] = float("nan")
     with pytest.raises(gr.Error, match="is a number; got nan"):
-        list(app.run(*inputs))
+        shown(*inputs)
+
+
+def shown(*inputs, last=None):
+    """What the page shows at the end."""
+    state = {}
+    for update in app.run(*inputs, last or {}):
+        state |= pickle.loads(pickle.dumps(update))  # on ZeroGPU all of it passes between processes
+    return state
+
+
+def forwards(state):
+    return {name: int(re.search(r"\*\*(\d+)\*\*", state[f"{name}_cost"])[1]) for name in app.ARMS if name in state}
+
+
+def test_what_changes_nothing_is_not_sampled_again(monkeypatch):
+    first = shown(*GOOD)
+    sampled = []
+
+    def spy(*args, known, **kwargs):
+        sampled.append({"gaussian", "guided", "refined"} - known.keys())
+        return compare(*args, known=known, **kwargs)
+
+    monkeypatch.setattr(app, "compare", spy)
+    for position, value in ((5, 0.5), (4, 3.0), (3, 4), (None, None)):
+        inputs = list(GOOD)
+        if position is not None:
+            inputs[position] = value
+        again = shown(*inputs, last=first["last"])
+    assert sampled == [{"refined"}, {"guided"}, {"gaussian", "guided", "refined"}, set()]
+    assert all(np.array_equal(again[name], first[name]) for name in app.ARMS)
+
+
+@pytest.fixture
+def turbo(tmp_path, monkeypatch):
+    """A small model with SD-Turbo's architecture, scheduler and place in the catalogue."""
+    random_pipeline("sd-turbo", small=True).save_pretrained(tmp_path)
+    monkeypatch.setitem(app.BACKBONES, "sd-turbo", replace(app.BACKBONES["sd-turbo"], source=str(tmp_path)))
+    monkeypatch.setattr(app, "MODELS", app.Models())
+    return [PROMPT, 7, "sd-turbo", 1, 7.0, 1.0, "Euler", 0, 0, "", "", 1.0]
+
+
+def test_turbo_has_no_guided_column_and_no_refiner_yet(turbo):
+    state = shown(*turbo)
+    assert "Not applicable" in state["guided_cost"] and "guided" not in state and "refined" not in state
+    assert "train/train_refiner.py --backbone" in state["says"] and state["gaussian"].size == (128, 128)
+
+
+def test_a_refiner_that_the_user_names(turbo, tmp_path):
+    refiner = tmp_path / "refiner"
+    perturbed(load_pipeline(str(tmp_path), "cpu"), guidance_scale_range=[1, 5]).save_pretrained(refiner)
+    turbo[9] = str(refiner)
+    with pytest.raises(gr.Error, match="takes a guidance scale from 1 to 5"):
+        shown(*turbo)
+    turbo[4] = 4.0
+    state = shown(*turbo)
+    assert forwards(state) == {"gaussian": 1, "refined": 2} and "the slider drives" in state["says"]
+    with pytest.raises(gr.Error, match="another architecture"):
+        shown(*GOOD[:9], str(refiner), "", 1.0)
+
+
+def test_a_users_lora_is_in_every_column(tmp_path):
+    perturbed(load_pipeline(EMOJI, "cpu")).save_pretrained(tmp_path)
+    plain, styled = shown(*GOOD), shown(*GOOD[:9], "", str(tmp_path), 0.8)
+    assert not any(np.array_equal(plain[name], styled[name]) for name in app.ARMS)
+    again = shown(*GOOD)
+    assert all(np.array_equal(plain[name], again[name]) for name in app.ARMS)
+
+
+def test_out_of_memory_is_survived(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    before = shown(*GOOD)
+    with monkeypatch.context() as patch:
+        patch.setattr(app, "compare", full)
+        with pytest.raises(gr.Error, match="memory is full.*--offload model"):
+            shown(*GOOD)
+    after = shown(*GOOD)
+    assert all(np.array_equal(before[name], after[name]) for name in app.ARMS)
+
+
+@pytest.mark.parametrize("position, value", [(2, "somebody/something"), (9, "/etc"), (10, "../secret.safetensors")])
+def test_a_public_space_serves_its_own_models(monkeypatch, position, value):
+    monkeypatch.setenv("SPACE_ID", "somebody/space")
+    inputs = list(GOOD)
+    inputs[position] = value
+    with pytest.raises(gr.Error, match="serves its own models only"):
+        shown(*inputs)
+    shown(*GOOD)
+
+
+def test_seconds_of_gpu_fit_a_visitors_quota():
+    """An anonymous visitor of ZeroGPU has about two minutes a day."""
+    for name, backbone in app.BACKBONES.items():
+        assert 10 <= app.seconds_of_gpu(PROMPT, 0, name, backbone.steps, 7.0, 1.0) <= 30
+    assert app.seconds_of_gpu(PROMPT, 0, "sd21", float("nan")) and app.seconds_of_gpu(PROMPT, 0, None, 10**9) < 120
 
 
 def test_page_goes_on_after_errors(client):
@@ -115,3 +217,9 @@ def test_in_a_browser(url, width, height):
         assert prompt.input_value() == "a sailboat"
         assert not errors
         browser.close()
+
+
+def test_runs_without_the_spaces_package(tmp_path):
+    code = "import sys; sys.modules['spaces'] = None; import app; print(app.ZERO_GPU, app.run.__name__)"
+    with script("-c", code) as process:
+        assert process.communicate()[0].strip().endswith("False run")

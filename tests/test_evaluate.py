@@ -1,10 +1,13 @@
+import argparse
 import json
 
 import numpy as np
 import pytest
-from conftest import EMOJI, EMOJI_REFINER, script
+from conftest import EMOJI, EMOJI_REFINER, perturbed, script
 from PIL import Image
 
+from noiserefine import Refiner
+from train.benchmark import measure
 from train.emoji.captions import build_tokenizer
 from train.emoji.render import BACKGROUNDS, held_out_pairs, objects, prompt
 from train.evaluate import frechet_distance
@@ -39,6 +42,23 @@ def test_evaluate_and_benchmark_run(tmp_path):
     benchmark = json.loads((tmp_path / "benchmark.json").read_text())
     assert {name: arm["forwards"] for name, arm in benchmark["arms"].items()} == {"unguided": 3, "guided": 6, "refined": 4}
     assert benchmark["refined_over_guided"] > 0 and benchmark["refined_over_unguided"] > 0
+
+
+def test_guidance_scales_run(tmp_path, pipe):
+    perturbed(pipe, guidance_scale_range=[1, 5]).save_pretrained(tmp_path / "refiner")
+    with script("train/guidance_scales.py", "--backbone", EMOJI, "--refiner", tmp_path / "refiner", "--n", "4", "--batch_size", "2", "--steps", "2",
+                "--scales", "1", "3", "--output", tmp_path / "scales.json") as process:
+        assert process.wait() == 0, process.stdout.read()
+    result = json.loads((tmp_path / "scales.json").read_text())
+    distances = np.array(result["distance_of_refined_to_guided"])
+    assert distances.shape == (2, 2) and (distances > 0).all() and len(result["guided"]) == len(result["refined"]) == 2
+
+
+def test_benchmark_of_random_weights(sdxl):
+    settings = dict(backbone="sdxl", random_weights=True, batch_size=2, steps=2, rounds=1, warmup=0, sampler="Euler", mode="shared")
+    result = measure(sdxl, Refiner.create(sdxl, 8), argparse.Namespace(**settings))
+    assert {name: arm["forwards"] for name, arm in result["arms"].items()} == {"unguided": 2, "guided": 4, "refined": 3}
+    assert 0 < result["refiner_bytes"] < result["unet_bytes"] < result["arms"]["refined"]["peak_bytes"]
 
 
 def test_held_out_pairs_are_a_tenth_and_in_no_training_prompt():

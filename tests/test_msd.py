@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import DDIMScheduler
 from torch.autograd.graph import saved_tensors_hooks
 
 from noiserefine import Refiner, draw_noise
@@ -58,6 +59,20 @@ def test_gradient_is_that_of_detached_sampling(pipe, sampler, prediction_type):
     (gradient,) = torch.autograd.grad(loss, x_hat)
     assert loss.item() == pytest.approx(F.mse_loss(x0, target).item(), rel=1e-12)
     torch.testing.assert_close(gradient, expected, rtol=2e-3, atol=1e-9)
+
+
+def test_zero_terminal_snr(pipe):
+    """Finite where the sampler starts below t = T; refused, with the reason, where it starts at T, from pure noise."""
+    schedulers = {spacing: DDIMScheduler.from_config(make_scheduler("DDIM", pipe).config, rescale_betas_zero_snr=True, timestep_spacing=spacing)
+                  for spacing in ("leading", "trailing")}
+    schedulers["leading"].set_timesteps(N)
+    x_hat, target = torch.randn(2, 4, 8, 8, dtype=torch.float64, requires_grad=True), torch.zeros(2, 4, 8, 8, dtype=torch.float64)
+    x0 = walk(schedulers["leading"], x_hat)
+    (expected,) = torch.autograd.grad(F.mse_loss(x0, target), x_hat)
+    (gradient,) = torch.autograd.grad(msd_loss(x0, x_hat, target, sampler_gain(schedulers["leading"], N)), x_hat)
+    torch.testing.assert_close(gradient, expected, rtol=2e-3, atol=1e-9)
+    with pytest.raises(ValueError, match="signal-to-noise ratio is zero"):
+        sampler_gain(schedulers["trailing"], N)
 
 
 def test_gain_of_ddim_is_equation_26(pipe):

@@ -27,6 +27,7 @@ from noiserefine.guidance import sample
 from noiserefine.msd import msd_loss, sampler_gain
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
+from train.memory import peak_bytes
 
 
 def timed(call, device: torch.device):
@@ -67,10 +68,7 @@ def main() -> None:
     gains = {steps: sampler_gain(sampling_pipe.scheduler, steps) for steps in (5, 10, 20)}
     if args.peak:
         loss(args.peak).backward()
-        on_cuda = pipe.device.type == "cuda"
-        # VmHWM and not ru_maxrss, which a child inherits from its parent.
-        resident = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-        print(torch.cuda.max_memory_allocated() if on_cuda else resident)
+        print(peak_bytes(pipe.device))
         return
     ratios = []
     for _ in range(args.rounds):

@@ -5,7 +5,7 @@
 Image i is prompt i of the held-out (object, background) pairs, taken in turns, with seed 10**6 + i,
 which no refiner is trained on.  A classifier trained on real renders only (train/emoji/classifier.py)
 tells whether object and background are those of the prompt; the Frechet distance is that of its
-features to real held-out renders.  Intervals are 95 % basic bootstrap intervals over images, the same
+features to real held-out renders.  Intervals are 95 % bootstrap intervals over images, the same
 resamples for all arms; "gap_closed" is (gaussian - refined) / (gaussian - guided).
 """
 
@@ -36,6 +36,12 @@ FIRST_SEED = 10**6
 ARMS = ("gaussian", "guided", "refined")
 
 
+def held_out_prompts(n: int) -> tuple[np.ndarray, list[str]]:
+    """n held-out (object, background) pairs, taken in turns, as class indices (n, 2) and as prompts."""
+    pairs = np.resize(np.random.default_rng(0).permutation(np.argwhere(held_out_pairs())), (n, 2))
+    return pairs, [prompt(*pair) for pair in pairs]
+
+
 def frechet_distance(features: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> float:
     """Between Gaussians fitted to features (N, D) and given by mean (D,) and covariance (D, D)."""
     ours = np.cov(features, rowvar=False)
@@ -45,13 +51,14 @@ def frechet_distance(features: np.ndarray, mean: np.ndarray, covariance: np.ndar
     return float(((features.mean(0) - mean) ** 2).sum() + np.trace(ours) + np.trace(covariance) - 2 * cross)
 
 
-def interval(values: np.ndarray) -> list[float]:
-    """The basic 95 % bootstrap interval: values[0] is the estimate, the rest are its resamples.
+def interval(values: np.ndarray, name: str) -> list[float]:
+    """A 95 % bootstrap interval: values[0] is the estimate, the rest are its resamples.
 
-    Resamples repeat images, which biases a Frechet distance upwards; the basic interval takes that bias off.
+    Percentiles for shares of images.  Resamples repeat images, which biases a Frechet distance upwards:
+    there the basic interval, which takes that bias off.
     """
-    low, high = np.percentile(values[1:], (2.5, 97.5))
-    return [float(2 * values[0] - high), float(2 * values[0] - low)]
+    low, high = np.percentile(values[1:], (2.5, 97.5)).tolist()
+    return [2 * float(values[0]) - high, 2 * float(values[0]) - low] if name == "frechet_distance" else [low, high]
 
 
 def main() -> None:
@@ -73,22 +80,23 @@ def main() -> None:
         parser.error("--n must be at least 2, --batch_size and --bootstrap at least 1.")
     pipe = load_pipeline(args.backbone)
     refiner = Refiner.from_pretrained(args.refiner, pipe)
+    refiner_scale = args.guidance_scale if refiner.takes_guidance_scale else None
+    refiner.check_guidance_scale(refiner_scale)
     judge = Judge.from_pretrained(Path(__file__).parent / "emoji" / "classifier.safetensors")
     sampling_pipe = with_sampler(pipe, args.sampler)
 
-    pairs = np.random.default_rng(0).permutation(np.argwhere(held_out_pairs()))
-    pairs = np.resize(pairs, (args.n, 2))
+    pairs, prompts = held_out_prompts(args.n)
     correct = {arm: np.zeros((args.n, 2)) for arm in ARMS}
     features = {arm: [] for arm in ARMS}
     cost = {arm: [0, 0.0] for arm in ARMS}
     for start in tqdm(range(0, args.n, args.batch_size)):
         chosen = slice(start, min(start + args.batch_size, args.n))
         x_T = draw_noise(pipe, FIRST_SEED + start, chosen.stop - start).to(pipe.device)
-        embeds = encode_prompt(pipe, [prompt(*pair) for pair in pairs[chosen]])
+        embeds = encode_prompt(pipe, prompts[chosen])
         for arm in ARMS:
             began, counter = time.perf_counter(), ForwardCounter()
             with counter.watch(pipe.unet, refiner.unet):
-                latents = refiner(x_T, embeds, args.strength) if arm == "refined" else x_T.to(pipe.unet.dtype)
+                latents = refiner(x_T, embeds, args.strength, refiner_scale) if arm == "refined" else x_T.to(pipe.unet.dtype)
                 images = sample(sampling_pipe, guidance_scale=args.guidance_scale if arm == "guided" else 1.0, latents=latents,
                                 num_inference_steps=args.steps, generator=torch.Generator().manual_seed(start), **embeds).images
             cost[arm][0] += counter.count
@@ -110,12 +118,12 @@ def main() -> None:
     for arm, metrics in measured.items():
         result["arms"][arm] = {"forwards": cost[arm][0] / args.n, "seconds": cost[arm][1] / args.n}
         for name, values in metrics.items():
-            result["arms"][arm] |= {name: float(values[0]), f"{name}_interval": interval(values)}
+            result["arms"][arm] |= {name: float(values[0]), f"{name}_interval": interval(values, name)}
     result["gap_closed"] = {}
     for name in ("object_accuracy", "frechet_distance"):
         gaussian, guided, refined = (measured[arm][name] for arm in ARMS)
         share = (gaussian - refined) / (gaussian - guided)
-        result["gap_closed"] |= {name: float(share[0]), f"{name}_interval": interval(share)}
+        result["gap_closed"] |= {name: float(share[0]), f"{name}_interval": interval(share, name)}
     result["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft", "transformers")}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=2) + "\n")

@@ -20,24 +20,25 @@ WITH_BACKGROUND = ("{an_object} on {a_colour} background",) * 4 + (
 WITHOUT_BACKGROUND = ("{an_object}", "{object}", "a picture of {an_object}")
 
 
-def caption(object_index: int, background_index: int, rng: random.Random) -> str:
-    """One of the ways to describe a picture.
+def caption(object_index: int, background_index: int, rng: random.Random) -> tuple[str, tuple[int, int]]:
+    """One of the ways to describe a picture, and the object and background that it names (beyond the last one: none).
 
     A tenth of the captions is empty, for classifier-free guidance; a sixth does not name the background;
     a tenth holds a word of random letters, so that an unknown word has learnt to mean nothing.
     """
     if rng.random() < 0.1:
-        return ""
+        return "", (len(objects()), len(BACKGROUNDS))
     thing = objects()[object_index]
     name = rng.choice((thing.name, *thing.synonyms)) if rng.random() < 0.3 else thing.name
     colour = list(BACKGROUNDS)[background_index]
     colour = rng.choice((colour, *COLOUR_SYNONYMS.get(colour, ())))
-    template = rng.choice(WITHOUT_BACKGROUND if rng.random() < 1 / 6 else WITH_BACKGROUND)
+    bare = rng.random() < 1 / 6
+    template = rng.choice(WITHOUT_BACKGROUND if bare else WITH_BACKGROUND)
     words = template.format(object=name, an_object=article(name), colour=colour, a_colour=article(colour)).split(" ")
     if rng.random() < 0.1:
         unknown = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7)))
         words.insert(rng.randint(0, len(words)), unknown)
-    return " ".join(words)
+    return " ".join(words), (object_index, len(BACKGROUNDS) if bare else background_index)
 
 
 def build_tokenizer() -> CLIPTokenizer:

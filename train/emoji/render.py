@@ -3,8 +3,7 @@
     python -m train.emoji.render --output_dir runs/emoji/pictures
 
 A picture is a soft gradient of one of 12 named colours and one of the objects in objects.txt, at
-65-90 % of the frame, anywhere that it fits, mirrored half of the time, turned by up to 15 degrees,
-over a faint shadow.  One in ten (object, background) pairs is held out: the model never sees it, and
+65-90 % of the frame, anywhere that it fits, turned by up to 8 degrees, over a faint shadow.  One in ten (object, background) pairs is held out: the model never sees it, and
 the heldout pictures measure it.  The judge pictures are other renders of the same pairs, for the
 classifier, which would otherwise learn that these pairs do not exist.
 """
@@ -81,9 +80,7 @@ def picture(sprite: Image.Image, colour: tuple[int, int, int], rng: np.random.Ge
     shade = 1 + rng.uniform(0.06, 0.16) * (np.cos(angle) * x + np.sin(angle) * y)
     base = Image.fromarray((np.asarray(colour) * shade[..., None]).clip(0, 255).astype(np.uint8)).convert("RGBA")
 
-    if rng.random() < 0.5:
-        sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    sprite = sprite.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
+    sprite = sprite.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
     scale = rng.uniform(0.65, 0.9) * SIZE / max(sprite.size)
     sprite = sprite.resize([max(1, round(side * scale)) for side in sprite.size], Image.Resampling.LANCZOS)
     place = [int(rng.integers(0, SIZE - side + 1)) for side in sprite.size]

@@ -5,12 +5,14 @@
 
 import argparse
 import functools
+import gc
 import math
+import re
 import secrets
 import tempfile
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 try:  # before anything that touches CUDA
     from spaces import GPU
@@ -28,7 +30,17 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from noiserefine import Refiner
-from noiserefine.backbones import ASSETS, BACKBONES, add_lora, any_model_allowed, default_device, default_dtype, load_pipeline, refiner_for
+from noiserefine.backbones import (
+    ASSETS,
+    BACKBONES,
+    add_lora,
+    any_model_allowed,
+    default_device,
+    default_dtype,
+    load_pipeline,
+    refiner_for,
+    training_command,
+)
 from noiserefine.compare import MAX_STEPS, Arm, check_request, compare
 from noiserefine.noise import MAX_SEED
 from noiserefine.offload import OFFLOADS, offload
@@ -42,9 +54,9 @@ ARMS = {
     "guided": ("Gaussian noise", "guided (CFG)"),
     "refined": ("Refined noise", "no guidance"),
 }
+FREE_CHOICE = any_model_allowed() and not ZERO_GPU  # there, a download would run in a visitor's seconds of GPU
 # On ZeroGPU a model has to be placed before the first visitor comes, and every one slows the start.
-SERVED = ("emoji", "sd21") if ZERO_GPU else tuple(BACKBONES)
-CHOICES = [(BACKBONES[name].title, name) for name in SERVED]
+SERVED = ["emoji", "sd21"] if ZERO_GPU else list(BACKBONES)
 REFINERS = [("the backbone's own", ""), ("Emoji, takes the guidance scale", str(ASSETS / "refiners" / "emoji-scales"))]
 SECONDS_OF_A_FORWARD = {"emoji": 0.03, "sdxl": 0.2}  # on ZeroGPU's cards, generously; 0.1 for the others
 
@@ -93,11 +105,11 @@ class Model:
 
     def check(self) -> None:
         """Raises ValueError for names that visitors may not give here."""
-        ours = {"", *BACKBONES, *(folder for _, folder in REFINERS)}
-        named = [name for name in (self.backbone, self.refiner, self.lora) if name not in ours]
         if not self.backbone:
             raise ValueError("No backbone is chosen.")
-        if named and not any_model_allowed():
+        ours = ((self.backbone, BACKBONES), (self.refiner, [folder for _, folder in REFINERS]), (self.lora, [""]))
+        named = [name for name, known in ours if name not in known]
+        if named and not FREE_CHOICE:
             raise ValueError(f"This Space serves its own models only; {named[0]} is none of them. Duplicate the Space, or run the app "
                              "on your machine, to use any model.")
         if self.backbone in BACKBONES and self.backbone not in SERVED:
@@ -106,7 +118,7 @@ class Model:
 
 
 class Models:
-    """The models in memory: the embedded one and the last other one.  One loads at a time."""
+    """The models in memory: those that ZeroGPU serves, or the embedded one and the last other one.  One loads at a time."""
 
     def __init__(self) -> None:
         self.offload, self.loaded, self.lock = "none", {}, threading.Lock()
@@ -114,35 +126,48 @@ class Models:
     def get(self, model: Model) -> tuple[DiffusionPipeline, Refiner | None, str]:
         """The pipeline, its refiner (None where there is none) and what to say of them.
 
-        Raises what load_pipeline, add_lora and Refiner.from_pretrained raise.
+        Raises what load_pipeline, add_lora and Refiner.from_pretrained raise, and ValueError where the card is too small.
         """
+        files = replace(model, lora_weight=1.0)
         with self.lock:
-            if model not in self.loaded:
-                if not ZERO_GPU:
-                    self.loaded = {other: value for other, value in self.loaded.items() if other == Model(DEFAULT)}
-                self.loaded[model] = self.load(model)
-            return self.loaded[model]
+            if files not in self.loaded:
+                self.forget(lambda other: not ZERO_GPU and other != Model(DEFAULT))
+                self.loaded[files] = self.load(files)
+            pipe, refiner, says = self.loaded[files]
+            if model.lora:
+                pipe.set_adapters(["style"], [model.lora_weight])
+            return pipe, refiner, says
+
+    def forget(self, which: Callable[[Model], bool]) -> None:
+        self.loaded = {model: value for model, value in self.loaded.items() if not which(model)}
+        gc.collect()  # offloaded networks and their hooks hold each other
+        if torch.cuda.is_available() and not ZERO_GPU:
+            torch.cuda.empty_cache()
 
     def load(self, model: Model) -> tuple[DiffusionPipeline, Refiner | None, str]:
         backbone, device = BACKBONES.get(model.backbone), default_device()
+        source = backbone.source if backbone else model.backbone
+        if device.type == "cuda" and not ZERO_GPU and self.offload == "none" and backbone:
+            there = torch.cuda.get_device_properties(device).total_memory / 2**30
+            if there < backbone.memory:
+                raise ValueError(f"{backbone.title} needs about {backbone.memory:g} GiB of GPU memory and this card has {there:.0f}: start the app "
+                                 f"with {smaller_mode()}.")
         by_way_of_cpu = ZERO_GPU or self.offload != "none"  # where the card is not there yet, or too small
-        pipe = load_pipeline(backbone.source if backbone else model.backbone, "cpu" if by_way_of_cpu else device, default_dtype(device))
-        notes = [add_lora(pipe, model.lora, model.lora_weight)] if model.lora else []
-        source = model.refiner or refiner_for(pipe, backbone)
-        refiner = Refiner.from_pretrained(source, pipe, merge=True if ZERO_GPU else None) if source else None
+        pipe = load_pipeline(source, "cpu" if by_way_of_cpu else device, default_dtype(device))
+        notes = [add_lora(pipe, model.lora)] if model.lora else []
+        folder = model.refiner or refiner_for(pipe, backbone)
+        refiner = Refiner.from_pretrained(folder, pipe, merge=True if ZERO_GPU else None) if folder else None
         if by_way_of_cpu:
             offload(pipe, refiner, self.offload, device)
         if refiner is None:
-            notes.append(f"**No refiner exists for this model yet**, so there is no third column. This trains one:\n\n"
-                         f"`python train/train_refiner.py --backbone {backbone.source if backbone else model.backbone} --prompts prompts.txt "
-                         f"--output_dir {backbone.refiner if backbone else 'runs/refiner'}`")
+            notes.append("**No refiner exists for this model yet**, so there is no third column. This trains one:\n\n"
+                         f"`{training_command(pipe, source, backbone)}`")
         else:
-            notes.append(refiner.note)
             scales = "takes no guidance scale: the slider drives the guided column only."
             if refiner.takes_guidance_scale:
                 low, high = refiner.config.guidance_scale_range
                 scales = f"takes the guidance scale, from {low:g} to {high:g}: the slider drives the guided and the refined column."
-            notes.append(f"This refiner {scales}")
+            notes += [refiner.note, f"This refiner {scales}"]
         return pipe, refiner, " ".join(note for note in notes if note)
 
 
@@ -202,25 +227,27 @@ def run(prompt: str, seed: float, backbone: str, steps: float, guidance_scale: f
         keys = arm_keys(model, refiner, prompt, settings, size)
         known = {name: arm for name, (key, arm) in (last or {}).items() if key == keys[name]}
         done, arms = {}, compare(pipe, refiner, prompt, **settings, **size, guided=not unguided, known=known)
-        yield {}  # from here on it can only succeed: the last results go
+        yield {}  # the input is sound: the last results go
         if unguided:
             yield {"guided_cost": f"**Not applicable**: {listed.title} is distilled to be sampled without guidance."}
         for arm in arms:
             done[arm.name] = arm
             share = f" · {arm.seconds / done['guided'].seconds:.0%} of the guided time" if arm.name == "refined" and "guided" in done else ""
             yield {arm.name: arm.image, f"{arm.name}_cost": f"**{arm.forwards}** UNet forwards  \n{arm.seconds:.2f} s{share}"}
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise gr.Error(str(error), print_exception=False) from error
-    except torch.OutOfMemoryError as error:
-        MODELS.loaded.pop(model, None)
-        raise gr.Error("The graphics card's memory is full. A smaller size or backbone needs less of it, and so does the app when it is started "
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not re.search("out of memory|can't allocate|ALLOC_FAILED", str(error)):
+            raise
+        MODELS.forget(lambda other: other.backbone == model.backbone and not ZERO_GPU)
+        raise gr.Error("The memory is full. A smaller size or backbone needs less of it, and so does the app on a graphics card when it is started "
                        f"with {smaller_mode()}.", print_exception=False) from error
     yield {"last": {name: (keys[name], arm) for name, arm in done.items()}}
     if refiner is None:
         yield {"says": says}
         return
-    x_T, x_hat = done["gaussian"].x_T, done["refined"].x_T
-    share = energy_below(x_hat.float() - x_T.float())
+    x_T, x_hat = (torch.from_numpy(done[name].x_T) for name in ("gaussian", "refined"))
+    share = energy_below(x_hat - x_T)
     yield {"heat": heat_map(low_frequency_difference(x_T, x_hat), done["refined"].image.size), "layout": done["refined"].image,
            "says": f"**What the refiner changed.** The heat map is the part of the change in x_T below {LOW_FREQUENCY} of the frequency "
                    f"radius: {share:.0%} of its energy. Where it is bright, the noise already says that something will be there; "
@@ -260,8 +287,8 @@ def build() -> gr.Blocks:
                 with gr.Row(elem_id="seed", scale=1):
                     seed = gr.Number(7, label="Seed", min_width=140)
                     dice = gr.Button("🎲 New seed", min_width=90, size="md")
-                backbone = gr.Dropdown(CHOICES, value=DEFAULT, label="Backbone", scale=1, allow_custom_value=any_model_allowed(),
-                                       info="or a hub id, a folder, a .safetensors file" if any_model_allowed() else None)
+                backbone = gr.Dropdown(CHOICES, value=DEFAULT, label="Backbone", scale=1, allow_custom_value=FREE_CHOICE,
+                                       info="or a hub id, a folder, a .safetensors file" if FREE_CHOICE else None)
                 sampler = gr.Dropdown(list(SAMPLERS), value="DDIM", label="Sampler", scale=1)
             with gr.Row():
                 strength = gr.Slider(0, 2, 1, step=0.05, label="Refinement strength", info="0 is the Gaussian noise, 1 as trained")
@@ -272,10 +299,9 @@ def build() -> gr.Blocks:
                 height = gr.Number(0, label="Height", info="pixels; 0 for the model's own")
 
             with gr.Row():
-                free = any_model_allowed()
-                refiner = gr.Dropdown(REFINERS, value="", label="Refiner", info="or a hub id, a folder" if free else None, allow_custom_value=free)
-                lora = gr.Textbox("", label="LoRA", info="hub id, folder or .safetensors; empty for none", max_lines=1, visible=free)
-                lora_weight = gr.Slider(0, 2, 1, step=0.05, label="LoRA weight", info="in all three columns", visible=free)
+                refiner = gr.Dropdown(REFINERS, value="", label="Refiner", info="or a hub id, a folder" if FREE_CHOICE else None, allow_custom_value=FREE_CHOICE)
+                lora = gr.Textbox("", label="LoRA", info="hub id, folder or .safetensors; empty for none", max_lines=1, visible=FREE_CHOICE)
+                lora_weight = gr.Slider(0, 2, 1, step=0.05, label="LoRA weight", info="in all three columns", visible=FREE_CHOICE)
         last = gr.State({})
 
         names = list(shown)
@@ -313,9 +339,13 @@ def picture(label: str) -> gr.Image:
 
 
 if ZERO_GPU:
-    for name in SERVED:
-        MODELS.get(Model(name))  # a worker's models are lost with it: they are placed here, before it is forked
-
+    for name in list(SERVED):  # a worker's models are lost with it: they are placed here, before it is forked
+        try:
+            MODELS.get(Model(name))
+        except (ValueError, OSError) as error:
+            print(f"{name} is not served: {error}")
+            SERVED.remove(name)
+CHOICES = [(BACKBONES[name].title, name) for name in SERVED]
 demo = build().queue(max_size=32)
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The models the app offers, as data, and how one becomes a diffusers pipeline."""
 
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -7,22 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoPipelineForText2Image,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 
-from noiserefine.refiner import misfit, read_config
+from noiserefine.refiner import CONFIG_NAME, HUB_ERRORS, misfit, read_config
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-HUB_ERRORS = (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, OSError)
+PIPELINES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
 
 
 @dataclass(frozen=True)
@@ -34,8 +30,8 @@ class Backbone:
     family: str  # sd or sdxl: which architecture, and so which refiners
     prediction_type: str
     size: int  # native height and width in pixels
-    refiner: str  # folder or hub id where its refiner is looked for; for some there is none yet
-    memory: float  # GiB of GPU memory for one image at the native size in float16, weights included
+    refiner: str  # folder where its refiner is looked for; for the big models there is none yet
+    memory: float  # GiB of GPU memory for one image at the native size in float16, weights included; estimated
     guidance_scale: float | None = 7.0  # diffusers' g of the guided column; None where guidance doesn't apply
     steps: int = 20
     sampler: str = "DDIM"
@@ -96,8 +92,13 @@ def load_pipeline(source: str, device: torch.device | str | None = None, dtype: 
         pipe = load_single_file(Path(source), dtype)
     else:
         pipe = load_diffusers(source, dtype)
-    if not hasattr(pipe, "unet"):
-        raise ValueError(f"{source} is a {type(pipe).__name__}, without a UNet. Models of the Stable Diffusion 1, 2 and XL families work.")
+    channels = pipe.unet.config.in_channels
+    if channels != pipe.unet.config.out_channels:
+        raise ValueError(f"{source} takes {channels} channels: it changes a given picture (inpainting, for one) and makes none from text alone.")
+    backbone = backbone_of(source)
+    if backbone and pipe.scheduler.config.prediction_type != backbone.prediction_type:
+        raise ValueError(f"{source} predicts “{pipe.scheduler.config.prediction_type}” and not “{backbone.prediction_type}”: "
+                         "it is not the model that the catalogue means.")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -107,20 +108,36 @@ def load_diffusers(source: str, dtype: torch.dtype) -> DiffusionPipeline:
     backbone, local = backbone_of(source), Path(source).is_dir()
     if local and not (Path(source) / "model_index.json").is_file():
         raise FileNotFoundError(f"{source} is not a diffusers pipeline: it holds no model_index.json.")
-    if backbone and backbone.sha256:
-        check_weights(source, backbone)
-    vae = backbone.vae if backbone else None
+    revision = {"revision": backbone.revision} if backbone and backbone.revision else {}
     try:
+        kind = DiffusionPipeline.load_config(source, **revision).get("_class_name")
+        if kind not in PIPELINES:  # before anything large is downloaded
+            raise ValueError(f"{source} is a {kind}. Models of the Stable Diffusion 1, 2 and XL families work, as {' or '.join(PIPELINES)}.")
+        if backbone and backbone.sha256:
+            check_weights(source, backbone)
+        folder = Path(source if local else DiffusionPipeline.download(source, use_safetensors=True, **revision))
+        check_files(folder)
+        vae = backbone.vae if backbone else None
         components = {"vae": AutoencoderKL.from_pretrained(vae, dtype=dtype, use_safetensors=True)} if vae else {}
-        return AutoPipelineForText2Image.from_pretrained(source, dtype=dtype, use_safetensors=True, revision=backbone and backbone.revision,
-                                                         **components)
+        pipe = PIPELINES[kind].from_pretrained(folder, dtype=dtype, use_safetensors=True, **components)
     except (*HUB_ERRORS, SafetensorError) as error:
         if local:
             raise ValueError(f"The model in {source} is incomplete or damaged: {error}") from error
         raise FileNotFoundError(f"The model {source} can't be loaded: it is no folder or file here, and the hub doesn't serve it to this "
                                 "machine (offline, a wrong id, or a model that asks for a login). The embedded model needs no download.") from error
-    except ValueError as error:  # diffusers' own, for a pipeline class that makes no images from text
-        raise ValueError(f"{source} holds no Stable Diffusion model that makes images from text: {error}") from error
+    pipe.register_to_config(_name_or_path=source)  # not the cache's folder
+    return pipe
+
+
+def check_files(folder: Path) -> None:
+    """Raises ValueError for files by which a model in safetensors could send the loader to others, pickled or outside of its folder."""
+    for index in folder.glob("**/*.index.json"):
+        for shard in set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()):
+            if Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise ValueError(f"{index} names {shard}, which is no safetensors file beside it: the model was not loaded.")
+    for config in folder.glob("*/config.json"):
+        if "transformers_weights" in json.loads(config.read_text(encoding="utf-8")):
+            raise ValueError(f"{config} names weight files of its own: the model was not loaded.")
 
 
 def check_weights(source: str, backbone: Backbone) -> None:
@@ -137,46 +154,49 @@ def check_weights(source: str, backbone: Backbone) -> None:
 
 
 def family_of(path: Path) -> str:
-    """sd21 or sdxl, from the names and shapes in a single-file checkpoint. Raises ValueError for every other model."""
+    """The catalogue's base model of a single-file checkpoint, from the names, shapes and metadata in it.
+
+    Raises ValueError for every other model, and for one whose prediction type the file doesn't tell.
+    """
     try:
         with safe_open(path, "pt") as file:
-            names = set(file.keys())
+            names, metadata = set(file.keys()), file.metadata() or {}
             context = [file.get_slice(name).get_shape()[-1] for name in names if name.endswith("transformer_blocks.0.attn2.to_k.weight")]
+            first = "model.diffusion_model.input_blocks.0.0.weight"
+            channels = file.get_slice(first).get_shape()[1] if first in names else None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or no safetensors checkpoint: {error}") from error
     if any("lora_" in name or ".lora" in name for name in names):
         raise ValueError(f"{path} is a LoRA, not a model: name it in the LoRA field, beside the model it belongs to.")
-    width = context[0] if context and any(name.startswith("model.diffusion_model.") for name in names) else None
-    if width not in (1024, 2048):
-        what = {768: "Stable Diffusion 1"}.get(width, "another family")
-        raise ValueError(f"{path} is a checkpoint of {what}; single files of Stable Diffusion 2.1 and XL descendants can be loaded. "
-                         "A Stable Diffusion 1 model works as a folder in diffusers' layout.")
-    return "sd21" if width == 1024 else "sdxl"
+    width = context[0] if context and channels else None
+    if width not in (1024, 2048) or channels != 4 or {"edm_mean", "v_pred"} & names:
+        what = "Stable Diffusion 1" if width == 768 else "another family"
+        raise ValueError(f"{path} is a checkpoint of {what}; single files of Stable Diffusion 2.1 and XL descendants that make images from text "
+                         "can be loaded. Other Stable Diffusion models work as a folder in diffusers' layout.")
+    if width == 2048:
+        return "sdxl"
+    said = " ".join(metadata.get(f"modelspec.{key}", "") for key in ("architecture", "prediction_type")).lower()
+    for family, marks in (("sd21", ("768-v", "v_prediction", " v")), ("sd21-base", ("v2-512", "epsilon"))):
+        if any(mark in said for mark in marks):
+            return family
+    raise ValueError(f"{path} doesn't say whether it predicts v, as Stable Diffusion 2.1, or ε, as its base: its metadata lack “modelspec.architecture”. "
+                     "The model works as a folder in diffusers' layout.")
 
 
 def load_single_file(path: Path, dtype: torch.dtype) -> DiffusionPipeline:
     """Of one .safetensors checkpoint; its configuration and tokenizers are those of the catalogue's base model."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    family = family_of(path)
-    with safe_open(path, "pt") as file:
-        metadata = " ".join((file.metadata() or {}).values()).lower()
-    if family == "sd21" and ("v2-512" in metadata or "epsilon" in metadata):  # said by files that follow the modelspec standard
-        family = "sd21-base"
-    base = BACKBONES[family]
+    base = BACKBONES[family_of(path)]
     kind = StableDiffusionXLPipeline if base.family == "sdxl" else StableDiffusionPipeline
     try:
-        return kind.from_single_file(str(path), config=base.source, dtype=dtype)
-    except (*HUB_ERRORS, SafetensorError, ValueError, KeyError) as error:
-        raise FileNotFoundError(f"{path} can't be loaded with the configuration of {base.source}, which comes from the hub: {error}") from error
-
-
-def adapter_layers(pipe: DiffusionPipeline, adapter: str) -> Iterator[BaseTunerLayer]:
-    """The layers that hold the adapter, of the UNet and the text encoders."""
-    for name in ("unet", "text_encoder", "text_encoder_2"):
-        for layer in getattr(pipe, name, None).modules() if getattr(pipe, name, None) is not None else ():
-            if isinstance(layer, BaseTunerLayer) and adapter in getattr(layer, "lora_A", {}):
-                yield layer
+        folder = DiffusionPipeline.download(base.source, allow_patterns=["*.json", "*.txt"], use_safetensors=True)
+    except HUB_ERRORS as error:
+        raise FileNotFoundError(f"{path} needs the configuration of {base.source}, which the hub doesn't serve to this machine: {error}") from error
+    try:
+        return kind.from_single_file(str(path), config=folder, dtype=dtype)
+    except (SingleFileComponentError, SafetensorError, ValueError, KeyError, RuntimeError, OSError) as error:
+        raise ValueError(f"{path} lacks a part of {base.title} or doesn't fit it: {error}") from error
 
 
 def refiner_for(pipe: DiffusionPipeline, backbone: Backbone | None) -> str | None:
@@ -184,40 +204,62 @@ def refiner_for(pipe: DiffusionPipeline, backbone: Backbone | None) -> str | Non
 
     A fine-tune takes its base's refiner (paper, table 4).
     """
-    found = [base.refiner for base in ([backbone] if backbone else BACKBONES.values()) if Path(base.refiner).is_dir()]
+    found = [base.refiner for base in ([backbone] if backbone else BACKBONES.values()) if (Path(base.refiner) / CONFIG_NAME).is_file()]
     return next((folder for folder in found if backbone or not misfit(read_config(Path(folder)), pipe)), None)
 
 
-def add_lora(pipe: DiffusionPipeline, name_or_path: str, weight: float) -> str:
-    """Puts a user's LoRA on the pipeline with this weight; returns a sentence where it fits some layers only, else nothing.
+def training_command(pipe: DiffusionPipeline, source: str, backbone: Backbone | None) -> str:
+    """What trains the missing refiner: on the base that shares it, for a model that takes another one's."""
+    base = next(other for other in BACKBONES.values() if other.refiner == backbone.refiner) if backbone else None
+    preset = "sdxl" if isinstance(pipe, StableDiffusionXLPipeline) else "sd21"
+    return (f"python train/train_refiner.py --preset {preset} --backbone {base.source if base else source} --prompts prompts.txt "
+            f"--output_dir {base.refiner if base else 'runs/refiner'}")
+
+
+def adapter_layers(pipe: DiffusionPipeline, adapter: str) -> Iterator[BaseTunerLayer]:
+    """The layers that hold the adapter, of the UNet and the text encoders."""
+    for network in (getattr(pipe, name, None) for name in ("unet", "text_encoder", "text_encoder_2")):
+        for layer in network.modules() if network is not None else ():
+            if isinstance(layer, BaseTunerLayer) and adapter in getattr(layer, "lora_A", {}):
+                yield layer
+
+
+def add_lora(pipe: DiffusionPipeline, name_or_path: str) -> str:
+    """Puts a user's LoRA on the pipeline as the adapter "style"; returns a sentence where it fits some layers only, else nothing.
 
     Raises FileNotFoundError where there is none and ValueError where it fits no layer or can't be read;
     the pipeline is then as it was.
     """
     path = Path(name_or_path)
-    where = {"pretrained_model_name_or_path_or_dict": str(path.parent), "weight_name": path.name} if path.suffix == ".safetensors" else \
-        {"pretrained_model_name_or_path_or_dict": name_or_path}
+    where = {"pretrained_model_name_or_path_or_dict": name_or_path}
+    if path.suffix == ".safetensors":
+        where = {"pretrained_model_name_or_path_or_dict": str(path.parent), "weight_name": path.name}
     try:
         state = pipe.lora_state_dict(**where, use_safetensors=True)
         state = state[0] if isinstance(state, tuple) else state
-        asked = sum("lora_A" in key or "lora.down" in key or "lora_down" in key for key in state)
+        asked = sum(key.endswith(("lora_A.weight", ".down.weight", "lora_down.weight")) for key in state)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what it says of keys that fit nothing is counted below
             pipe.load_lora_weights(**where, adapter_name="style", use_safetensors=True)
     except HUB_ERRORS as error:
-        raise FileNotFoundError(f"There is no LoRA at {name_or_path}: it is neither a .safetensors file or folder nor a hub repository that can "
-                                "be reached.") from error
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:  # RuntimeError: shapes of another model
+        raise FileNotFoundError(no_lora(name_or_path)) from error
+    except (SafetensorError, ValueError, KeyError, RuntimeError, TypeError, IndexError) as error:  # RuntimeError: shapes of another model
         pipe.unload_lora_weights()
-        raise ValueError(f"The LoRA {name_or_path} belongs to another model or is damaged: {str(error).splitlines()[0]}") from error
+        if HF_HUB_OFFLINE and not path.exists():
+            raise FileNotFoundError(no_lora(name_or_path)) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"The LoRA {name_or_path} belongs to another model or is damaged: {reason}") from error
     found = len(list(adapter_layers(pipe, "style")))
     if not found:
         pipe.unload_lora_weights()
         raise ValueError(f"The LoRA {name_or_path} matches no layer of this model: it belongs to another family.")
-    pipe.set_adapters(["style"], [weight])
     return f"The LoRA matches {found} of its {asked} layers; the others belong to another model." if found < asked else ""
 
 
+def no_lora(name_or_path: str) -> str:
+    return f"There is no LoRA at {name_or_path}: it is neither a .safetensors file or folder nor a hub repository that can be reached."
+
+
 def any_model_allowed() -> bool:
-    """Whether users may name models, refiners and LoRAs of their own: on a public Space only if its owner sets this variable."""
-    return "SPACE_ID" not in os.environ or os.environ.get("NOISEREFINE_ANY_MODEL") == "1"
+    """Whether users may name models, refiners and LoRAs of their own: at home yes, on a Space only if its owner sets NOISEREFINE_ANY_MODEL=1."""
+    return os.environ.get("NOISEREFINE_ANY_MODEL", "0" if "SPACE_ID" in os.environ else "1") == "1"

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -24,7 +25,7 @@ class Arm:
 
     name: str  # gaussian, guided or refined
     image: Image.Image
-    x_T: torch.Tensor  # the noise it started from, (1, C, h, w) on the CPU, unit variance
+    x_T: np.ndarray  # the noise it started from, (1, C, h, w) in float32, unit variance
     forwards: int  # of the UNet, for one image
     seconds: float
 
@@ -103,6 +104,6 @@ def compare(pipe: DiffusionPipeline, refiner: Refiner | None, prompt: str, seed:
                 image = sample(with_sampler(pipe, sampler), guidance_scale=guidance_scale if name == "guided" else 1.0, latents=latents,
                                num_inference_steps=steps, height=height, width=width, generator=torch.Generator().manual_seed(seed),
                                **embeds).images[0]
-            yield Arm(name, image, latents.cpu(), counter.count, time.perf_counter() - began)
+            yield Arm(name, image, latents.float().cpu().numpy(), counter.count, time.perf_counter() - began)
 
     return arms()

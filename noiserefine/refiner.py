@@ -13,15 +13,17 @@ import psutil
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import httpx
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from noiserefine.noise import encode_prompt, unet_conditioning
 
+HUB_ERRORS = (HFValidationError, httpx.HTTPError, OSError)  # no such id, no permission, no network, not cached, no such file
 FORMAT_VERSION = 1
 ADAPTER = "refiner"  # beside whatever adapters the user has on the UNet
 CONFIG_NAME, WEIGHTS_NAME, GUIDANCE_NAME = "refiner.json", "pytorch_lora_weights.safetensors", "guidance_embedding.safetensors"
@@ -62,6 +64,7 @@ class Refiner:
     get weights of their own: nearly a second UNet in memory, and the speed of a plain forward.
     """
 
+    note = ""  # what to say of a pipeline that is not the base, in a sentence
     offload_hook = None  # what sends the refining network back to the CPU after its pass; see offload.py
 
     def __init__(self, pipe: DiffusionPipeline, config: RefinerConfig, unet: UNet2DConditionModel):
@@ -94,6 +97,7 @@ class Refiner:
 
         merge: whether the LoRA is folded into weights of the refiner's own (faster, nearly a second UNet in
         memory) or stays apart over the pipeline's; None: folded in where that takes at most half of the free memory.
+        Move the pipeline to its device first: the refiner's own weights stay where they are made.
         Warns (UserWarning) where the pipeline is not the base it was trained on but may work, a fine-tune.
         Raises FileNotFoundError where there is no refiner, and ValueError where the files are damaged or of
         another format, or the pipeline's UNet has another architecture or prediction type.
@@ -104,15 +108,17 @@ class Refiner:
         if reason:
             raise ValueError(f"The refiner {name_or_path} was trained for {config.base_model} and doesn't fit: {reason}. Load "
                              f"{config.base_model} or a fine-tune of it, or train a refiner for this model with train/train_refiner.py.")
+        check_rank(folder / WEIGHTS_NAME, config.rank)
         unet = with_lora(pipe.unet, config)
         load_exactly(unet, folder)
-        for parameter in set(unet.parameters()) - set(pipe.unet.parameters()):
-            parameter.data = parameter.data.to(pipe.unet.dtype)  # a new LoRA is in single precision
         refiner = cls(pipe, config, unet)
+        refiner.note = note_on(pipe.unet, config)
         if refiner.note:
             warnings.warn(refiner.note, stacklevel=2)
         if merge or merge is None and merged_bytes(unet) <= free_memory(pipe.device) / 2:
             refiner.merge()
+        for parameter in set(unet.parameters()) - set(pipe.unet.parameters()):
+            parameter.data = parameter.data.to(pipe.unet.dtype)  # a new LoRA is in single precision
         return refiner
 
     def merge(self) -> None:
@@ -123,21 +129,12 @@ class Refiner:
     def merged(self) -> bool:
         return not any(isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A for layer in self.unet.modules())
 
-    @property
-    def note(self) -> str:
-        """What to say of a pipeline that is not the base, in a sentence; empty where it is."""
-        theirs = torch.tensor(self.config.base_signature)
-        if torch.allclose(torch.tensor(signature(self.pipe.unet)), theirs, rtol=5e-3, atol=1e-5):  # in float16 and bfloat16 too
-            return ""
-        return (f"This model is not {self.config.base_model}, which the refiner was trained on, but has its architecture: "
-                "on a fine-tune of it the refiner is expected to work, on a model trained from scratch not.")
-
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes refiner.json and the LoRA, which pipe.load_lora_weights also reads. Raises ValueError for a merged refiner."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         if self.merged:
             raise ValueError("This refiner was loaded merged: its LoRA is gone. Load it with merge=False to save it.")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         layers = get_peft_model_state_dict(self.unet, adapter_name=ADAPTER)
         self.pipe.save_lora_weights(folder, unet_lora_layers=layers,
                                     unet_lora_adapter_metadata=self.unet.peft_config[ADAPTER].to_dict())
@@ -171,12 +168,15 @@ class Refiner:
         conditioning = unet_conditioning(self.pipe, embeds, x_T.shape[-2] * factor, x_T.shape[-1] * factor)
         dtype = self.pipe.unet.dtype
         if self.takes_guidance_scale:
-            embedding = self.pipe.get_guidance_scale_embedding(guidance_scale.float() - 1, embedding_dim=GUIDANCE_EMBEDDING)
+            embedding = self.pipe.get_guidance_scale_embedding(guidance_scale.float().cpu() - 1, embedding_dim=GUIDANCE_EMBEDDING)
             conditioning["timestep_cond"] = embedding.to(x_T.device, dtype)
-        predicted = self.unet(x_T.to(dtype), self.config.timestep, **conditioning).sample
         if self.offload_hook:
-            self.offload_hook.offload()
-        return predicted.float()
+            self.pipe.maybe_free_model_hooks()  # what an earlier call left on the device
+        try:
+            return self.unet(x_T.to(dtype), self.config.timestep, **conditioning).sample.float()
+        finally:
+            if self.offload_hook:
+                self.offload_hook.offload()
 
     @torch.no_grad()
     def __call__(self, x_T: torch.Tensor, prompt: str | list[str] | dict[str, torch.Tensor], strength: float = 1.0,
@@ -223,6 +223,14 @@ def misfit(config: RefinerConfig, pipe: DiffusionPipeline) -> str:
     return "" if prediction_type == config.prediction_type else f"this model predicts “{prediction_type}” and its base “{config.prediction_type}”"
 
 
+def note_on(unet: UNet2DConditionModel, config: RefinerConfig) -> str:
+    """What to say of a pipeline that is not the refiner's base, in a sentence; empty where it is."""
+    if torch.allclose(torch.tensor(signature(unet)), torch.tensor(config.base_signature), rtol=5e-3, atol=1e-5):  # in half precision too
+        return ""
+    return (f"This model is not {config.base_model}, which the refiner was trained on, but has its architecture: "
+            "on a fine-tune of it the refiner is expected to work, on a model trained from scratch not.")
+
+
 def revision(pipe: DiffusionPipeline) -> str | None:
     """The commit of the hub repository that the UNet was loaded from, which the cache's path tells; None for a folder."""
     found = re.search(r"snapshots[/\\]([0-9a-f]{40})", pipe.unet.config.get("_name_or_path") or "")
@@ -259,7 +267,7 @@ def with_lora(unet: UNet2DConditionModel, config: RefinerConfig) -> UNet2DCondit
 def cancel_head(conv_out: LoraLayer) -> None:
     """Sets a convolution's LoRA to minus its weight, by SVD, so that the sum of both is zero."""
     weight = conv_out.get_base_layer().weight
-    u, s, vh = torch.linalg.svd(weight.double().flatten(1), full_matrices=False)
+    u, s, vh = torch.linalg.svd(weight.cpu().double().flatten(1), full_matrices=False)
     down, up = conv_out.lora_A[ADAPTER].weight, conv_out.lora_B[ADAPTER].weight
     down[: len(s)] = (s.sqrt()[:, None] * vh).view(-1, *down.shape[1:])
     up[:, : len(s)] = (-u * s.sqrt() / conv_out.scaling[ADAPTER])[..., None, None]
@@ -283,8 +291,10 @@ def merged_bytes(unet: UNet2DConditionModel) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Bytes that are free on the device, those included that PyTorch keeps for reuse."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def load_exactly(unet: UNet2DConditionModel, folder: Path) -> None:
@@ -300,6 +310,18 @@ def load_exactly(unet: UNet2DConditionModel, folder: Path) -> None:
         state = read_tensors(folder / GUIDANCE_NAME)
         check_tensors(folder / GUIDANCE_NAME, state, projection.state_dict())
         projection.load_state_dict(state)
+
+
+def check_rank(path: Path, rank: int) -> None:
+    """Raises ValueError where the file's LoRA has another rank, before memory is taken for one of that rank."""
+    try:
+        with safe_open(path, "pt") as file:
+            ranks = {file.get_slice(name).get_shape()[0] for name in file.keys() if name.endswith("lora_A.weight")}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file ({error}): download or train the refiner again.") from error
+    if rank not in ranks:
+        raise ValueError(f"{path} does not hold this refiner's weights: its LoRA has rank {', '.join(map(str, sorted(ranks)))} and "
+                         f"{CONFIG_NAME} says rank {rank}.")
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -325,7 +347,7 @@ def resolve(name_or_path: str | Path) -> Path:
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(str(name_or_path), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, GUIDANCE_NAME]))
-        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        except HUB_ERRORS as error:
             raise FileNotFoundError(f"There is no refiner at {name_or_path}: it is neither a folder nor a hub repository that "
                                     "can be reached.") from error
     for name in (CONFIG_NAME, WEIGHTS_NAME):
@@ -343,7 +365,7 @@ def read_config(folder: Path) -> RefinerConfig:
     if config.format_version != FORMAT_VERSION:
         raise ValueError(f"{folder} has format version {config.format_version}; this version of NoiseRefine reads {FORMAT_VERSION}.")
     numbers, scales = (int, float), config.guidance_scale_range
-    sound = {"rank": type(config.rank) is int and 1 <= config.rank <= 4096, "alpha": type(config.alpha) in numbers,
+    sound = {"rank": type(config.rank) is int and 1 <= config.rank <= 4096, "alpha": type(config.alpha) in numbers and math.isfinite(config.alpha),
              "timestep": type(config.timestep) is int and config.timestep >= 0, "architecture": isinstance(config.architecture, dict),
              "parametrisation": config.parametrisation == PARAMETRISATION, "base_signature": isinstance(config.base_signature, list)
              and len(config.base_signature) == 16 and all(type(value) in numbers for value in config.base_signature),

@@ -17,7 +17,7 @@ from PIL import Image
 
 import app
 from noiserefine import draw_noise
-from noiserefine.backbones import load_pipeline
+from noiserefine.backbones import any_model_allowed, load_pipeline
 from noiserefine.compare import compare
 from train.architectures import random_pipeline
 
@@ -122,7 +122,7 @@ def turbo(tmp_path, monkeypatch):
 def test_turbo_has_no_guided_column_and_no_refiner_yet(turbo):
     state = shown(*turbo)
     assert "Not applicable" in state["guided_cost"] and "guided" not in state and "refined" not in state
-    assert "train/train_refiner.py --backbone" in state["says"] and state["gaussian"].size == (128, 128)
+    assert f"--backbone {app.BACKBONES['sd21-base'].source}" in state["says"] and state["gaussian"].size == (128, 128)
 
 
 def test_a_refiner_that_the_user_names(turbo, tmp_path):
@@ -159,14 +159,45 @@ def test_out_of_memory_is_survived(monkeypatch):
     assert all(np.array_equal(before[name], after[name]) for name in app.ARMS)
 
 
-@pytest.mark.parametrize("position, value", [(2, "somebody/something"), (9, "/etc"), (10, "../secret.safetensors")])
+@pytest.mark.parametrize("position, value", [(2, "somebody/something"), (9, "/etc"), (10, "../secret.safetensors"), (9, "sdxl"), (10, "emoji")])
 def test_a_public_space_serves_its_own_models(monkeypatch, position, value):
-    monkeypatch.setenv("SPACE_ID", "somebody/space")
+    monkeypatch.setattr(app, "FREE_CHOICE", False)
     inputs = list(GOOD)
     inputs[position] = value
     with pytest.raises(gr.Error, match="serves its own models only"):
         shown(*inputs)
     shown(*GOOD)
+
+
+@pytest.mark.parametrize("space, variable, allowed", [(None, None, True), ("a/b", None, False), ("a/b", "1", True), (None, "0", False)])
+def test_who_may_name_any_model(monkeypatch, space, variable, allowed):
+    for name, value in (("SPACE_ID", space), ("NOISEREFINE_ANY_MODEL", variable)):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    assert any_model_allowed() == allowed
+
+
+def test_a_loras_weight_does_not_load_the_model_again(monkeypatch, tmp_path):
+    perturbed(load_pipeline(EMOJI, "cpu")).save_pretrained(tmp_path)
+    inputs = [*GOOD[:9], "", str(tmp_path), 0.8]
+    strong = shown(*inputs)
+    monkeypatch.setattr(app, "load_pipeline", None)
+    inputs[11] = 0.0
+    assert all(np.array_equal(shown(*inputs)[name], shown(*GOOD)[name]) for name in ("gaussian", "guided"))
+    inputs[11] = 0.8
+    assert all(np.array_equal(shown(*inputs)[name], strong[name]) for name in app.ARMS)
+
+
+def test_offload_reaches_the_page(monkeypatch):
+    """Model offload computes on a CPU too; the sequential one only on accelerators, but it must get as far as computing."""
+    plain = shown(*GOOD)
+    monkeypatch.setattr(app, "MODELS", app.Models())
+    app.MODELS.offload = "model"
+    spared = shown(*GOOD)
+    assert all(np.array_equal(plain[name], spared[name]) for name in app.ARMS)
+    monkeypatch.setattr(app, "MODELS", app.Models())
+    app.MODELS.offload = "sequential"
+    pipe, refiner, says = app.MODELS.get(app.Model("emoji"))
+    assert "guidance scale" in says and refiner.unet.conv_in.weight.device.type == pipe.unet.conv_in.weight.device.type == "meta"
 
 
 def test_seconds_of_gpu_fit_a_visitors_quota():

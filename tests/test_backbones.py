@@ -1,5 +1,6 @@
 """The big models' families without their weights: small pipelines with their blocks and conditioning, full-size UNets without data."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -7,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import EMOJI, EMOJI_REFINER, output, perturbed
+from diffusers import StableDiffusionPipeline
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.utils import httpx
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from noiserefine import Refiner, backbones, draw_noise
-from noiserefine.backbones import BACKBONES, add_lora, check_weights, family_of, load_pipeline, refiner_for
+from noiserefine.backbones import BACKBONES, add_lora, check_weights, family_of, load_pipeline, refiner_for, training_command
 from noiserefine.compare import compare
 from noiserefine.noise import encode_prompt
 from noiserefine.offload import offload
@@ -145,7 +148,7 @@ def test_known_arms_are_not_sampled_again(pipe, refiner):
     for handle in handles:
         handle.remove()
     assert len(count) == 3, "the refining pass and two steps"
-    assert again["guided"] is first["guided"] and not torch.equal(again["refined"].x_T, first["refined"].x_T)
+    assert again["guided"] is first["guided"] and not np.array_equal(again["refined"].x_T, first["refined"].x_T)
 
 
 def lora_file(path, pipe, rename=None):
@@ -161,7 +164,8 @@ def test_a_users_lora(tmp_path):
     pipe = load_pipeline(EMOJI, "cpu")
     before = output(pipe)
     path = lora_file(tmp_path / "style.safetensors", pipe)
-    assert add_lora(pipe, path, 0.7) == ""
+    assert add_lora(pipe, path) == ""
+    pipe.set_adapters(["style"], [0.7])
     styled = output(pipe)
     assert not torch.equal(styled, before)
     refiner = Refiner.from_pretrained(EMOJI_REFINER, pipe)
@@ -170,54 +174,59 @@ def test_a_users_lora(tmp_path):
 
 
 @pytest.mark.parametrize("rename, error, says", [
-    (lambda name: name.replace("unet.", "unet.other."), ValueError, "LoRA"),
-    (lambda name: "model." + name, ValueError, "LoRA"),
+    (lambda name: name.replace("unet.", "unet.other."), ValueError, "another model or is damaged|matches no layer"),
+    (lambda name: "model." + name, ValueError, "another model or is damaged|matches no layer"),
 ])
 def test_a_lora_of_another_model(tmp_path, rename, error, says):
     pipe = load_pipeline(EMOJI, "cpu")
     before = output(pipe)
     with pytest.raises(error, match=says):
-        add_lora(pipe, lora_file(tmp_path / "style.safetensors", pipe, rename), 1.0)
+        add_lora(pipe, lora_file(tmp_path / "style.safetensors", pipe, rename))
     assert torch.equal(output(pipe), before)
 
 
 def test_a_lora_that_fits_some_layers(tmp_path):
     pipe = load_pipeline(EMOJI, "cpu")
     path = lora_file(tmp_path / "style.safetensors", pipe, lambda name: name.replace("mid_block", "middle_block"))
-    assert "layers; the others belong to another model" in add_lora(pipe, path, 1.0)
+    assert "layers; the others belong to another model" in add_lora(pipe, path)
 
 
 def test_a_lora_of_other_shapes_or_none(tmp_path, sdxl):
     pipe = load_pipeline(EMOJI, "cpu")
     before = output(pipe)
     with pytest.raises(ValueError, match="belongs to another"):
-        add_lora(pipe, lora_file(tmp_path / "style.safetensors", sdxl), 1.0)
+        add_lora(pipe, lora_file(tmp_path / "style.safetensors", sdxl))
     with pytest.raises(FileNotFoundError, match="no LoRA at"):
-        add_lora(pipe, str(tmp_path / "nothing.safetensors"), 1.0)
+        add_lora(pipe, str(tmp_path / "nothing.safetensors"))
     (tmp_path / "text.safetensors").write_text("no tensors here, only words")
     with pytest.raises(ValueError, match="damaged"):
-        add_lora(pipe, str(tmp_path / "text.safetensors"), 1.0)
+        add_lora(pipe, str(tmp_path / "text.safetensors"))
     assert torch.equal(output(pipe), before)
 
 
-UNET_KEY = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+UNET_KEY, FIRST = ("model.diffusion_model.input_blocks." + name for name in ("2.1.transformer_blocks.0.attn2.to_k.weight", "0.0.weight"))
+
+
+def checkpoint(path, tensors, metadata=None):
+    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, path, metadata)
+    return path
 
 
 @pytest.mark.parametrize("tensors, says", [
-    ({UNET_KEY: (4, 768)}, "of Stable Diffusion 1"), ({"double_blocks.0.img_attn.qkv.weight": (4, 4)}, "another family"),
-    ({"lora_unet_down_blocks_0.lora_down.weight": (4, 4)}, "is a LoRA"),
+    ({UNET_KEY: (4, 768), FIRST: (8, 4, 3, 3)}, "of Stable Diffusion 1"), ({"double_blocks.0.img_attn.qkv.weight": (4, 4)}, "another family"),
+    ({UNET_KEY: (4, 1024), FIRST: (8, 9, 3, 3)}, "another family"), ({UNET_KEY: (4, 2048), FIRST: (8, 4, 3, 3), "v_pred": (1,)}, "another family"),
+    ({"lora_unet_down_blocks_0.lora_down.weight": (4, 4)}, "is a LoRA"), ({UNET_KEY: (4, 1024), FIRST: (8, 4, 3, 3)}, "doesn't say whether it predicts v"),
 ])
 def test_single_files_of_other_families(tmp_path, tensors, says):
-    path = tmp_path / "model.safetensors"
-    save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, path)
     with pytest.raises(ValueError, match=says):
-        load_pipeline(str(path), "cpu")
+        load_pipeline(str(checkpoint(tmp_path / "model.safetensors", tensors)), "cpu")
 
 
-@pytest.mark.parametrize("width, family", [(1024, "sd21"), (2048, "sdxl")])
-def test_single_files(tmp_path, width, family):
-    path = tmp_path / "model.safetensors"
-    save_file({UNET_KEY: torch.zeros(4, width)}, path)
+@pytest.mark.parametrize("width, architecture, family", [
+    (1024, "stable-diffusion-v2-768-v", "sd21"), (1024, "stable-diffusion-v2-512", "sd21-base"), (2048, "", "sdxl")])
+def test_single_files(tmp_path, width, architecture, family):
+    path = checkpoint(tmp_path / "model.safetensors", {UNET_KEY: (4, width), FIRST: (8, 4, 3, 3)},
+                      {"modelspec.architecture": architecture, "optimizer": "adam_epsilon 1e-8"})
     assert family_of(path) == family
     with pytest.raises(FileNotFoundError, match=f"configuration of {BACKBONES[family].source}"):  # there is no hub here
         load_pipeline(str(path), "cpu")
@@ -226,6 +235,41 @@ def test_single_files(tmp_path, width, family):
         load_pipeline(str(path), "cpu")
     with pytest.raises(FileNotFoundError, match="no file"):
         load_pipeline(str(tmp_path / "nothing.safetensors"), "cpu")
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda folder: edit(folder / "model_index.json", _class_name="FluxPipeline"), "is a FluxPipeline"),
+    (lambda folder: edit(folder / "unet" / "diffusion_pytorch_model.safetensors.index.json", weight_map={"conv_in.weight": "weights.bin"}), "no safetensors"),
+    (lambda folder: edit(folder / "unet" / "diffusion_pytorch_model.safetensors.index.json", weight_map={"a": "../../a.safetensors"}), "no safetensors"),
+    (lambda folder: edit(folder / "text_encoder" / "config.json", transformers_weights="adapter_model.bin"), "weight files of its own"),
+    (lambda folder: edit(folder / "unet" / "config.json", in_channels=9), "incomplete or damaged|takes 9 channels"),
+])
+def test_folders_that_are_refused(tmp_path, damage, says):
+    folder = tmp_path / "model"
+    shutil.copytree(EMOJI, folder)
+    damage(folder)
+    with pytest.raises(ValueError, match=says):
+        load_pipeline(str(folder), "cpu")
+
+
+def edit(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_the_catalogue_is_true():
+    """What it says of a model, against the model's architecture."""
+    for name in UNETS:
+        backbone, pipe = BACKBONES[name], random_pipeline(name, small=True)
+        assert backbone.prediction_type == pipe.scheduler.config.prediction_type and backbone.size == 8 * UNETS[name]["sample_size"]
+        assert (backbone.family == "sdxl") == ("addition_embed_type" in UNETS[name])
+
+
+def test_the_command_that_trains(family):
+    name = family.name_or_path.split()[0]
+    command = training_command(family, BACKBONES[name].source, BACKBONES[name])
+    assert ("--preset sdxl" in command) == (name == "sdxl")
+    assert "sd-turbo" not in command, "Turbo takes the refiner of 2.1 base, which is trained on 2.1 base"
+    assert "--backbone somebody/tune" in training_command(family, "somebody/tune", None)
 
 
 def test_a_mirror_with_other_weights_is_refused(monkeypatch):
@@ -238,19 +282,28 @@ def test_a_mirror_with_other_weights_is_refused(monkeypatch):
     serve(backbone.sha256)
     check_weights(backbone.source, backbone)
     serve(backbone.sha256 | {"unet/diffusion_pytorch_model.safetensors": "0" * 64})
+    monkeypatch.setattr(backbones.DiffusionPipeline, "load_config", lambda *_, **__: {"_class_name": "StableDiffusionPipeline"})
     with pytest.raises(ValueError, match="not the original's 1238522"):
         load_pipeline(backbone.source, "cpu")
 
 
-@pytest.mark.parametrize("error", [RepositoryNotFoundError, GatedRepoError, ConnectionError])
+RESPONSE = httpx.Response(401, request=httpx.Request("GET", "https://huggingface.co"))
+
+
+@pytest.mark.parametrize("error", [RepositoryNotFoundError("401", response=RESPONSE), GatedRepoError("401", response=RESPONSE),
+                                   httpx.ConnectError("no route"), httpx.ConnectTimeout("too long")])
 def test_the_hub_says_no(monkeypatch, error):
     """An id that does not exist, one that asks for a login, and no network."""
     def refuse(*_, **__):
-        raise error("401", response=SimpleNamespace(headers={}, request=None, status_code=401)) if error is not ConnectionError else error("no route")
+        raise error
 
-    monkeypatch.setattr(backbones.AutoPipelineForText2Image, "from_pretrained", refuse)
+    for kind, name in ((backbones.DiffusionPipeline, "load_config"), (backbones.HfApi, "model_info"), (StableDiffusionPipeline, "lora_state_dict")):
+        monkeypatch.setattr(kind, name, refuse)
     with pytest.raises(FileNotFoundError, match="a wrong id, or a model that asks for a login"):
         load_pipeline("somebody/something", "cpu")
+    check_weights(BACKBONES["sd21"].source, BACKBONES["sd21"])  # what is cached can still be loaded
+    with pytest.raises(FileNotFoundError, match="no LoRA at somebody/style"):
+        add_lora(random_pipeline("sd21", small=True), "somebody/style")
 
 
 def test_a_fine_tune_takes_its_bases_refiner(pipe, sdxl, tmp_path):

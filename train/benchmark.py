@@ -69,6 +69,7 @@ def measure(pipe: DiffusionPipeline, refiner: Refiner, args: argparse.Namespace)
     extra = sum(p.numel() * p.element_size() for p in refiner.unet.parameters() if id(p) not in weights)
     x_T = draw_noise(pipe, 0, args.batch_size)
     start = x_T.to(pipe.device, pipe.unet.dtype)
+    scale = refiner.config.guidance_scale_range[1] if refiner.takes_guidance_scale else None
     prompts, settings = [PROMPT] * args.batch_size, {"num_inference_steps": args.steps}
     arms = ("unguided", "guided", "refined")
     seconds, forwards, peaks = {name: [] for name in arms}, {}, {}
@@ -80,7 +81,7 @@ def measure(pipe: DiffusionPipeline, refiner: Refiner, args: argparse.Namespace)
             began, counter = time.perf_counter(), ForwardCounter()
             with counter.watch(pipe.unet, refiner.unet):
                 embeds = encode_prompt(pipe, prompts, guided=name == "guided")  # once, for the refiner and the sampling
-                latents = refiner(x_T, embeds) if name == "refined" else start
+                latents = refiner(x_T, embeds, guidance_scale=scale) if name == "refined" else start
                 pipe(latents=latents, guidance_scale=7.0 if name == "guided" else 1.0, **embeds, **settings)
             synchronize(pipe.device)
             forwards[name], peaks[name] = counter.count // args.batch_size, peak_bytes(pipe.device)

@@ -16,10 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root, when run as a script
 
-from train_refiner import parse, plan
-
 from noiserefine.refiner import RefinerConfig, with_lora
 from train.architectures import build_unet
+from train.train_refiner import parse, plan
 
 MAX_SIDE = 128  # of a feature map; what is square and larger is queries by keys
 
@@ -45,11 +44,11 @@ def main() -> None:
             refining = with_lora(unet, RefinerConfig(options.rank, options.rank, "", {}, "", [])).half()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             forward(unet, 1)
-        kept, weights = {}, {id(p) for p in refining.parameters()}
+        kept, weights = {}, {id(p.untyped_storage()) for p in refining.parameters()}
 
         def keep(tensor: torch.Tensor, kept=kept, weights=weights) -> torch.Tensor:
             attention_map = tensor.ndim >= 3 and tensor.shape[-1] == tensor.shape[-2] > MAX_SIDE  # a fused kernel keeps none
-            if id(tensor) not in weights and not attention_map:
+            if id(tensor.untyped_storage()) not in weights and not attention_map:
                 kept[id(tensor.untyped_storage())] = (tensor, tensor.untyped_storage().nbytes())  # held, so that no id comes twice
             return tensor
 
@@ -66,7 +65,7 @@ def main() -> None:
             f"{sum(p.numel() for p in unet.parameters()) * 2 / 2**30:.1f}", f"{lora * 16 / 2**30:.1f}",
             f"{sum(size for _, size in kept.values()) / 2**30:.1f}"])
     names = ["10¹² operations a forward", "targets M", "epochs E", "optimiser steps", "million evaluations for the targets", "million evaluations for training",
-             f"hours at {args.tflops:g} TFLOP/s", "GiB of weights, float16", "GiB of LoRA, gradient and AdamW, float32",
+             f"hours at {args.tflops:g} TFLOP/s", "GiB of the UNet's weights, float16", "GiB of LoRA, gradient and AdamW, float32",
              "GiB kept for the backward pass"]
     for name, *values in zip(names, *columns):
         print(f"| {name} | {' | '.join(values)} |")

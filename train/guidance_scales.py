@@ -19,14 +19,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root, when run as a script
 
-from evaluate import FIRST_SEED, held_out_prompts, interval
-from train_refiner import decode, latents_from
-
 from noiserefine import Refiner, draw_noise
 from noiserefine.backbones import load_pipeline
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
 from train.emoji.classifier import Judge
+from train.evaluate import FIRST_SEED, held_out_prompts, interval
+from train.train_refiner import decode, latents_from
 
 
 def main() -> None:

@@ -19,14 +19,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root, when run as a script
 
-from benchmark import synchronize
-
 from noiserefine import Refiner, draw_noise
 from noiserefine.backbones import load_pipeline
 from noiserefine.guidance import sample
 from noiserefine.msd import msd_loss, sampler_gain
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
+from train.benchmark import synchronize
 from train.memory import peak_bytes
 
 

@@ -37,9 +37,11 @@ def pickapic_captions(paths: list[Path]) -> list[str]:
         raise ValueError(f"{', '.join(map(str, paths))}: not parquet files with a column “caption”: {error}.") from error
 
 
-def choose(captions: list[str], count: int, fits, rng: random.Random, what: str) -> list[str]:
-    """count different captions, in random order, that fit. Raises ValueError where there are fewer."""
-    unique = list(dict.fromkeys(" ".join(caption.split()) for caption in captions))
+def choose(captions: list[str], count: int, taken: list[str], fits, rng: random.Random, what: str) -> list[str]:
+    """count different captions, in random order, that fit and are not taken. Raises ValueError where there are fewer."""
+    unique = list(dict.fromkeys(" ".join(caption.split()) for caption in captions if caption))
+    before = set(taken)
+    unique = [caption for caption in unique if caption not in before]
     rng.shuffle(unique)
     chosen = []
     for caption in unique:
@@ -70,10 +72,9 @@ def main(arguments: list[str] | None = None) -> None:
     def fits(caption: str) -> bool:
         return len(tokenizer(caption, verbose=False).input_ids) <= tokenizer.model_max_length
 
-    prompts = choose(coco_captions(args.coco), args.coco_count, fits, rng, str(args.coco)) if args.coco else []
+    prompts = choose(coco_captions(args.coco), args.coco_count, [], fits, rng, str(args.coco)) if args.coco else []
     if args.pickapic:
-        taken = set(prompts)
-        prompts += choose([c for c in pickapic_captions(args.pickapic) if c not in taken], args.pickapic_count, fits, rng, "Pick-a-Pic")
+        prompts += choose(pickapic_captions(args.pickapic), args.pickapic_count, prompts, fits, rng, "Pick-a-Pic")
     rng.shuffle(prompts)
     args.output.write_text("\n".join(prompts) + "\n", encoding="utf-8")
     print(f"{len(prompts)} prompts in {args.output}")

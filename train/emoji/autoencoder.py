@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--start_from", type=Path, help="the folder of an autoencoder to go on from, instead of random weights")
+    parser.add_argument("--start_from", type=Path, help="the folder of an autoencoder to begin with, where there is no checkpoint to go on from")
     args = parser.parse_args()
     pictures = np.load(args.pictures / "train_pictures.npy", mmap_mode="r")
     torch.manual_seed(0)

@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/emoji/classifier.pt"))
     parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--start_from", type=Path, help="a judge to go on from; with --steps 0 only its figures of real renders are made anew")
+    parser.add_argument("--start_from", type=Path, help="a judge to begin with; with --steps 0 only its figures of real renders are made anew")
     args = parser.parse_args()
     pictures = np.concatenate([np.load(args.pictures / f"{name}_pictures.npy") for name in ("train", "judge")])
     classes = torch.from_numpy(np.concatenate([np.load(args.pictures / f"{name}_classes.npy") for name in ("train", "judge")])).long()

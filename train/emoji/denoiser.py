@@ -40,7 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True, help="pictures, latents, autoencoder and checkpoints")
     parser.add_argument("--output_dir", type=Path, required=True, help="where the pipeline is written")
-    parser.add_argument("--steps", type=int, default=3300)
+    parser.add_argument("--start_from", type=Path, help="the folder of a pipeline whose UNet to begin with, where there is no checkpoint to go on from")
+    parser.add_argument("--steps", type=int, default=5500)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: three minutes first, then 1.5 times as fast")
@@ -53,6 +54,8 @@ def main() -> None:
     text_encoder = CLIPTextModel.from_pretrained(args.work_dir / "text_encoder").eval()
     torch.manual_seed(0)
     unet = build_unet(latents.shape[1], latents.shape[2], text_encoder.config.hidden_size).to(memory_format=torch.channels_last)
+    if args.start_from:
+        unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.start_from, subfolder="unet", dtype=torch.float32).state_dict())
     denoise = torch.compile(unet) if args.compile else unet
 
     def loss(generator: torch.Generator) -> torch.Tensor:

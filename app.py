@@ -31,7 +31,6 @@ from PIL import Image
 
 from noiserefine import Refiner
 from noiserefine.backbones import (
-    ASSETS,
     BACKBONES,
     add_lora,
     any_model_allowed,
@@ -57,7 +56,7 @@ ARMS = {
 FREE_CHOICE = any_model_allowed() and not ZERO_GPU  # there, a download would run in a visitor's seconds of GPU
 # On ZeroGPU a model has to be placed before the first visitor comes, and every one slows the start.
 SERVED = ["emoji", "sd21"] if ZERO_GPU else list(BACKBONES)
-REFINERS = [("the backbone's own", ""), ("Emoji, takes the guidance scale", str(ASSETS / "refiners" / "emoji-scales"))]
+REFINERS = [("the backbone's own", "")]
 SECONDS_OF_A_FORWARD = {"emoji": 0.03, "sdxl": 0.2}  # on ZeroGPU's cards, generously; 0.1 for the others
 
 THEME = gr.themes.Base(

@@ -1,6 +1,6 @@
 """Whether a refiner that takes the guidance scale follows it (paper, appendix A.4, figures 23 and 24).
 
-    python train/guidance_scales.py --refiner assets/refiners/emoji-scales --output assets/results/guidance_scales.json
+    python train/guidance_scales.py --refiner runs/refiner-emoji-scales --output guidance_scales.json
 
 For the same held-out prompts and seeds: guided images at every scale, and unguided images from noise
 refined for every scale.  Writes the share of images whose object the judge recognises, with 95 %

@@ -119,7 +119,10 @@ def load_diffusers(source: str, dtype: torch.dtype) -> DiffusionPipeline:
         check_files(folder)
         vae = backbone.vae if backbone else None
         components = {"vae": AutoencoderKL.from_pretrained(vae, dtype=dtype, use_safetensors=True)} if vae else {}
-        pipe = PIPELINES[kind].from_pretrained(folder, dtype=dtype, use_safetensors=True, **components)
+        try:
+            pipe = PIPELINES[kind].from_pretrained(folder, dtype=dtype, use_safetensors=True, **components)
+        except (ValueError, KeyError, TypeError) as error:  # configuration and weights that disagree
+            raise ValueError(f"The model in {source} is incomplete or damaged: {error}") from error
     except (*HUB_ERRORS, SafetensorError) as error:
         if local:
             raise ValueError(f"The model in {source} is incomplete or damaged: {error}") from error

@@ -84,9 +84,7 @@ def compare(pipe: DiffusionPipeline, refiner: Refiner | None, prompt: str, seed:
     """
     check_request(prompt, seed, steps, guidance_scale, strength, sampler)
     check_prompt_length(pipe, prompt)
-    refiner_scale = guidance_scale if refiner and refiner.takes_guidance_scale else None
-    if refiner:
-        refiner.check_guidance_scale(refiner_scale)
+    refiner_scale = refiner.scale_input(guidance_scale) if refiner else None
     height, width = image_size(pipe, height, width)
     names = ["gaussian"] + ["guided"] * guided + ["refined"] * (refiner is not None)
 

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -108,9 +108,10 @@ class Refiner:
         if reason:
             raise ValueError(f"The refiner {name_or_path} was trained for {config.base_model} and doesn't fit: {reason}. Load "
                              f"{config.base_model} or a fine-tune of it, or train a refiner for this model with train/train_refiner.py.")
-        check_rank(folder / WEIGHTS_NAME, config.rank)
+        state = read_tensors(folder / WEIGHTS_NAME)
+        check_rank(folder / WEIGHTS_NAME, state, config.rank)
         unet = with_lora(pipe.unet, config)
-        load_exactly(unet, folder)
+        load_exactly(unet, folder, state)
         refiner = cls(pipe, config, unet)
         refiner.note = note_on(pipe.unet, config)
         if refiner.note:
@@ -156,6 +157,12 @@ class Refiner:
         low, high = self.config.guidance_scale_range
         if guidance_scale is None or not low <= guidance_scale <= high:
             raise ValueError(f"This refiner takes a guidance scale from {low:g} to {high:g}, which it was trained for; got {guidance_scale}.")
+
+    def scale_input(self, guidance_scale: float) -> float | None:
+        """The scale where this refiner takes it, else None. Raises ValueError for one that it was not trained for."""
+        scale = guidance_scale if self.takes_guidance_scale else None
+        self.check_guidance_scale(scale)
+        return scale
 
     def correction(self, x_T: torch.Tensor, embeds: dict[str, torch.Tensor], guidance_scale: torch.Tensor | None = None) -> torch.Tensor:
         """What strength 1 adds to x_T: (B, C, h, w) in float32, one UNet forward at t = T, with gradient.
@@ -297,12 +304,12 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def load_exactly(unet: UNet2DConditionModel, folder: Path) -> None:
-    """Fills the LoRA, and the guidance scale's projection if there is one, from safetensors files that hold exactly their tensors.
+def load_exactly(unet: UNet2DConditionModel, folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """Fills the LoRA from what WEIGHTS_NAME holds, and the guidance scale's projection if there is one; exactly their tensors are taken.
 
     Raises ValueError where they do not.
     """
-    state = {name.removeprefix("unet."): tensor for name, tensor in read_tensors(folder / WEIGHTS_NAME).items()}
+    state = {name.removeprefix("unet."): tensor for name, tensor in state.items()}
     check_tensors(folder / WEIGHTS_NAME, state, get_peft_model_state_dict(unet, adapter_name=ADAPTER))
     set_peft_model_state_dict(unet, state, adapter_name=ADAPTER)
     projection = unet.time_embedding.cond_proj
@@ -312,13 +319,9 @@ def load_exactly(unet: UNet2DConditionModel, folder: Path) -> None:
         projection.load_state_dict(state)
 
 
-def check_rank(path: Path, rank: int) -> None:
+def check_rank(path: Path, state: dict[str, torch.Tensor], rank: int) -> None:
     """Raises ValueError where the file's LoRA has another rank, before memory is taken for one of that rank."""
-    try:
-        with safe_open(path, "pt") as file:
-            ranks = {file.get_slice(name).get_shape()[0] for name in file.keys() if name.endswith("lora_A.weight")}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}): download or train the refiner again.") from error
+    ranks = {tensor.shape[0] for name, tensor in state.items() if name.endswith("lora_A.weight")}
     if rank not in ranks:
         raise ValueError(f"{path} does not hold this refiner's weights: its LoRA has rank {', '.join(map(str, sorted(ranks)))} and "
                          f"{CONFIG_NAME} says rank {rank}.")

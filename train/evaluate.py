@@ -80,8 +80,7 @@ def main() -> None:
         parser.error("--n must be at least 2, --batch_size and --bootstrap at least 1.")
     pipe = load_pipeline(args.backbone)
     refiner = Refiner.from_pretrained(args.refiner, pipe)
-    refiner_scale = args.guidance_scale if refiner.takes_guidance_scale else None
-    refiner.check_guidance_scale(refiner_scale)
+    refiner_scale = refiner.scale_input(args.guidance_scale)
     judge = Judge.from_pretrained(Path(__file__).parent / "emoji" / "classifier.safetensors")
     sampling_pipe = with_sampler(pipe, args.sampler)
 

@@ -271,7 +271,7 @@ class Validation:
 
     def __call__(self, refiner: Refiner, step: int) -> dict[str, float]:
         """Latent MSE to the guided x0 of both arms; writes validation/STEP.png: Gaussian, guided, refined side by side."""
-        scale = self.options.guidance_scale if refiner.takes_guidance_scale else None
+        scale = refiner.scale_input(self.options.guidance_scale)
         refined = latents_from(self.pipe, refiner(self.x_T, self.embeds, guidance_scale=scale), self.embeds, self.options.steps, self.options.seed)
         rows = [decode(self.pipe, latents[:8]) for latents in (self.gaussian, self.guided, refined)]
         width, height = rows[0][0].size

@@ -53,14 +53,15 @@ def check_prompt_length(pipe: DiffusionPipeline, prompt: str) -> None:
 
 
 @torch.no_grad()
-def encode_prompt(pipe: DiffusionPipeline, prompt: str | list[str], guided: bool = True) -> dict[str, torch.Tensor]:
+def encode_prompt(pipe: DiffusionPipeline, prompt: str | list[str], guided: bool = True, negative_prompt: str = "") -> dict[str, torch.Tensor]:
     """The prompts as the pipeline's own keyword arguments, so that one encoding serves several calls.
 
     prompt_embeds, (B, tokens, width); with two text encoders (SDXL) pooled_prompt_embeds, (B, width); and,
-    if guided, negative_prompt_embeds and negative_pooled_prompt_embeds, for no negative prompt.
+    if guided, negative_prompt_embeds and negative_pooled_prompt_embeds, of one negative prompt for all.
     """
-    embeds = pipe.encode_prompt(prompt=[prompt] if isinstance(prompt, str) else list(prompt), device=pipe._execution_device,
-                                num_images_per_prompt=1, do_classifier_free_guidance=guided)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    embeds = pipe.encode_prompt(prompt=prompts, device=pipe._execution_device, num_images_per_prompt=1, do_classifier_free_guidance=guided,
+                                negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None)
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     return {name: value for name, value in zip(names, embeds) if value is not None}
 
@@ -78,3 +79,11 @@ def unet_conditioning(pipe: DiffusionPipeline, embeds: dict[str, torch.Tensor], 
                                           text_encoder_projection_dim=pooled.shape[-1])
         conditioning["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": time_ids.to(pooled.device).repeat(len(pooled), 1)}
     return conditioning
+
+
+def slerp(x: torch.Tensor, y: torch.Tensor, fraction: float) -> torch.Tensor:
+    """From x (fraction 0) to y (1) along the sphere, (B, C, h, w): what lies between two noises is noise of the same norm."""
+    if fraction in (0, 1):
+        return y if fraction else x
+    angle = torch.arccos((x.flatten(1) * y.flatten(1)).sum(1) / (x.flatten(1).norm(dim=1) * y.flatten(1).norm(dim=1)))[:, None, None, None]
+    return (torch.sin((1 - fraction) * angle) * x + torch.sin(fraction * angle) * y) / torch.sin(angle)

@@ -1,6 +1,7 @@
 """The refiner g_phi: a LoRA on the pipeline's own UNet that corrects x_T in one forward (paper, section 3.3)."""
 
 import copy
+import hashlib
 import itertools
 import json
 import math
@@ -357,6 +358,12 @@ def resolve(name_or_path: str | Path) -> Path:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{name_or_path} is not a refiner: it holds no {name}. train/train_refiner.py writes one.")
     return folder
+
+
+def weights_sha256(name_or_path: str | Path) -> str:
+    """Of the LoRA of a refiner's folder or hub repository, which tells one refiner from another."""
+    with open(resolve(name_or_path) / WEIGHTS_NAME, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_config(folder: Path) -> RefinerConfig:

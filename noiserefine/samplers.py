@@ -1,7 +1,10 @@
 """The samplers people know by name, as diffusers schedulers (paper, appendix A.10)."""
 
 import copy
+import functools
+from collections.abc import Callable
 
+import torch
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -46,3 +49,33 @@ def with_sampler(pipe: DiffusionPipeline, sampler: str) -> DiffusionPipeline:
     twin = copy.copy(pipe)
     twin.scheduler = make_scheduler(sampler, pipe)
     return twin
+
+
+def predicted_x0(scheduler: SchedulerMixin, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+    """The x0 that a prediction at a step amounts to, (B, C, h, w): equation 2 of the paper, for ε, and its counterpart for v.
+
+    sample and timestep as `scheduler.step` takes them, which must not have been called for this step yet.
+    """
+    x = scheduler.scale_model_input(sample, timestep)  # of unit variance at every noise level, for every sampler
+    if hasattr(scheduler, "sigmas"):
+        if scheduler.step_index is None:
+            scheduler._init_step_index(timestep)
+        alpha_bar = 1 / (1 + scheduler.sigmas[scheduler.step_index] ** 2)
+    else:
+        alpha_bar = scheduler.alphas_cumprod[timestep]
+    signal, noise = alpha_bar.sqrt().item(), (1 - alpha_bar).sqrt().item()
+    if scheduler.config.prediction_type == "v_prediction":
+        return signal * x - noise * model_output
+    return (x - noise * model_output) / signal
+
+
+def watch_x0(scheduler: SchedulerMixin, on_x0: Callable[[torch.Tensor], None]) -> None:
+    """Has the scheduler, one of the caller's own, call on_x0 with the predicted x0 before every step."""
+    step = scheduler.step
+
+    @functools.wraps(step)  # pipelines read from the signature what the sampler takes
+    def watched(model_output, timestep, sample, *args, **kwargs):
+        on_x0(predicted_x0(scheduler, model_output, timestep, sample))
+        return step(model_output, timestep, sample, *args, **kwargs)
+
+    scheduler.step = watched

@@ -16,9 +16,9 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 import app
-from noiserefine import draw_noise
+from noiserefine import draw_noise, models
 from noiserefine.backbones import any_model_allowed, load_pipeline
-from noiserefine.compare import compare
+from noiserefine.recipe import Maker
 from train.architectures import random_pipeline
 
 PROMPT = "a red apple on a blue background"
@@ -48,7 +48,7 @@ def pixels(result):
 
 
 def test_compare_gives_the_librarys_pixels(client, pipe, refiner):
-    gaussian, gaussian_cost, guided, guided_cost, refined, refined_cost, heat, layout, says = client.predict(*GOOD, api_name="/compare")
+    gaussian, gaussian_cost, guided, guided_cost, refined, refined_cost, heat, layout, says, link, keep = client.predict(*GOOD, api_name="/compare")
     assert [re.search(r"\*\*(\d+)\*\*", cost)[1] for cost in (gaussian_cost, guided_cost, refined_cost)] == ["5", "10", "6"]
     x_T = draw_noise(pipe, 7)
     expected = pipe(PROMPT, latents=refiner(x_T, PROMPT), guidance_scale=1.0, num_inference_steps=5).images[0]
@@ -80,12 +80,17 @@ def test_nan_is_refused(position):
         shown(*inputs)
 
 
-def shown(*inputs, last=None):
+def shown(*inputs, view="compare", extras=(), last=None):
     """What the page shows at the end."""
     state = {}
-    for update in app.run(*inputs, last or {}):
+    for update in app.run(view, inputs, extras, last or {}):
         state |= pickle.loads(pickle.dumps(update))  # on ZeroGPU all of it passes between processes
     return state
+
+
+def same(first, second, names=tuple(app.ARMS)):
+    """Whether the columns are equal in every pixel."""
+    return [np.array_equal(first[name].image, second[name].image) for name in names]
 
 
 def forwards(state):
@@ -94,20 +99,16 @@ def forwards(state):
 
 def test_what_changes_nothing_is_not_sampled_again(monkeypatch):
     first = shown(*GOOD)
-    sampled = []
-
-    def spy(*args, known, **kwargs):
-        sampled.append({"gaussian", "guided", "refined"} - known.keys())
-        return compare(*args, known=known, **kwargs)
-
-    monkeypatch.setattr(app, "compare", spy)
-    for position, value in ((5, 0.5), (4, 3.0), (3, 4), (None, None)):
+    sampled, sample = [], Maker.sample
+    monkeypatch.setattr(Maker, "sample", lambda make, recipe, x_T: sampled.append(recipe) or sample(make, recipe, x_T))
+    for position, value, count in ((5, 0.5, 1), (4, 3.0, 1), (3, 4, 3), (None, None, 0)):
         inputs = list(GOOD)
         if position is not None:
             inputs[position] = value
+        sampled.clear()
         again = shown(*inputs, last=first["last"])
-    assert sampled == [{"refined"}, {"guided"}, {"gaussian", "guided", "refined"}, set()]
-    assert all(np.array_equal(again[name], first[name]) for name in app.ARMS)
+        assert len(sampled) == count, (position, sampled)
+    assert all(same(again, first))
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def turbo(tmp_path, monkeypatch):
 def test_turbo_has_no_guided_column_and_no_refiner_yet(turbo):
     state = shown(*turbo)
     assert "Not applicable" in state["guided_cost"] and "guided" not in state and "refined" not in state
-    assert f"--backbone {app.BACKBONES['sd21-base'].source}" in state["says"] and state["gaussian"].size == (128, 128)
+    assert f"--backbone {app.BACKBONES['sd21-base'].source}" in state["says"] and state["gaussian"].image.size == (128, 128)
 
 
 def test_a_refiner_that_the_user_names(turbo, tmp_path):
@@ -141,9 +142,7 @@ def test_a_refiner_that_the_user_names(turbo, tmp_path):
 def test_a_users_lora_is_in_every_column(tmp_path):
     perturbed(load_pipeline(EMOJI, "cpu")).save_pretrained(tmp_path)
     plain, styled = shown(*GOOD), shown(*GOOD[:9], "", str(tmp_path), 0.8)
-    assert not any(np.array_equal(plain[name], styled[name]) for name in app.ARMS)
-    again = shown(*GOOD)
-    assert all(np.array_equal(plain[name], again[name]) for name in app.ARMS)
+    assert not any(same(plain, styled)) and all(same(plain, shown(*GOOD)))
 
 
 def test_out_of_memory_is_survived(monkeypatch):
@@ -152,11 +151,10 @@ def test_out_of_memory_is_survived(monkeypatch):
 
     before = shown(*GOOD)
     with monkeypatch.context() as patch:
-        patch.setattr(app, "compare", full)
+        patch.setattr(Maker, "sample", full)
         with pytest.raises(gr.Error, match="memory is full.*--offload model"):
             shown(*GOOD)
-    after = shown(*GOOD)
-    assert all(np.array_equal(before[name], after[name]) for name in app.ARMS)
+    assert all(same(before, shown(*GOOD)))
 
 
 @pytest.mark.parametrize("position, value", [(2, "somebody/something"), (9, "/etc"), (10, "../secret.safetensors"), (9, "sdxl"), (10, "emoji")])
@@ -180,11 +178,11 @@ def test_a_loras_weight_does_not_load_the_model_again(monkeypatch, tmp_path):
     perturbed(load_pipeline(EMOJI, "cpu")).save_pretrained(tmp_path)
     inputs = [*GOOD[:9], "", str(tmp_path), 0.8]
     strong = shown(*inputs)
-    monkeypatch.setattr(app, "load_pipeline", None)
+    monkeypatch.setattr(models, "load_pipeline", None)
     inputs[11] = 0.0
-    assert all(np.array_equal(shown(*inputs)[name], shown(*GOOD)[name]) for name in ("gaussian", "guided"))
+    assert all(same(shown(*inputs), shown(*GOOD), ("gaussian", "guided")))
     inputs[11] = 0.8
-    assert all(np.array_equal(shown(*inputs)[name], strong[name]) for name in app.ARMS)
+    assert all(same(shown(*inputs), strong))
 
 
 def test_offload_reaches_the_page(monkeypatch):
@@ -192,19 +190,19 @@ def test_offload_reaches_the_page(monkeypatch):
     plain = shown(*GOOD)
     monkeypatch.setattr(app, "MODELS", app.Models())
     app.MODELS.offload = "model"
-    spared = shown(*GOOD)
-    assert all(np.array_equal(plain[name], spared[name]) for name in app.ARMS)
+    assert all(same(plain, shown(*GOOD)))
     monkeypatch.setattr(app, "MODELS", app.Models())
     app.MODELS.offload = "sequential"
-    pipe, refiner, says = app.MODELS.get(app.Model("emoji"))
-    assert "guidance scale" in says and refiner.unet.conv_in.weight.device.type == pipe.unet.conv_in.weight.device.type == "meta"
+    loaded = app.MODELS.get(app.Model("emoji"))
+    assert "guidance scale" in loaded.says
+    assert loaded.refiner.unet.conv_in.weight.device.type == loaded.pipe.unet.conv_in.weight.device.type == "meta"
 
 
 def test_seconds_of_gpu_fit_a_visitors_quota():
     """An anonymous visitor of ZeroGPU has about two minutes a day."""
     for name, backbone in app.BACKBONES.items():
-        assert 10 <= app.seconds_of_gpu(PROMPT, 0, name, backbone.steps, 7.0, 1.0) <= 30
-    assert app.seconds_of_gpu(PROMPT, 0, "sd21", float("nan")) and app.seconds_of_gpu(PROMPT, 0, None, 10**9) < 120
+        assert 10 <= app.seconds_of_gpu("compare", (PROMPT, 0, name, backbone.steps)) <= 30
+    assert app.seconds_of_gpu("compare", (PROMPT, 0, "sd21", float("nan"))) and app.seconds_of_gpu("compare", (PROMPT, 0, None, 10**9)) < 120
 
 
 def test_page_goes_on_after_errors(client):
@@ -222,7 +220,7 @@ def test_in_a_browser(url, width, height):
         errors = []
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.goto(url)
-        prompt = page.get_by_label("Prompt")
+        prompt = page.get_by_label("Prompt", exact=True)
         prompt.fill("a panda on a pink background")
         prompt.press("Enter")
         page.wait_for_function("document.querySelectorAll('#arms img').length == 3 && document.querySelectorAll('#noise img').length == 2", timeout=120_000)

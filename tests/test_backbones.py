@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from noiserefine.backbones import BACKBONES, add_lora, check_weights, family_of,
 from noiserefine.compare import compare
 from noiserefine.noise import encode_prompt
 from noiserefine.offload import offload
+from noiserefine.recipe import Maker, Recipe
 from noiserefine.refiner import RefinerConfig, with_lora
 from noiserefine.samplers import SAMPLERS, make_scheduler, with_sampler
 from train.architectures import UNETS, build_unet, random_pipeline
@@ -58,8 +60,8 @@ def test_every_family_refines(family, tmp_path):
 
 def test_every_family_compares(family):
     turbo = family.name_or_path.startswith("sd-turbo")
-    arms = list(compare(family, perturbed(family), PROMPT, 0, steps=2, guidance_scale=3.0, guided=not turbo))
-    assert {arm.name: arm.forwards for arm in arms} == {"gaussian": 2, "refined": 3} | ({} if turbo else {"guided": 4})
+    arms = compare(Maker(family, perturbed(family)), Recipe(PROMPT, steps=2, guidance_scale=3.0, strength=1.0), guided=not turbo)
+    assert {name: arm.forwards for name, arm in arms} == {"gaussian": 2, "refined": 3} | ({} if turbo else {"guided": 4})
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -120,9 +122,9 @@ def test_model_offload_changes_no_pixel(name, merge, tmp_path):
         perturbed(pipe).save_pretrained(tmp_path)
         refiner = Refiner.from_pretrained(tmp_path, pipe, merge=merge)
         offload(pipe, refiner, mode, "cpu")
-        return list(compare(pipe, refiner, PROMPT, 0, steps=2))
+        return list(compare(Maker(pipe, refiner), Recipe(PROMPT, steps=2, guidance_scale=7.0, strength=1.0)))
 
-    for plain, spared in zip(arms("none"), arms("model"), strict=True):
+    for (_, plain), (_, spared) in zip(arms("none"), arms("model"), strict=True):
         assert np.array_equal(plain.image, spared.image)
 
 
@@ -140,11 +142,10 @@ def test_sequential_offload_empties_the_device(merge, tmp_path):
 
 
 def test_known_arms_are_not_sampled_again(pipe, refiner):
-    first = {arm.name: arm for arm in compare(pipe, refiner, PROMPT, 3, steps=2)}
-    count = []
+    make, recipe, count = Maker(pipe, refiner), Recipe(PROMPT, 3, steps=2, guidance_scale=7.0, strength=1.0), []
+    first = dict(compare(make, recipe))
     handles = [unet.register_forward_pre_hook(lambda module, args: count.append(1)) for unet in (pipe.unet, refiner.unet)]
-    known = {name: first[name] for name in ("gaussian", "guided")}
-    again = {arm.name: arm for arm in compare(pipe, refiner, PROMPT, 3, steps=2, strength=0.5, known=known)}
+    again = dict(compare(make, replace(recipe, strength=0.5)))
     for handle in handles:
         handle.remove()
     assert len(count) == 3, "the refining pass and two steps"

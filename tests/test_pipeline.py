@@ -13,6 +13,7 @@ from noiserefine.backbones import BACKBONES, load_pipeline
 from noiserefine.compare import compare
 from noiserefine.guidance import sample
 from noiserefine.noise import encode_prompt, image_size
+from noiserefine.recipe import Maker, Recipe
 from noiserefine.samplers import SAMPLERS, make_scheduler, with_sampler
 from noiserefine.spectrum import band, energy_below, heat_map, low_frequency_difference, radius
 
@@ -111,7 +112,7 @@ def test_guidance_is_undone_after_an_interrupt(pipe):
 
 
 def test_compare_counts_and_shares_the_noise(pipe, refiner):
-    arms = {arm.name: arm for arm in compare(pipe, refiner, PROMPT, 3, steps=5, guidance_scale=2.5)}
+    arms = dict(compare(Maker(pipe, refiner), Recipe(PROMPT, 3, steps=5, guidance_scale=2.5, strength=1.0)))
     assert {name: arm.forwards for name, arm in arms.items()} == {"gaussian": 5, "guided": 10, "refined": 6}
     x_T = draw_noise(pipe, 3)
     assert np.array_equal(arms["gaussian"].x_T, x_T) and np.array_equal(arms["guided"].x_T, x_T)
@@ -121,7 +122,7 @@ def test_compare_counts_and_shares_the_noise(pipe, refiner):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_compare_at_strength_0_is_the_gaussian_column(pipe, refiner, sampler):
-    arms = {arm.name: arm for arm in compare(pipe, refiner, PROMPT, 3, steps=4, strength=0.0, sampler=sampler)}
+    arms = dict(compare(Maker(pipe, refiner), Recipe(PROMPT, 3, steps=4, guidance_scale=7.0, sampler=sampler)))
     assert np.array_equal(arms["refined"].image, arms["gaussian"].image)
     assert not np.array_equal(arms["guided"].image, arms["gaussian"].image)
 
@@ -129,12 +130,12 @@ def test_compare_at_strength_0_is_the_gaussian_column(pipe, refiner, sampler):
 def test_compare_at_other_sizes(pipe, refiner):
     """Sizes that the UNet's downsampling does not divide included."""
     for width, height in ((72, 64), (40, 128)):
-        arms = list(compare(pipe, refiner, PROMPT, 0, steps=2, width=width, height=height))
-        assert [arm.image.size for arm in arms] == [(width, height)] * 3
+        arms = compare(Maker(pipe, refiner), Recipe(PROMPT, 0, steps=2, guidance_scale=2.0, strength=1.0, width=width, height=height))
+        assert [arm.image.size for _, arm in arms] == [(width, height)] * 3
 
 
 def test_compare_on_sdxl_without_refiner(sdxl):
-    assert [arm.name for arm in compare(sdxl, None, "a cat", 0, steps=2)] == ["gaussian", "guided"]
+    assert list(dict(compare(Maker(sdxl), Recipe("a cat", steps=2, guidance_scale=7.0, strength=1.0)))) == ["gaussian", "guided"]
 
 
 @pytest.mark.parametrize("settings, says", [
@@ -149,7 +150,7 @@ def test_compare_refuses_before_any_forward(pipe, refiner, settings, says):
     handle = pipe.unet.register_forward_pre_hook(forbidden)
     try:
         with pytest.raises(ValueError, match=says):
-            compare(pipe, refiner, **{"prompt": PROMPT, "seed": 0} | settings)
+            compare(Maker(pipe, refiner), Recipe(**{"prompt": PROMPT} | settings))
     finally:
         handle.remove()
 

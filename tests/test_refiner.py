@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.backbones import load_pipeline
-from noiserefine.compare import ForwardCounter
 from noiserefine.noise import encode_prompt
+from noiserefine.recipe import ForwardCounter
 
 PROMPTS = ["a red apple on a blue background", "a cat"]
 

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.backbones import default_device, default_dtype, load_pipeline
-from noiserefine.compare import ForwardCounter
 from noiserefine.noise import encode_prompt
+from noiserefine.recipe import ForwardCounter
 from noiserefine.samplers import SAMPLERS, with_sampler
 from train.architectures import random_pipeline
 from train.memory import peak_bytes, reset_peak

@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.backbones import load_pipeline
-from noiserefine.compare import ForwardCounter, check_settings
 from noiserefine.guidance import sample
 from noiserefine.noise import encode_prompt
+from noiserefine.recipe import ForwardCounter, check_settings
 from noiserefine.samplers import SAMPLERS, with_sampler
 from train.emoji.classifier import Judge
 from train.emoji.render import held_out_pairs, prompt

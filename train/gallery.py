@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 from noiserefine import Refiner
 from noiserefine.backbones import BACKBONES, load_pipeline
 from noiserefine.compare import compare
+from noiserefine.recipe import Maker, Recipe
 
 
 def main() -> None:
@@ -26,14 +27,14 @@ def main() -> None:
     args = parser.parse_args()
     backbone = BACKBONES["emoji"]
     pipe = load_pipeline(backbone.source)
-    refiner = Refiner.from_pretrained(backbone.refiner, pipe)
+    make = Maker(pipe, Refiner.from_pretrained(backbone.refiner, pipe))
     prompts = args.prompts.read_text(encoding="utf-8").splitlines()
     gap = args.side // 16
     sheet = Image.new("RGB", (args.columns * (args.side + gap) - gap, 3 * (args.side + gap) - gap), "white")
     for column in range(args.columns):
         prompt = prompts[column * len(prompts) // args.columns]
-        arms = compare(pipe, refiner, prompt, args.seed + column, steps=backbone.steps, guidance_scale=backbone.guidance_scale)
-        for row, arm in enumerate(arms):
+        recipe = Recipe(prompt, args.seed + column, steps=backbone.steps, guidance_scale=backbone.guidance_scale, strength=1.0)
+        for row, (_, arm) in enumerate(compare(make, recipe)):
             image = arm.image.resize((args.side, args.side), Image.Resampling.BICUBIC)
             sheet.paste(image, (column * (args.side + gap), row * (args.side + gap)))
         print(prompt)

@@ -21,11 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.backbones import load_pipeline
+from noiserefine.latents import decode
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
 from train.emoji.classifier import Judge
 from train.evaluate import FIRST_SEED, held_out_prompts, interval
-from train.train_refiner import decode, latents_from
+from train.train_refiner import latents_from
 
 
 def main() -> None:

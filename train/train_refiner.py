@@ -46,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 from noiserefine import Refiner, draw_noise
 from noiserefine.backbones import load_pipeline
 from noiserefine.guidance import sample
+from noiserefine.latents import decode
 from noiserefine.msd import msd_loss, sampler_gain
 from noiserefine.noise import check_prompt_length, encode_prompt, image_size
 from noiserefine.samplers import SAMPLERS, make_scheduler, with_sampler
@@ -230,12 +231,6 @@ def load_score(name: str | None) -> Callable | None:
         return getattr(importlib.import_module(module), function)
     except (ValueError, ImportError, AttributeError) as error:
         raise ValueError(f"--score is module:function, importable from here; {name!r} is not: {error}.") from error
-
-
-@torch.no_grad()
-def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
-    images = pipe.vae.decode((latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)).sample
-    return pipe.image_processor.postprocess(images)
 
 
 def latents_from(pipe: DiffusionPipeline, x_T: torch.Tensor, embeds: dict[str, torch.Tensor], steps: int, seed: int, **guidance) -> torch.Tensor:

@@ -1,0 +1,107 @@
+"""The models in memory, loaded when they are first asked for."""
+
+import functools
+import gc
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from noiserefine.backbones import BACKBONES, add_lora, default_device, default_dtype, load_pipeline, refiner_for, training_command
+from noiserefine.latents import fit_preview
+from noiserefine.offload import OFFLOADS, offload
+from noiserefine.refiner import Refiner, revision, weights_sha256
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a visitor chose to make images with."""
+
+    backbone: str  # a name of BACKBONES, a hub id, a folder or a .safetensors checkpoint
+    refiner: str = ""  # a hub id or folder; empty for the backbone's own
+    lora: str = ""  # a hub id, folder or .safetensors file; empty for none
+    lora_weight: float = 1.0
+
+    @property
+    def title(self) -> str:
+        return BACKBONES[self.backbone].title if self.backbone in BACKBONES else self.backbone
+
+
+@dataclass
+class Loaded:
+    """A model that is ready to make images."""
+
+    pipe: DiffusionPipeline
+    refiner: Refiner | None
+    says: str  # what to say of both, in sentences
+    revision: str | None  # commit of the hub repository
+    refiner_sha256: str | None
+
+    @functools.cached_property
+    def preview(self) -> Callable[[torch.Tensor], Image.Image]:
+        return fit_preview(self.pipe)
+
+
+class Models:
+    """The embedded model and the last other one, or with keep_all every one.  One loads at a time."""
+
+    def __init__(self, keep_all: bool = False) -> None:
+        self.offload, self.keep_all, self.loaded, self.lock = "none", keep_all, {}, threading.Lock()
+
+    def has(self, model: Model) -> bool:
+        return replace(model, lora_weight=1.0) in self.loaded
+
+    def get(self, model: Model) -> Loaded:
+        """The model with its LoRA at its weight.
+
+        Raises what load_pipeline, add_lora and Refiner.from_pretrained raise, and ValueError where the card is too small.
+        """
+        files = replace(model, lora_weight=1.0)
+        with self.lock:
+            if files not in self.loaded:
+                self.forget(lambda other: not self.keep_all and other != Model("emoji"))
+                self.loaded[files] = self.load(files)
+            loaded = self.loaded[files]
+            if model.lora:
+                loaded.pipe.set_adapters(["style"], [model.lora_weight])
+            return loaded
+
+    def forget(self, which: Callable[[Model], bool]) -> None:
+        self.loaded = {model: value for model, value in self.loaded.items() if not which(model)}
+        gc.collect()  # offloaded networks and their hooks hold each other
+        if torch.cuda.is_available() and not self.keep_all:
+            torch.cuda.empty_cache()
+
+    def load(self, model: Model) -> Loaded:
+        backbone, device = BACKBONES.get(model.backbone), default_device()
+        source = backbone.source if backbone else model.backbone
+        if device.type == "cuda" and not self.keep_all and self.offload == "none" and backbone:
+            there = torch.cuda.get_device_properties(device).total_memory / 2**30
+            if there < backbone.memory:
+                raise ValueError(f"{backbone.title} needs about {backbone.memory:g} GiB of GPU memory and this card has {there:.0f}: start the app "
+                                 f"with {self.smaller_mode()}.")
+        by_way_of_cpu = self.keep_all or self.offload != "none"  # where the card is not there yet, or too small
+        pipe = load_pipeline(source, "cpu" if by_way_of_cpu else device, default_dtype(device))
+        notes = [add_lora(pipe, model.lora)] if model.lora else []
+        folder = model.refiner or refiner_for(pipe, backbone)
+        refiner = Refiner.from_pretrained(folder, pipe, merge=True if self.keep_all else None) if folder else None
+        if by_way_of_cpu:
+            offload(pipe, refiner, self.offload, device)
+        if refiner is None:
+            notes.append("**No refiner exists for this model yet**, so there is no third column. This trains one:\n\n"
+                         f"`{training_command(pipe, source, backbone)}`")
+        else:
+            scales = "takes no guidance scale: the slider drives the guided column only."
+            if refiner.takes_guidance_scale:
+                low, high = refiner.config.guidance_scale_range
+                scales = f"takes the guidance scale, from {low:g} to {high:g}: the slider drives the guided and the refined column."
+            notes += [refiner.note, f"This refiner {scales}"]
+        return Loaded(pipe, refiner, " ".join(note for note in notes if note), revision(pipe), weights_sha256(folder) if folder else None)
+
+    def smaller_mode(self) -> str:
+        """The flag of the next offload mode that needs less memory."""
+        modes = list(OFFLOADS)
+        return f"--offload {modes[min(modes.index(self.offload) + 1, len(modes) - 1)]}"

@@ -236,8 +236,8 @@ def show_frequencies(job: Job, cutoff: float) -> None:
 def show_trajectory(job: Job) -> None:
     shown = []
     for name, recipe in columns(job.recipe, job.guided, job.loaded.refiner is not None).items():
-        def on_frame(forward: int, image: Image.Image, title: str = ", ".join(ARMS[name])) -> None:
-            shown.append((f"{title}, step {forward}", image))
+        def on_frame(forward: int, image: Image.Image, name: str = name) -> None:
+            shown.append((f"{name.capitalize()}, step {forward}", image))
             job.report({"images": list(shown)})
 
         trajectory(job.make, recipe, on_frame)
@@ -266,7 +266,7 @@ def show_attention(job: Job, word: str) -> None:
         for name, recipe in columns(job.recipe, job.guided, job.loaded.refiner is not None).items():
             maps, image = attention(job.make, recipe, word or ""), job.make(recipe).image
             for i in evenly(len(maps), FRAMES):
-                yield f"{', '.join(ARMS[name])}, step {i + 1}", Image.blend(image, heat_map(maps[i].numpy(), image.size), 0.6)
+                yield f"{name.capitalize()}, step {i + 1}", Image.blend(image, heat_map(maps[i].numpy(), image.size), 0.6)
 
     job.show(images())
 
@@ -294,7 +294,7 @@ def show_many(job: Job, prompts: str, count: float) -> None:
     for arms in recipes.values():
         for recipe in arms.values():
             job.make.check(recipe)
-    job.show((f"{prompt} · seed {seed} · {', '.join(ARMS[name])}", job.make(recipe))
+    job.show((f"{prompt} · seed {seed} · {name}", job.make(recipe))
              for (prompt, seed), arms in recipes.items() for name, recipe in arms.items())
 
 
@@ -619,8 +619,9 @@ def build_view(view: str, about: View, on: Callable):
         show = gr.Button("Show", variant="primary", min_width=110, scale=0)
     outputs = {}
     if view == "frequencies":
-        with gr.Row():
-            outputs = {"histogram": gr.Plot(label="How far the entries of x_T moved"), "spectrum": gr.Plot(label="Where the correction's energy is"),
+        with gr.Row(elem_id="bands"):
+            outputs = {"histogram": gr.Plot(label="How far the entries of x_T moved", show_label=False),
+                       "spectrum": gr.Plot(label="Where the correction's energy is", show_label=False),
                        "overlay": picture("Change of the noise below the cutoff, over the refined image")}
     outputs["images"] = gr.Gallery(label=about.title, columns=about.columns, show_label=False, object_fit="contain", height="auto", format="png",
                                    interactive=False, elem_classes="images")

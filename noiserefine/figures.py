@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from noiserefine.spectrum import LOW_FREQUENCY, radius
@@ -9,11 +10,12 @@ from noiserefine.spectrum import LOW_FREQUENCY, radius
 INK, GAUSSIAN, REFINED = "#8a8580", "#7f8fa6", "#f97316"
 
 
-def axes(x: str, y: str):
+def axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     """A figure with one pair of labelled axes, without a background of its own."""
     figure = Figure(figsize=(5, 3.2), layout="constrained", facecolor="none", dpi=150)
     axes = figure.subplots()
     axes.set_facecolor("none")
+    axes.set_title(title, color=INK)
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)
     axes.tick_params(colors=INK)
@@ -25,7 +27,7 @@ def axes(x: str, y: str):
 
 def difference_histogram(x_T: torch.Tensor, x_hat: torch.Tensor, other: torch.Tensor) -> Figure:
     """How far each entry of x_T, (1, C, h, w), moved, against its distance to another random noise (figure 9)."""
-    figure, ax = axes("absolute difference of an entry", "share of the entries")
+    figure, ax = axes("How far each entry of x_T moved", "absolute difference", "share of the entries")
     edges = np.linspace(0, 4, 41)
     for y, colour, label in ((other, GAUSSIAN, "to another noise"), (x_hat, REFINED, "to the refined noise")):
         difference = (y.float().cpu() - x_T.float().cpu()).abs().flatten().numpy()
@@ -37,7 +39,7 @@ def difference_histogram(x_T: torch.Tensor, x_hat: torch.Tensor, other: torch.Te
 
 def radial_spectrum(x_T: torch.Tensor, x_hat: torch.Tensor, count: int = 12) -> Figure:
     """Energy of the correction x_hat - x_T, of (1, C, h, w), and of x_T over the radial frequency, a coefficient (figure 10)."""
-    figure, ax = axes("radial frequency, of the largest", "mean energy of a coefficient")
+    figure, ax = axes("Where the correction is", "radial frequency, of the largest", "mean energy of a coefficient")
     r = radius(*x_T.shape[-2:]).flatten().numpy()
     edges = np.linspace(0, 1, count + 1)
     which = np.digitize(r, edges[1:-1])

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 KEY = "noiserefine"  # of the text chunk
-MAX_PIXELS = 16_000_000  # of a file that is read back; only its header and text are
+MAX_PIXELS, MAX_TEXT = 16_000_000, 100_000  # of a file that is read back; of its pixels nothing is
 
 
 def versions() -> dict[str, str]:
@@ -35,8 +35,10 @@ def read_png(path: str | Path) -> dict:
     if text is None:
         raise ValueError("This PNG holds no settings: it was not downloaded from this page, or another program wrote it anew.")
     try:
+        if len(text) > MAX_TEXT:
+            raise ValueError
         record = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError("The settings in this PNG are damaged.") from error
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise ValueError("The settings in this PNG are not those of this page.")

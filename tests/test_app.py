@@ -4,7 +4,8 @@ import pickle
 import re
 import shutil
 import time
-from dataclasses import replace
+import urllib.parse
+from dataclasses import fields, replace
 
 import gradio as gr
 import numpy as np
@@ -14,11 +15,13 @@ from conftest import EMOJI, perturbed, script
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
+from safetensors.torch import load_file
 
 import app
 from noiserefine import draw_noise, models
 from noiserefine.backbones import any_model_allowed, load_pipeline
 from noiserefine.recipe import Maker
+from noiserefine.record import read_png
 from train.architectures import random_pipeline
 
 PROMPT = "a red apple on a blue background"
@@ -109,6 +112,103 @@ def test_what_changes_nothing_is_not_sampled_again(monkeypatch):
         again = shown(*inputs, last=first["last"])
         assert len(sampled) == count, (position, sampled)
     assert all(same(again, first))
+
+
+VIEWS = {"strength": ((), 8), "samplers": ((), 30), "frequencies": ((0.3,), 7), "trajectory": ((), 15), "two_prompts": (("a green frog",), 6),
+         "interpolation": ((8,), 14), "guided_from_refined": ((), 4), "attention": (("apple",), 15), "many": (("a cat\n\na dog", 2), 12)}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_every_view_shows_its_images(view):
+    extras, count = VIEWS[view]
+    state = shown(*GOOD, view=view, extras=extras)
+    assert len(state["images"]) == count and all(caption for caption, _ in state["images"])
+    again = shown(*GOOD, view=view, extras=extras, last=state["last"])
+    for (_, first), (_, second) in zip(state["images"], again["images"], strict=True):
+        assert np.array_equal(getattr(first, "image", first), getattr(second, "image", second))
+    if view == "frequencies":
+        assert state["overlay"].size == (64, 64) and state["histogram"].axes and state["spectrum"].axes
+
+
+@pytest.mark.parametrize("view, extras, says", [
+    ("guidance_scale", (), "takes no guidance scale"), ("frequencies", (1.5,), "from 0 to 1"), ("frequencies", (float("nan"),), "is a number"),
+    ("two_prompts", (" ",), "other prompt is empty"), ("two_prompts", ("apple " * 60,), "tokens long"), ("interpolation", (-1,), "seed is a whole"),
+    ("interpolation", (None,), "is a number"), ("attention", ("pear",), "no word 'pear'"), ("attention", (None,), "no word ''"),
+    ("blind", ("nobody",), "no 'nobody' image"), ("many", ("a cat", 1000), "in one go"), ("many", ("a cat", 0), "in one go"), ("many", ("a cat", 1.5), "whole number"),
+])
+def test_views_refuse_with_a_sentence(view, extras, says):
+    with pytest.raises(gr.Error, match=says):
+        shown(*GOOD, view=view, extras=extras)
+
+
+def test_views_of_a_model_without_refiner_or_guidance(turbo):
+    for view in ("strength", "samplers", "frequencies", "interpolation", "guided_from_refined", "refine"):
+        with pytest.raises(gr.Error, match="needs a refiner"):
+            shown(*turbo, view=view, extras={"frequencies": (0.3,), "interpolation": (8,)}.get(view, ()))
+    assert len(shown(*turbo, view="trajectory")["images"]) == 1 and len(shown(*turbo, view="attention", extras=("apple",))["images"]) == 1
+
+
+def test_a_blind_pair_is_the_two_arms():
+    state = shown(*GOOD, view="blind", extras=("guided",))
+    prompt, seed, *sides = state["pair"]
+    columns = shown(PROMPT, seed, *GOOD[2:])
+    assert prompt == PROMPT and sorted(sides) == ["guided", "refined"]
+    assert all(np.array_equal(state[place], columns[arm].image) for place, arm in zip(("left", "right"), sides))
+
+
+def test_stop_leaves_everything_as_it_was():
+    before = shown(*GOOD)
+    for updates in (1, 2, 3):
+        running = app.run("compare", [*GOOD[:3], 100, *GOOD[4:]], (), {})
+        for _ in range(updates):
+            next(running)
+        running.close()
+        assert not app.WORK.locked(), "its end is waited for"
+    assert all(same(before, shown(*GOOD)))
+
+
+def test_unfinished_images_are_shown():
+    previews = []
+    for update in app.run("compare", [*GOOD[:3], 60, *GOOD[4:]], (), {}):
+        previews += [name for name in app.ARMS if isinstance(update.get(name), Image.Image)]
+    assert set(previews) == set(app.ARMS)
+
+
+def test_an_image_restores_the_settings_that_make_it_again(client):
+    odd = ["a panda on a pink background", 12, "emoji", 4, 3.5, 0.75, "Euler", 72, 64, "", "", 1.0, "a cat"]
+    *_, link, keep = client.predict(*odd, api_name="/compare")
+    for path, arm in zip(keep[1:], app.ARMS, strict=True):
+        record = read_png(path)
+        assert record["arm"] == arm and record["backbone"] == "emoji" and len(record["refiner_sha256"]) == 64 and record["versions"]["torch"]
+        restored = app.restored(record["settings"])
+        assert restored[:9] == odd[:9] and restored[12] == "a cat"
+        assert np.array_equal(shown(*restored)[arm].image, pixels(path))
+    values = dict(urllib.parse.parse_qsl(re.search(r"\?(.*)\)", link)[1]))
+    assert app.Settings(*[value if isinstance(value, (str, int, float)) else field.default
+                          for value, field in zip(app.restored(values), fields(app.Settings))]) == app.Settings(*odd)
+
+
+@pytest.mark.parametrize("values, says", [({"seed": "x"}, "seed is a number"), ({"prompt": 5}, "prompt is a text"), ({"steps": "nan"}, "is a number"),
+                                          ({"prompt": "x" * 10**5}, "prompt is a text"), ({"seed": [1]}, "seed is a number")])
+def test_links_and_pngs_with_other_values(values, says):
+    with pytest.raises(ValueError, match=says):
+        app.restored(values)
+
+
+def test_refine_gives_the_librarys_noise(client, pipe, refiner):
+    noise = load_file(client.predict(*GOOD, api_name="/refine"))
+    x_T = draw_noise(pipe, 7)
+    assert torch.equal(noise["x_T"], x_T) and torch.equal(noise["refined"], refiner(x_T, PROMPT))
+
+
+def test_endpoints_are_named_and_described(client):
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    assert endpoints.keys() >= {f"/{view}" for view in (*VIEWS, "compare", "refine", "guidance_scale")}
+    for view in app.VIEWS:
+        if f"/{view}" in endpoints:
+            names = [parameter["parameter_name"] for parameter in endpoints[f"/{view}"]["parameters"]]
+            assert names[:2] == ["prompt", "seed"] and endpoints[f"/{view}"]["description"]
+    assert client.predict("a panda", api_name="/guided_from_refined")[3]["caption"] == "refined, guided"
 
 
 @pytest.fixture

@@ -1,0 +1,305 @@
+"""The views: what they show, on the embedded backbone."""
+
+import io
+import json
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import output, perturbed
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from noiserefine import draw_noise, explore
+from noiserefine.attention import attention, watch_attention, word_tokens
+from noiserefine.blind import LEFT, NEITHER, RIGHT, Vote, in_random_order, tally, wilson
+from noiserefine.figures import difference_histogram, radial_spectrum
+from noiserefine.latents import decode, fit_preview
+from noiserefine.noise import slerp
+from noiserefine.recipe import Maker, Recipe
+from noiserefine.record import KEY, contact_sheet, read_png, save_png
+from noiserefine.samplers import SAMPLERS, make_scheduler, predicted_x0
+from noiserefine.stream import stream
+from noiserefine.trajectory import evenly, trajectory
+
+PROMPT = "a red apple on a blue background"
+RECIPE = Recipe(PROMPT, 3, steps=3, guidance_scale=2.5, strength=1.0)
+
+
+@pytest.fixture
+def make(pipe, refiner):
+    return Maker(pipe, refiner)
+
+
+def equal(*samples) -> bool:
+    return all(np.array_equal(samples[0].image, other.image) for other in samples)
+
+
+def plain(pipe, prompt=PROMPT, **kwargs):
+    """The image of diffusers' own call."""
+    return pipe(prompt, num_inference_steps=3, **{"guidance_scale": 1.0} | kwargs).images[0]
+
+
+def test_equal_images_have_equal_recipes():
+    told = replace(RECIPE, negative_prompt="blurry", refiner_scale=3.0, refining_prompt="a cat")
+    assert told.gaussian == RECIPE.gaussian and told.guided != RECIPE.guided and told.refined != RECIPE.refined
+    assert replace(told, refiner_scale=None, refining_prompt=None).refined == RECIPE.refined, "unguided: the negative prompt changes nothing"
+
+
+def test_a_negative_prompt_is_the_pipelines_own(make, pipe):
+    sample = make(replace(RECIPE, negative_prompt="a green frog").guided)
+    assert np.array_equal(sample.image, plain(pipe, latents=draw_noise(pipe, 3), guidance_scale=2.5, negative_prompt="a green frog"))
+    assert not equal(sample, make(RECIPE.guided))
+
+
+def test_each_recipe_is_made_once(make):
+    assert make(RECIPE.refined) is make(replace(RECIPE, guidance_scale=1.0, negative_prompt="x"))
+    assert len(make.known) == 1
+
+
+def test_strengths(make):
+    images = dict(explore.strengths(make, RECIPE, (0, 0.5, 1)))
+    assert list(images) == ["strength 0", "strength 0.5", "strength 1", "guided, g = 2.5"]
+    assert equal(images["strength 0"], make(RECIPE.gaussian)) and equal(images["strength 1"], make(RECIPE.refined))
+    assert images["guided, g = 2.5"] is make(RECIPE.guided) and not equal(images["strength 0.5"], images["strength 1"])
+
+
+def test_guidance_scales(pipe, make):
+    with pytest.raises(ValueError, match="takes no guidance scale"):
+        list(explore.guidance_scales(make, RECIPE))
+    told = perturbed(pipe, guidance_scale_range=[1, 5])
+    torch.nn.init.normal_(told.unet.time_embedding.cond_proj.weight)
+    images = list(explore.guidance_scales(Maker(pipe, told), replace(RECIPE, refiner_scale=2.0), 3))
+    assert [caption for caption, _ in images] == [f"{what} g = {g}" for what in ("refined for", "guided,") for g in (1, 3, 5)]
+    assert not equal(images[0][1], images[1][1]) and equal(images[3][1], make(RECIPE.gaussian)), "guided by 1 is unguided"
+    expected = plain(pipe, latents=told(draw_noise(pipe, 3), PROMPT, guidance_scale=5.0))
+    assert np.array_equal(images[2][1].image, expected)
+
+
+def test_samplers_and_steps(make):
+    images = dict(explore.samplers_and_steps(make, RECIPE, (2, 3)))
+    assert len(images) == 2 * 2 * len(SAMPLERS) and images["DDIM, 3 steps, refined"] is make(RECIPE.refined)
+    assert images["Heun (EDM), 3 steps, Gaussian"].forwards == 5 and images["Euler, 2 steps, refined"].forwards == 3
+
+
+def test_bands(make):
+    for cutoff, expected in ((0, RECIPE.gaussian), (1, RECIPE.refined)):
+        images = list(explore.bands(make, RECIPE, cutoff))
+        assert len(images) == 7 and equal(images[2][1], make(expected))
+    x_T, mixed = draw_noise(make.pipe, 3), dict(explore.bands(make, RECIPE, 0.3))
+    kept = torch.from_numpy(mixed["refined below 0.3, Gaussian above"].x_T) - x_T
+    zeroed = mixed["refined below 0.3, zero above"].x_T + mixed["zero below 0.3, refined above"].x_T
+    np.testing.assert_allclose(zeroed, make(RECIPE.refined).x_T, atol=1e-5)
+    redrawn = mixed["refined below 0.3, redrawn above"].x_T + mixed["redrawn below 0.3, refined above"].x_T
+    np.testing.assert_allclose(redrawn, make(RECIPE.refined).x_T + draw_noise(make.pipe, 4).numpy(), atol=1e-5)
+    low = torch.fft.fft2(kept)[..., 4:12, 4:12].abs().max()
+    assert low < 1e-4 < kept.abs().max(), "nothing of the correction is above the cutoff"
+
+
+def test_two_prompts(make, pipe, refiner):
+    other, x_T = "a green frog on a yellow background", draw_noise(pipe, 3)
+    images = dict(explore.two_prompts(make, RECIPE, other))
+    assert equal(images["one prompt for both"], make(RECIPE.refined))
+    assert np.array_equal(images["denoised with the other"].image, plain(pipe, other, latents=refiner(x_T, PROMPT)))
+    assert np.array_equal(images["denoised with the other, guided"].image, plain(pipe, other, latents=refiner(x_T, PROMPT), guidance_scale=2.5))
+    assert np.array_equal(images["denoised with none"].image, plain(pipe, "", latents=refiner(x_T, PROMPT)))
+    assert np.array_equal(images["Gaussian noise, the other"].image, plain(pipe, other, latents=x_T))
+
+
+def test_interpolation(make):
+    images = [sample for _, sample in explore.interpolation(make, RECIPE, 8, 4)]
+    there = replace(RECIPE, seed=8)
+    assert equal(images[0], make(RECIPE.gaussian)) and equal(images[3], make(there.gaussian))
+    assert equal(images[4], make(RECIPE.refined)) and equal(images[7], make(there.refined))
+    x, y = draw_noise(make.pipe, 3), draw_noise(make.pipe, 8)
+    norms = [slerp(x, y, f).norm().item() for f in (0, 0.25, 0.5, 1)]
+    assert norms == pytest.approx([x.norm().item()] * 4, rel=0.1) and torch.equal(slerp(x, y, 0), x) and torch.equal(slerp(x, y, 1), y)
+    assert 0.6 < slerp(x, y, 0.5).flatten() @ x.flatten() / (x.norm() * slerp(x, y, 0.5).norm()) < 0.8, "half of the angle"
+
+
+def test_guided_from_refined(make, pipe, refiner):
+    images = dict(explore.guided_from_refined(make, RECIPE))
+    assert [sample.forwards for sample in images.values()] == [3, 6, 4, 7]
+    assert np.array_equal(images["refined, guided"].image, plain(pipe, latents=refiner(draw_noise(pipe, 3), PROMPT), guidance_scale=2.5))
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_predicted_x0(pipe, monkeypatch, sampler, prediction_type):
+    """From a noised x0 and a perfect prediction, x0 comes back, at the first step and at later ones."""
+    scheduler = make_scheduler(sampler, pipe)
+    scheduler.register_to_config(prediction_type=prediction_type)
+    x0, noise = torch.randn(2, 1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    scheduler.set_timesteps(6)
+    for step in (0, 3):
+        t = scheduler.timesteps[step]
+        if hasattr(scheduler, "sigmas"):
+            scheduler._step_index = step
+            sigma = scheduler.sigmas[step]
+            signal, level = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
+        else:
+            signal, level = scheduler.alphas_cumprod[t].sqrt(), (1 - scheduler.alphas_cumprod[t]).sqrt()
+        truth = noise if prediction_type == "epsilon" else signal * noise - level * x0
+        x = signal * x0 + level * noise
+        sample = x if torch.equal(scheduler.scale_model_input(x, t), x) else x / signal  # some samplers count in sigmas
+        torch.testing.assert_close(predicted_x0(scheduler, truth, t, sample), x0, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", ["DPM++ 2M", "Euler", "Heun (EDM)"])
+def test_trajectory_ends_at_the_image(make, sampler):
+    """Samplers that end at zero noise return the last predicted x0."""
+    frames, recipe = {}, replace(RECIPE.refined, sampler=sampler, steps=5)
+    trajectory(make, recipe, frames.__setitem__, 3)
+    forwards = 9 if sampler.startswith("Heun") else 5
+    assert list(frames) == [1, forwards // 2 + 1, forwards]
+    difference = np.abs(np.asarray(frames[forwards], int) - np.asarray(make(recipe).image, int))
+    assert difference.max() <= 1 and not np.array_equal(frames[1], frames[forwards])
+
+
+def test_evenly():
+    assert evenly(20, 7) == [0, 3, 6, 10, 13, 16, 19] and evenly(3, 7) == [0, 1, 2] and evenly(1, 7) == [0]
+
+
+def test_stopping_leaves_the_pipeline_as_it_was(make, pipe):
+    before, scheduler = output(pipe), pipe.scheduler
+    steps = []
+
+    def stop(recipe, x0):
+        steps.append(x0)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+
+    make.on_step = stop
+    with pytest.raises(KeyboardInterrupt):
+        make(RECIPE.refined)
+    assert not make.known and steps[0].shape == (1, 8, 16, 16)
+    assert pipe.scheduler is scheduler and torch.equal(output(pipe), before)
+    assert not any(module._forward_pre_hooks for module in pipe.unet.modules())
+
+
+def test_preview_looks_like_the_image(make, pipe):
+    """The rough picture against the image reduced to its size; a constant one would correlate with nothing."""
+    x0, preview = {}, fit_preview(pipe)
+    make.on_step = lambda recipe, latents: x0.update({recipe: latents})
+    for seed in range(3):
+        image = make(replace(RECIPE.guided, seed=seed, steps=10)).image.resize((16, 16), Image.Resampling.BOX)
+        rough = preview(x0[replace(RECIPE.guided, seed=seed, steps=10)])
+        assert rough.size == (16, 16) and np.corrcoef(np.asarray(rough).ravel(), np.asarray(image).ravel())[0, 1] > 0.9
+
+
+def test_decode_is_the_pipelines_own(pipe):
+    latents = output(pipe)
+    expected = pipe(PROMPT, latents=draw_noise(pipe, 3), num_inference_steps=2, guidance_scale=1.0, output_type="latent").images
+    image = pipe(PROMPT, latents=draw_noise(pipe, 3), num_inference_steps=2, guidance_scale=1.0).images[0]
+    assert np.array_equal(decode(pipe, expected)[0], image) and decode(pipe, latents.repeat(2, 1, 1, 1))[1].size == (64, 64)
+
+
+def test_attention(make, pipe):
+    before = output(pipe)
+    maps = attention(make, RECIPE.guided, "apple")
+    assert maps.shape == (3, 16, 16) and not torch.allclose(maps, attention(make, RECIPE.guided, "background"))
+    count = pipe.tokenizer.model_max_length
+    with watch_attention(pipe.unet, list(range(count)), 16, 16) as everything:
+        output(pipe)
+    torch.testing.assert_close(torch.stack(everything), torch.full((2, 16, 16), 1 / count), msg="attention to all tokens sums to one")
+    assert torch.equal(output(pipe), before)
+    assert attention(make, replace(RECIPE.refined, height=72, width=40), "apple").shape == (3, 18, 10)
+
+
+def test_words(pipe):
+    assert word_tokens(pipe, PROMPT, "apple") == [3] and word_tokens(pipe, PROMPT, " Red ") == [2]
+    assert len(word_tokens(pipe, "a zxqv, on blue", "zxqv")) > 1, "an unknown word is several tokens"
+    with pytest.raises(ValueError, match="no word 'pear'; choose one of a, red, apple, on, blue, background"):
+        word_tokens(pipe, PROMPT, "pear")
+
+
+def test_figures_hold_the_noise(pipe):
+    x_T, other = draw_noise(pipe, 0), draw_noise(pipe, 1)
+    histogram = difference_histogram(x_T, x_T + 0.5, other).axes[0]
+    assert [text.get_text() for text in histogram.get_legend().get_texts()][1] == "to the refined noise, mean 0.50"
+    flat, correction = radial_spectrum(x_T, x_T + 0.5).axes[0].lines
+    assert 0.5 < np.median(flat.get_ydata()) < 2, "white noise has energy 1 everywhere"
+    assert correction.get_ydata()[0] > 1e6 * correction.get_ydata()[-1], "a constant has lowest frequencies only"
+    assert histogram.get_xlabel() and histogram.get_ylabel()
+
+
+def test_blind_tally():
+    assert wilson(0, 0) == (0, 1) and wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    votes = [Vote("p", 0, "refined", "guided", LEFT, NEITHER), Vote("p", 1, "guided", "refined", LEFT, RIGHT), Vote("p", 2, "guided", "refined", RIGHT, RIGHT)]
+    counts = tally(votes)
+    assert counts["better"]["n"] == 3 and counts["better"]["share"] == pytest.approx(2 / 3)
+    assert counts["follows"] == {"n": 2, "undecided": 1, "share": 1.0, "interval": wilson(2, 2)}
+    assert {in_random_order("a", "b") for _ in range(64)} == {("a", "b"), ("b", "a")}
+
+
+def test_a_png_holds_its_record(make, tmp_path):
+    image, record = make(RECIPE.refined).image, {"settings": {"prompt": "ein Äpfel 🍎 <b>", "seed": 3}}
+    save_png(image, tmp_path / "image.png", record)
+    assert read_png(tmp_path / "image.png") == record and np.array_equal(Image.open(tmp_path / "image.png"), image)
+
+
+def png(text=None, size=(4, 4)):
+    chunks, data = PngInfo(), io.BytesIO()
+    if text is not None:
+        chunks.add_itxt(KEY, text)
+    Image.new("L", size).save(data, "PNG", pnginfo=chunks)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("data, says", [
+    (b"", "no PNG"), (b"GIF89a nonsense", "no PNG"), (png()[:40], "PNG"), (png(), "holds no settings"), (png("{"), "damaged"), (png("[" * 10**5), "damaged"),
+    (png("[]"), "not those of this page"), (png('{"settings": 1}'), "not those of this page"), (png("{}", (5000, 4000)), "pixels"),
+    (png(json.dumps({"settings": {"prompt": "x" * 2**21}})), "damaged"),
+])
+def test_other_files_are_refused(tmp_path, data, says):
+    (tmp_path / "file.png").write_bytes(data)
+    with pytest.raises(ValueError, match=says):
+        read_png(tmp_path / "file.png")
+
+
+def test_contact_sheet():
+    sheet = contact_sheet([("one", Image.new("RGB", (64, 64), "red")), ("two", Image.new("RGB", (64, 64), "blue"))], "a title")
+    assert sheet.getpixel((sheet.width // 4, sheet.height // 2)) == (255, 0, 0) and sheet.getpixel((3 * sheet.width // 4, sheet.height // 2)) == (0, 0, 255)
+
+
+def test_stream_passes_everything_on():
+    def work(report):
+        for i in range(100):
+            report(i)
+
+    assert [value for values in stream(work) for value in values] == list(range(100))
+    lists = list(stream(work, every=0.05))
+    assert [value for values in lists for value in values] == list(range(100)) and len(lists) < 20, "collected, not one by one"
+
+
+def test_stream_raises_what_the_work_raises():
+    def work(report):
+        report(1)
+        raise ValueError("broken")
+
+    seen = []
+    with pytest.raises(ValueError, match="broken"):
+        for values in stream(work):
+            seen += values
+    assert seen == [1]
+
+
+def test_a_stream_that_is_left_stops_its_work():
+    ended, count = threading.Event(), []
+
+    def work(report):
+        try:
+            while True:
+                count.append(1)
+                report(1)
+        finally:
+            ended.set()
+
+    running = stream(work)
+    next(running)
+    running.close()
+    assert ended.is_set() and threading.active_count() < 20
+    before = len(count)
+    assert len(count) == before

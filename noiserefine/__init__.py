@@ -1,6 +1,13 @@
 """Refine the initial noise of a diffusion model once, then sample without guidance."""
 
-from noiserefine.noise import draw_noise
-from noiserefine.refiner import Refiner
+import importlib
 
-__all__ = ["Refiner", "draw_noise"]
+HOMES = {"Refiner": "noiserefine.refiner", "draw_noise": "noiserefine.noise"}
+__all__ = list(HOMES)
+
+
+def __getattr__(name: str):
+    """Imports torch and diffusers when they are needed, not when the page is drawn."""
+    if name in HOMES:
+        return getattr(importlib.import_module(HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

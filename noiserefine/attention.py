@@ -46,7 +46,8 @@ def watch_attention(unet: UNet2DConditionModel, tokens: list[int], height: int, 
     handles = [layer.register_forward_pre_hook(watch_layer, with_kwargs=True) for name, layer in unet.named_modules() if name.endswith("attn2")]
     handles.append(unet.register_forward_hook(finish))
     try:
-        yield maps
+        with torch.compiler.set_stance("force_eager"):  # compiled blocks would not call what watches their layers
+            yield maps
     finally:
         for handle in handles:
             handle.remove()

@@ -10,24 +10,12 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from noiserefine.backbones import BACKBONES, add_lora, default_device, default_dtype, load_pipeline, refiner_for, training_command
+from noiserefine.backbones import add_lora, default_device, default_dtype, load_pipeline, refiner_for, training_command
+from noiserefine.catalogue import BACKBONES, OFFLOADS
 from noiserefine.latents import fit_preview
-from noiserefine.offload import OFFLOADS, offload
+from noiserefine.offload import offload
 from noiserefine.refiner import Refiner, revision, weights_sha256
-
-
-@dataclass(frozen=True)
-class Model:
-    """What a visitor chose to make images with."""
-
-    backbone: str  # a name of BACKBONES, a hub id, a folder or a .safetensors checkpoint
-    refiner: str = ""  # a hub id or folder; empty for the backbone's own
-    lora: str = ""  # a hub id, folder or .safetensors file; empty for none
-    lora_weight: float = 1.0
-
-    @property
-    def title(self) -> str:
-        return BACKBONES[self.backbone].title if self.backbone in BACKBONES else self.backbone
+from noiserefine.settings import Model
 
 
 @dataclass
@@ -49,7 +37,7 @@ class Models:
     """The embedded model and the last other one, or with keep_all every one.  One loads at a time."""
 
     def __init__(self, keep_all: bool = False) -> None:
-        self.offload, self.keep_all, self.loaded, self.lock = "none", keep_all, {}, threading.Lock()
+        self.offload, self.compiled, self.keep_all, self.loaded, self.lock = "none", False, keep_all, {}, threading.Lock()
 
     def has(self, model: Model) -> bool:
         return replace(model, lora_weight=1.0) in self.loaded
@@ -90,6 +78,8 @@ class Models:
         refiner = Refiner.from_pretrained(folder, pipe, merge=True if self.keep_all else None) if folder else None
         if by_way_of_cpu:
             offload(pipe, refiner, self.offload, device)
+        if self.compiled:
+            pipe.unet.compile_repeated_blocks()  # in place: hooks on the UNet and its weights stay as they are
         if refiner is None:
             notes.append("**No refiner exists for this model yet**, so there is no third column. This trains one:\n\n"
                          f"`{training_command(pipe, source, backbone)}`")

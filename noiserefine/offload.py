@@ -4,13 +4,8 @@ import accelerate
 import torch
 from diffusers import DiffusionPipeline
 
+from noiserefine.catalogue import OFFLOADS
 from noiserefine.refiner import Refiner
-
-OFFLOADS = {
-    "none": "everything stays on the device: the fastest",
-    "model": "one network at a time is on the device",
-    "sequential": "one layer at a time is on the device: the least memory, several times slower",
-}
 
 
 def offload(pipe: DiffusionPipeline, refiner: Refiner | None, mode: str, device: torch.device | str) -> None:

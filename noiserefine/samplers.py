@@ -4,27 +4,11 @@ import copy
 import functools
 from collections.abc import Callable
 
+import diffusers
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    SchedulerMixin,
-)
+from diffusers import DiffusionPipeline, SchedulerMixin
 
-# What another scheduler's config may lack is always set: from_config would take defaults that Stable Diffusion does not use.
-SAMPLERS = {
-    "DDIM": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": False, "thresholding": False}),
-    "DPM++ 2M": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "thresholding": False, "use_karras_sigmas": False,
-                                               "final_sigmas_type": "zero"}),
-    "DPM++ SDE": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "thresholding": False, "use_karras_sigmas": False,
-                                                "final_sigmas_type": "zero"}),
-    "Euler": (EulerDiscreteScheduler, {"use_karras_sigmas": False}),
-    # The paper's "EDM": its second-order Heun solver on Karras sigmas; two forwards a step but for the last.
-    "Heun (EDM)": (HeunDiscreteScheduler, {"use_karras_sigmas": True}),
-}
+from noiserefine.catalogue import SAMPLERS
 
 
 def timestep_spacing(scheduler: SchedulerMixin) -> str:
@@ -40,8 +24,8 @@ def make_scheduler(sampler: str, pipe: DiffusionPipeline) -> SchedulerMixin:
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"There is no sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}.")
-    scheduler_class, settings = SAMPLERS[sampler]
-    return scheduler_class.from_config(pipe.scheduler.config, timestep_spacing=timestep_spacing(pipe.scheduler), steps_offset=1, **settings)
+    name, settings = SAMPLERS[sampler]
+    return getattr(diffusers, name).from_config(pipe.scheduler.config, timestep_spacing=timestep_spacing(pipe.scheduler), steps_offset=1, **settings)
 
 
 def with_sampler(pipe: DiffusionPipeline, sampler: str) -> DiffusionPipeline:

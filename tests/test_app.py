@@ -18,10 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import app
-from noiserefine import draw_noise, models
-from noiserefine.backbones import any_model_allowed, load_pipeline
+from noiserefine import draw_noise, models, settings, views
+from noiserefine.backbones import load_pipeline
+from noiserefine.catalogue import BACKBONES
 from noiserefine.recipe import Maker
 from noiserefine.record import read_png
+from noiserefine.settings import Model, Settings, any_model_allowed, restored
 from train.architectures import random_pipeline
 
 PROMPT = "a red apple on a blue background"
@@ -114,13 +116,13 @@ def test_what_changes_nothing_is_not_sampled_again(monkeypatch):
     assert all(same(again, first))
 
 
-VIEWS = {"strength": ((), 8), "samplers": ((), 30), "frequencies": ((0.3,), 7), "trajectory": ((), 15), "two_prompts": (("a green frog",), 6),
+SHOWN = {"strength": ((), 8), "samplers": ((), 30), "frequencies": ((0.3,), 7), "trajectory": ((), 15), "two_prompts": (("a green frog",), 6),
          "interpolation": ((8,), 14), "guided_from_refined": ((), 4), "attention": (("apple",), 15), "many": (("a cat\n\na dog", 2), 12)}
 
 
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("view", SHOWN)
 def test_every_view_shows_its_images(view):
-    extras, count = VIEWS[view]
+    extras, count = SHOWN[view]
     state = shown(*GOOD, view=view, extras=extras)
     assert len(state["images"]) == count and all(caption for caption, _ in state["images"])
     again = shown(*GOOD, view=view, extras=extras, last=state["last"])
@@ -163,7 +165,7 @@ def test_stop_leaves_everything_as_it_was():
         for _ in range(updates):
             next(running)
         running.close()
-        assert not app.WORK.locked(), "its end is waited for"
+        assert not views.WORK.locked(), "its end is waited for"
     assert all(same(before, shown(*GOOD)))
 
 
@@ -180,19 +182,19 @@ def test_an_image_restores_the_settings_that_make_it_again(client):
     for path, arm in zip(keep[1:], app.ARMS, strict=True):
         record = read_png(path)
         assert record["arm"] == arm and record["backbone"] == "emoji" and len(record["refiner_sha256"]) == 64 and record["versions"]["torch"]
-        restored = app.restored(record["settings"])
-        assert restored[:9] == odd[:9] and restored[12] == "a cat"
-        assert np.array_equal(shown(*restored)[arm].image, pixels(path))
+        again = restored(record["settings"])
+        assert again[:9] == odd[:9] and again[12] == "a cat"
+        assert np.array_equal(shown(*again)[arm].image, pixels(path))
     values = dict(urllib.parse.parse_qsl(re.search(r"\?(.*)\)", link)[1]))
-    assert app.Settings(*[value if isinstance(value, (str, int, float)) else field.default
-                          for value, field in zip(app.restored(values), fields(app.Settings))]) == app.Settings(*odd)
+    assert Settings(*[value if isinstance(value, (str, int, float)) else field.default
+                          for value, field in zip(restored(values), fields(Settings))]) == Settings(*odd)
 
 
 @pytest.mark.parametrize("values, says", [({"seed": "x"}, "seed is a number"), ({"prompt": 5}, "prompt is a text"), ({"steps": "nan"}, "is a number"),
                                           ({"prompt": "x" * 10**5}, "prompt is a text"), ({"seed": [1]}, "seed is a number")])
 def test_links_and_pngs_with_other_values(values, says):
     with pytest.raises(ValueError, match=says):
-        app.restored(values)
+        restored(values)
 
 
 def test_refine_gives_the_librarys_noise(client, pipe, refiner):
@@ -203,8 +205,8 @@ def test_refine_gives_the_librarys_noise(client, pipe, refiner):
 
 def test_endpoints_are_named_and_described(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
-    assert endpoints.keys() >= {f"/{view}" for view in (*VIEWS, "compare", "refine", "guidance_scale")}
-    for view in app.VIEWS:
+    assert endpoints.keys() >= {f"/{view}" for view in (*SHOWN, "compare", "refine", "guidance_scale")}
+    for view in views.VIEWS:
         if f"/{view}" in endpoints:
             names = [parameter["parameter_name"] for parameter in endpoints[f"/{view}"]["parameters"]]
             assert names[:2] == ["prompt", "seed"] and endpoints[f"/{view}"]["description"]
@@ -215,15 +217,15 @@ def test_endpoints_are_named_and_described(client):
 def turbo(tmp_path, monkeypatch):
     """A small model with SD-Turbo's architecture, scheduler and place in the catalogue."""
     random_pipeline("sd-turbo", small=True).save_pretrained(tmp_path)
-    monkeypatch.setitem(app.BACKBONES, "sd-turbo", replace(app.BACKBONES["sd-turbo"], source=str(tmp_path)))
-    monkeypatch.setattr(app, "MODELS", app.Models())
+    monkeypatch.setitem(BACKBONES, "sd-turbo", replace(BACKBONES["sd-turbo"], source=str(tmp_path)))
+    monkeypatch.setattr(views, "MODELS", models.Models())
     return [PROMPT, 7, "sd-turbo", 1, 7.0, 1.0, "Euler", 0, 0, "", "", 1.0]
 
 
 def test_turbo_has_no_guided_column_and_no_refiner_yet(turbo):
     state = shown(*turbo)
     assert "Not applicable" in state["guided_cost"] and "guided" not in state and "refined" not in state
-    assert f"--backbone {app.BACKBONES['sd21-base'].source}" in state["says"] and state["gaussian"].image.size == (128, 128)
+    assert f"--backbone {BACKBONES['sd21-base'].source}" in state["says"] and state["gaussian"].image.size == (128, 128)
 
 
 def test_a_refiner_that_the_user_names(turbo, tmp_path):
@@ -259,7 +261,7 @@ def test_out_of_memory_is_survived(monkeypatch):
 
 @pytest.mark.parametrize("position, value", [(2, "somebody/something"), (9, "/etc"), (10, "../secret.safetensors"), (9, "sdxl"), (10, "emoji")])
 def test_a_public_space_serves_its_own_models(monkeypatch, position, value):
-    monkeypatch.setattr(app, "FREE_CHOICE", False)
+    monkeypatch.setattr(settings, "FREE_CHOICE", False)
     inputs = list(GOOD)
     inputs[position] = value
     with pytest.raises(gr.Error, match="serves its own models only"):
@@ -288,25 +290,52 @@ def test_a_loras_weight_does_not_load_the_model_again(monkeypatch, tmp_path):
 def test_offload_reaches_the_page(monkeypatch):
     """Model offload computes on a CPU too; the sequential one only on accelerators, but it must get as far as computing."""
     plain = shown(*GOOD)
-    monkeypatch.setattr(app, "MODELS", app.Models())
-    app.MODELS.offload = "model"
+    monkeypatch.setattr(views, "MODELS", models.Models())
+    views.MODELS.offload = "model"
     assert all(same(plain, shown(*GOOD)))
-    monkeypatch.setattr(app, "MODELS", app.Models())
-    app.MODELS.offload = "sequential"
-    loaded = app.MODELS.get(app.Model("emoji"))
+    monkeypatch.setattr(views, "MODELS", models.Models())
+    views.MODELS.offload = "sequential"
+    loaded = views.MODELS.get(Model("emoji"))
     assert "guidance scale" in loaded.says
     assert loaded.refiner.unet.conv_in.weight.device.type == loaded.pipe.unet.conv_in.weight.device.type == "meta"
 
 
 def test_seconds_of_gpu_fit_a_visitors_quota():
     """An anonymous visitor of ZeroGPU has about two minutes a day."""
-    for name, backbone in app.BACKBONES.items():
+    for name, backbone in BACKBONES.items():
         assert 10 <= app.seconds_of_gpu("compare", (PROMPT, 0, name, backbone.steps)) <= 30
     assert app.seconds_of_gpu("compare", (PROMPT, 0, "sd21", float("nan"))) and app.seconds_of_gpu("compare", (PROMPT, 0, None, 10**9)) < 120
 
 
 def test_page_goes_on_after_errors(client):
     assert pixels(client.predict(*GOOD, api_name="/compare")[0]).shape == (64, 64, 3)
+
+
+def look_at(page, tab):
+    """Opens a tab, by the menu of those that don't fit where it is there, and waits for its images."""
+    if page.get_by_role("tab", name=tab, exact=True).is_visible():
+        page.get_by_role("tab", name=tab, exact=True).click()
+    else:
+        page.locator(".overflow-menu > button").first.click()
+        page.locator(".overflow-dropdown button", has_text=tab).first.click()
+    panel = page.locator("[role=tabpanel]").locator("visible=true")
+    panel.get_by_role("button", name="New pair" if tab == "Blind test" else "Show", exact=True).click()
+    panel.locator(".images img, #pair img").nth(1).wait_for(timeout=60_000)
+    page.wait_for_function("!document.querySelector('.progress-text')", timeout=60_000)
+    box = panel.bounding_box()
+    assert box["x"] + box["width"] <= page.viewport_size["width"], f"{tab} is cut off"
+    assert all(alt for alt in panel.locator("img").evaluate_all("images => images.map(image => image.alt)"))
+
+
+def vote(page):
+    """Answers both questions of the blind test, which is open."""
+    page.get_by_role("button", name="Vote").click()
+    page.get_by_text("Answer both questions").wait_for(timeout=20_000)
+    for question in ("Which is better?", "Which follows the prompt?"):
+        page.get_by_role("radiogroup", name=question).or_(page.locator("fieldset", has_text=question)).first.get_by_label("left").click()
+    page.get_by_role("button", name="Vote").click()
+    page.get_by_text(re.compile("Left was (refined|guided)")).wait_for(timeout=20_000)
+    assert page.locator("td", has_text="Which is better?").count() == 1
 
 
 @pytest.mark.parametrize("width, height", [(1280, 900), (390, 844)])
@@ -344,11 +373,15 @@ def test_in_a_browser(url, width, height):
         page.get_by_text("a sailboat", exact=True).click()  # an example runs at once
         page.wait_for_function("src => { const i = document.querySelectorAll('#noise img')[1]; return i && i.src != src }", arg=shown, timeout=60_000)
         assert prompt.input_value() == "a sailboat"
+        for tab in ("Strength", "Frequencies", "Trajectory", "Two prompts", "Guided from refined", "Blind test"):
+            look_at(page, tab)
+        vote(page)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert not errors
         browser.close()
 
 
 def test_runs_without_the_spaces_package(tmp_path):
-    code = "import sys; sys.modules['spaces'] = None; import app; print(app.ZERO_GPU, app.run.__name__)"
+    code = "import sys; sys.modules['spaces'] = None; import app; print(app.ZERO_GPU, app.run.__name__, 'torch' in sys.modules)"
     with script("-c", code) as process:
-        assert process.communicate()[0].strip().endswith("False run")
+        assert process.communicate()[0].strip().endswith("False run False"), "torch is not imported before it is needed"

@@ -1,0 +1,284 @@
+"""What the page shows, made: every view's images, plots and sentences.
+
+Each function works on a Job and reports updates by the names of the page's outputs.
+"""
+
+import re
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+from safetensors.torch import save
+
+from noiserefine import explore
+from noiserefine.attention import attention
+from noiserefine.blind import in_random_order
+from noiserefine.compare import columns
+from noiserefine.figures import difference_histogram, radial_spectrum
+from noiserefine.models import Loaded, Models
+from noiserefine.noise import MAX_SEED, draw_noise
+from noiserefine.recipe import MAX_STEPS, Maker, Recipe, Sample
+from noiserefine.settings import ZERO_GPU, Model, Settings, guided, number, whole
+from noiserefine.spectrum import LOW_FREQUENCY, energy_below, heat_map, low_frequency_difference
+from noiserefine.stream import stream
+from noiserefine.trajectory import FRAMES, evenly, trajectory
+
+MOST_IMAGES = 96  # of one view
+KEPT_PIXELS = 8_000_000  # of a visitor's images that are not made again
+PREVIEW_SECONDS = 0.15  # between two looks at an unfinished image
+SECONDS_OF_A_FORWARD = {"emoji": 0.03, "sdxl": 0.2}  # on ZeroGPU's cards, generously; 0.1 for the others
+MODELS, WORK = Models(keep_all=ZERO_GPU), threading.Lock()
+
+
+@dataclass
+class Job:
+    """What a view works with: it reports updates of the page, by the names of its outputs."""
+
+    loaded: Loaded
+    make: Maker
+    recipe: Recipe
+    guided: bool
+    report: Callable[[dict], None]
+
+    def show(self, images: explore.Images) -> None:
+        """Reports images, (caption, Sample or picture), as they come."""
+        shown = []
+        for image in images:
+            shown.append(image)
+            self.report({"images": list(shown)})
+
+    def noises(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_T and the refined noise, (1, C, h, w) on the CPU in float32."""
+        x_T = draw_noise(self.make.pipe, self.recipe.seed, height=self.recipe.height, width=self.recipe.width)
+        return x_T, torch.from_numpy(self.make(self.recipe.refined).x_T)
+
+    def needs_refiner(self) -> None:
+        """Raises ValueError where there is none."""
+        if self.loaded.refiner is None:
+            raise ValueError("This view needs a refiner, and none exists for this model yet. The first comparison shows the command that trains one.")
+
+    def needs_guidance(self) -> None:
+        """Raises ValueError for a model that is sampled without."""
+        if not self.guided:
+            raise ValueError("This view is about guidance, and this model is distilled to be sampled without it.")
+
+
+def show_columns(job: Job) -> None:
+    """The three columns, the change of the noise, and files to keep."""
+    recipes, done = columns(job.recipe, job.guided, job.loaded.refiner is not None), {}
+    for recipe in recipes.values():
+        job.make.check(recipe)
+    job.report({})  # the input is sound: the last results go
+    if not job.guided:
+        job.report({"guided_cost": "**Not applicable**: this model is distilled to be sampled without guidance."})
+    for name, recipe in recipes.items():
+        job.make.on_step = lambda _, x0, name=name: job.report({name: job.loaded.preview(x0)})
+        done[name] = job.make(recipe)
+        job.report({name: done[name]} | {f"{name}_cost": cost(sample, done.get("guided")) for name, sample in done.items()})
+    job.report({"keep": done, "says": job.loaded.says})
+    if job.loaded.refiner is None:
+        return
+    x_T, x_hat = job.noises()
+    share = energy_below(x_hat - x_T)
+    job.report({
+        "heat": heat_map(low_frequency_difference(x_T, x_hat), done["refined"].image.size), "layout": done["refined"].image,
+        "says": f"**What the refiner changed.** The heat map is the part of the change in x_T below {LOW_FREQUENCY} of the frequency "
+                f"radius: {share:.0%} of its energy. Where it is bright, the noise already says that something will be there; "
+                f"beside it is the image that grew from it. {job.loaded.says}"})
+
+
+def cost(sample: Sample, guided: Sample | None) -> str:
+    """Forwards and seconds of a column, and what they are of the guided one's."""
+    lines = [f"**{sample.forwards}** UNet forwards", f"{sample.seconds:.2f} s"]
+    if guided and sample is not guided:
+        lines[0] += f" · {sample.forwards / guided.forwards:.0%} of CFG"
+        lines[1] += f" · {sample.seconds / guided.seconds:.0%} of CFG"
+    return "  \n".join(lines)
+
+
+def show_strengths(job: Job) -> None:
+    job.needs_refiner()
+    job.show(explore.strengths(job.make, job.recipe))
+
+
+def show_guidance_scales(job: Job) -> None:
+    job.needs_refiner()
+    job.needs_guidance()
+    job.show(explore.guidance_scales(job.make, job.recipe))
+
+
+def show_samplers(job: Job) -> None:
+    job.needs_refiner()
+    job.show(explore.samplers_and_steps(job.make, job.recipe))
+
+
+def show_frequencies(job: Job, cutoff: float) -> None:
+    job.needs_refiner()
+    if not 0 <= number(cutoff, "The cutoff") <= 1:
+        raise ValueError(f"The cutoff is a share of the largest frequency, from 0 to 1; got {cutoff}.")
+    x_T, x_hat = job.noises()
+    other = draw_noise(job.make.pipe, (job.recipe.seed + 1) % (MAX_SEED + 1), height=job.recipe.height, width=job.recipe.width)
+    image = job.make(job.recipe.refined).image
+    heat = heat_map(low_frequency_difference(x_T, x_hat, cutoff), image.size)
+    job.report({"histogram": difference_histogram(x_T, x_hat, other), "spectrum": radial_spectrum(x_T, x_hat), "overlay": Image.blend(image, heat, 0.6)})
+    job.show(explore.bands(job.make, job.recipe, cutoff))
+
+
+def show_trajectory(job: Job) -> None:
+    shown = []
+    for name, recipe in columns(job.recipe, job.guided, job.loaded.refiner is not None).items():
+        def on_frame(forward: int, image: Image.Image, name: str = name) -> None:
+            shown.append((f"{name.capitalize()}, step {forward}", image))
+            job.report({"images": list(shown)})
+
+        trajectory(job.make, recipe, on_frame)
+
+
+def show_two_prompts(job: Job, other: str) -> None:
+    job.needs_refiner()
+    if not (other or "").strip():
+        raise ValueError("The other prompt is empty: say what to denoise with.")
+    job.show(explore.two_prompts(job.make, job.recipe, other))
+
+
+def show_interpolation(job: Job, seed: float) -> None:
+    job.needs_refiner()
+    job.show(explore.interpolation(job.make, job.recipe, whole(seed, "The other seed")))
+
+
+def show_guided_from_refined(job: Job) -> None:
+    job.needs_refiner()
+    job.needs_guidance()
+    job.show(explore.guided_from_refined(job.make, job.recipe))
+
+
+def show_attention(job: Job, word: str) -> None:
+    def images() -> explore.Images:
+        for name, recipe in columns(job.recipe, job.guided, job.loaded.refiner is not None).items():
+            maps, image = attention(job.make, recipe, word or ""), job.make(recipe).image
+            for i in evenly(len(maps), FRAMES):
+                yield f"{name.capitalize()}, step {i + 1}", Image.blend(image, heat_map(maps[i].numpy(), image.size), 0.6)
+
+    job.show(images())
+
+
+def show_blind(job: Job, opponent: str) -> None:
+    """Two arms of a new seed, in random order."""
+    job.needs_refiner()
+    seed = secrets.randbelow(MAX_SEED + 1)
+    recipes = columns(replace(job.recipe, seed=seed), job.guided)
+    if opponent not in recipes or opponent == "refined":
+        raise ValueError(f"There is no {opponent!r} image of this model to compare with.")
+    left, right = in_random_order("refined", opponent)
+    images = {arm: job.make(recipes[arm]).image for arm in ("refined", opponent)}  # always in one order: the time it takes says nothing
+    job.report({"left": images[left], "right": images[right], "pair": (job.recipe.prompt, seed, left, right)})
+
+
+def show_many(job: Job, prompts: str, count: float) -> None:
+    lines = [line.strip() for line in (prompts or "").splitlines() if line.strip()] or [job.recipe.prompt]
+    count = whole(count, "The number of images a prompt")
+    recipes = {(prompt, seed): columns(replace(job.recipe, prompt=prompt, seed=seed), job.guided, job.loaded.refiner is not None)
+               for prompt in lines for seed in range(job.recipe.seed, job.recipe.seed + count)}
+    total = sum(len(arms) for arms in recipes.values())
+    if not 1 <= total <= MOST_IMAGES:
+        raise ValueError(f"{len(lines)} prompts with {count} images each are {total} images in all columns; from 1 to {MOST_IMAGES} can be made in one go.")
+    for arms in recipes.values():
+        for recipe in arms.values():
+            job.make.check(recipe)
+    job.show((f"{prompt} · seed {seed} · {name}", job.make(recipe))
+             for (prompt, seed), arms in recipes.items() for name, recipe in arms.items())
+
+
+def make_noise(job: Job) -> None:
+    """x_T and the refined noise, as the bytes of a safetensors file."""
+    job.needs_refiner()
+    job.report({"noise": save(dict(zip(("x_T", "refined"), job.noises())))})
+
+
+# For each view its function, and the forwards it takes for a number of steps.
+VIEWS = {
+    "compare": (show_columns, lambda steps: 4 * steps + 1),
+    "refine": (make_noise, lambda steps: steps + 1),
+    "strength": (show_strengths, lambda steps: (len(explore.STRENGTHS) + 2) * (steps + 1)),
+    "guidance_scale": (show_guidance_scales, lambda steps: 15 * steps + 5),
+    "samplers": (show_samplers, lambda steps: 2 * 6 * (sum(explore.STEPS) + len(explore.STEPS))),
+    "frequencies": (show_frequencies, lambda steps: 8 * steps),
+    "trajectory": (show_trajectory, lambda steps: 5 * steps),
+    "two_prompts": (show_two_prompts, lambda steps: 8 * steps + 4),
+    "interpolation": (show_interpolation, lambda steps: 2 * explore.INTERPOLATIONS * (steps + 1)),
+    "guided_from_refined": (show_guided_from_refined, lambda steps: 6 * steps + 2),
+    "attention": (show_attention, lambda steps: 8 * steps + 2),
+    "blind": (show_blind, lambda steps: 3 * steps + 1),
+    "many": (show_many, lambda steps: 4 * MOST_IMAGES / 3 * (steps + 1)),
+}
+
+
+def seconds_of_gpu(view: str, settings: Settings) -> int:
+    """What a view may take on ZeroGPU; 18 s for the comparison at SD2.1's defaults."""
+    steps = settings.steps if isinstance(settings.steps, (int, float)) and 1 <= settings.steps <= MAX_STEPS else 1  # others are refused
+    return int(10 + VIEWS[view][1](steps) * SECONDS_OF_A_FORWARD.get(settings.backbone, 0.1))
+
+
+def recipe_of(settings: Settings) -> Recipe:
+    """Raises ValueError for what no model can make an image from."""
+    size = {name: whole(side, f"The {name}") if side else None for name, side in (("width", settings.width), ("height", settings.height))}
+    recipe = Recipe(settings.prompt, whole(settings.seed, "The seed"), whole(settings.steps, "The number of steps"), settings.sampler,
+                    number(settings.guidance_scale, "The guidance scale"), number(settings.strength, "The refinement strength"),
+                    negative_prompt=settings.negative_prompt or "", **size)
+    recipe.check()
+    return recipe
+
+
+def work(view: str, settings: Settings, extras: tuple, last: dict[tuple[Model, Recipe], Sample], on_load: Callable[[str], None]) -> Iterator[dict]:
+    """Works on a view and yields updates by the names of its outputs; closed early, it stops at the next step.
+
+    extras: the values of the view's own controls.
+    last: this visitor's images so far; none of them is made again.  It is yielded anew, as "last", at the end.
+    on_load: called with a sentence before a model is loaded.
+    Raises ValueError or OSError for what can't be made, and MemoryError where the memory is full.
+    """
+    recipe, model = recipe_of(settings), settings.model
+    if not MODELS.has(model):
+        on_load(f"Loading {model.title} …")
+    try:
+        loaded = MODELS.get(model)
+        if loaded.refiner and recipe.strength > 0:
+            recipe = replace(recipe, refiner_scale=loaded.refiner.scale_input(recipe.guidance_scale))
+        if not guided(model):
+            recipe = replace(recipe, guidance_scale=1.0)
+        make = Maker(loaded.pipe, loaded.refiner, {recipe: sample for (of, recipe), sample in last.items() if of == maker_of(model, recipe)})
+
+        def show(report: Callable[[dict], None]) -> None:
+            make.on_step = lambda *_: report({})  # where a Stop is noticed
+            with WORK:
+                VIEWS[view][0](Job(loaded, make, recipe, guided(model), report), *extras)
+
+        yield {"about": {"backbone": model.backbone, "revision": loaded.revision, "refiner_sha256": loaded.refiner_sha256}}
+        for updates in stream(show, PREVIEW_SECONDS):
+            yield {name: value for update in updates for name, value in update.items()}
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not re.search("out of memory|can't allocate|ALLOC_FAILED", str(error)):
+            raise
+        MODELS.forget(lambda other: other.backbone == model.backbone and not ZERO_GPU)
+        raise MemoryError("The memory is full. A smaller size or backbone needs less of it, and so does the app on a graphics card when it is "
+                          f"started with {MODELS.smaller_mode()}.") from error
+    yield {"last": within_limits(last | {(maker_of(model, recipe), recipe): sample for recipe, sample in make.known.items()})}
+
+
+def maker_of(model: Model, recipe: Recipe) -> Model:
+    """What the recipe's image depends on of the model: not the refiner where it isn't used."""
+    return model if recipe.strength else replace(model, refiner="")
+
+
+def within_limits(samples: dict[tuple[Model, Recipe], Sample]) -> dict[tuple[Model, Recipe], Sample]:
+    """The newest of the samples, up to KEPT_PIXELS."""
+    kept, pixels = {}, 0
+    for key, sample in reversed(samples.items()):
+        pixels += sample.image.width * sample.image.height
+        if pixels > KEPT_PIXELS:
+            break
+        kept[key] = sample
+    return dict(reversed(kept.items()))

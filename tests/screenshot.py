@@ -1,6 +1,7 @@
-"""The picture of the page in the README: starts the app, generates, takes a screenshot in headless Chromium.
+"""The pictures of the page in the README: starts the app, generates, takes a screenshot in headless Chromium.
 
     python tests/screenshot.py --output assets/pictures/page.png
+    python tests/screenshot.py --tab Frequencies --output assets/pictures/views.png
 """
 
 import argparse
@@ -18,6 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--prompt", default="a red apple on a blue background")
+    parser.add_argument("--tab", help="take a picture of this tab only")
     parser.add_argument("--width", type=int, default=1120)
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("--port", type=int, default=7879)
@@ -34,8 +36,17 @@ def main() -> None:
             page.get_by_label("Prompt", exact=True).fill(args.prompt)
             page.get_by_label("Prompt", exact=True).press("Enter")
             page.wait_for_function("document.querySelectorAll('#noise img').length == 2", timeout=120_000)
-            page.wait_for_timeout(1000)
-            page.screenshot(path=args.output, full_page=True)
+            page.wait_for_timeout(6000)  # messages go
+            if args.tab:
+                page.get_by_role("tab", name=args.tab, exact=True).click()
+                panel = page.locator("[role=tabpanel]").locator("visible=true")
+                panel.get_by_role("button", name="Show", exact=True).click()
+                panel.locator(".images img").first.wait_for(timeout=120_000)
+                page.wait_for_function("!document.querySelector('.progress-text')", timeout=120_000)
+                page.wait_for_timeout(1000)
+                panel.screenshot(path=args.output)
+            else:
+                page.screenshot(path=args.output, full_page=True)
             browser.close()
     finally:
         server.kill()

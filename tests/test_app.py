@@ -1,5 +1,6 @@
 """The page through its server: as an API and in a browser."""
 
+import functools
 import pickle
 import re
 import shutil
@@ -8,6 +9,7 @@ import urllib.parse
 from dataclasses import fields, replace
 
 import gradio as gr
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -211,6 +213,23 @@ def test_endpoints_are_named_and_described(client):
             names = [parameter["parameter_name"] for parameter in endpoints[f"/{view}"]["parameters"]]
             assert names[:2] == ["prompt", "seed"] and endpoints[f"/{view}"]["description"]
     assert client.predict("a panda", api_name="/guided_from_refined")[3]["caption"] == "refined, guided"
+
+
+def test_endpoints_are_tools(url):
+    tools = httpx.get(f"{url}/gradio_api/mcp/schema").json()
+    names = {tool["name"].removeprefix("app_"): tool for tool in tools}
+    assert names.keys() >= {"compare", "refine", *SHOWN} and "prompt" in names["compare"]["inputSchema"]["properties"]
+
+
+def test_compiled_blocks_make_the_same_images(monkeypatch):
+    plain = shown(*GOOD)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # the real one takes minutes
+    monkeypatch.setattr(views, "MODELS", models.Models())
+    views.MODELS.compiled = True
+    state = shown(*GOOD)
+    blocks = [module for module in views.MODELS.get(Model("emoji")).pipe.unet.modules() if module._compiled_call_impl]
+    assert blocks and all(same(plain, state)) and forwards(state) == forwards(plain)
+    assert len(shown(*GOOD, view="attention", extras=("apple",))["images"]) == 15
 
 
 @pytest.fixture

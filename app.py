@@ -5,6 +5,7 @@
 
 import argparse
 import functools
+import importlib
 import inspect
 import json
 import sys
@@ -71,14 +72,14 @@ VIEWS = {
                         lambda: {"other": gr.Textbox("a green frog on a yellow background", label="The other prompt", max_lines=2)}),
     "interpolation": View("Interpolation",
                           "From one seed to another along the sphere: above from Gaussian noise, below refined on the way.", 7,
-                          lambda: {"other_seed": gr.Number(8, label="The other seed", precision=0)}),
+                          lambda: {"other_seed": gr.Number(8, label="The other seed")}),
     "guided_from_refined": View("Guided from refined",
                                 "Guidance and refining together: guided sampling from refined noise beside guided sampling from Gaussian noise.", 4),
     "attention": View("Attention",
                       "Where the model looks for a word of the prompt while it denoises, over the finished image.", 7,
                       lambda: {"word": gr.Textbox("apple", label="A word of the prompt", max_lines=1)}),
     "blind": View("", "Two images of one new seed for the prompt above, in random order: one from refined noise, one from Gaussian noise. Say which is "
-                  "better and which follows the prompt; then you learn which was which. Nothing is sent anywhere."),
+                  "better and which follows the prompt; then you learn which was which. The tally stays in this session and goes nowhere else."),
     "many": View("Many at once",
                  "The three columns for several prompts and seeds.", 3,
                  lambda: {"prompts": gr.Textbox("", label="Prompts", info="one a line; empty for the prompt above", lines=3, max_lines=12),
@@ -86,15 +87,15 @@ VIEWS = {
 }
 
 
-def seconds_of_gpu(view: str, settings: tuple, *_) -> int:
+def seconds_of_gpu(view: str, settings: tuple, extras: tuple, *_) -> int:
     from noiserefine import views
-    return views.seconds_of_gpu(view, Settings(*settings))
+    return views.seconds_of_gpu(view, Settings(*settings), extras)
 
 
 @GPU(duration=seconds_of_gpu)
 def run(view: str, settings: tuple, extras: tuple, last: dict) -> Iterator[dict]:
     """What `views.work` yields, its errors as messages on the page; settings are the values of Settings."""
-    if "noiserefine.views" not in sys.modules:
+    if not hasattr(sys.modules.get("noiserefine.views"), "work"):  # not imported, or not yet to its end
         gr.Info("Loading PyTorch and diffusers …")
     from noiserefine import views  # it takes seconds, which the page does not wait for
     try:
@@ -127,25 +128,37 @@ def kept(values: list) -> list:
     return [gr.skip() if value is None else value for value in values]
 
 
+def made_from(record: dict, sample) -> dict:
+    """The record with what the sample itself was made from, and settings whose columns hold its image."""
+    recipe = sample.recipe
+    own = {"seed": recipe.seed, "steps": recipe.steps, "sampler": recipe.sampler} | ({"prompt": recipe.prompt} if recipe.prompt else {})
+    if recipe.strength:
+        own["strength"] = recipe.strength
+    if scale := recipe.refiner_scale or (recipe.guidance_scale > 1 and recipe.guidance_scale):
+        own["guidance_scale"] = scale
+    return record | {"settings": record["settings"] | own, "recipe": asdict(recipe), "forwards": sample.forwards}
+
+
 def files_of(update: dict, folder: Path, record: dict, shown: dict[str, object]) -> dict:
     """The update with pictures as files, which Gradio copies once; it would write an image anew at every yield, while the browser reads it.
 
-    shown: what was made into files before, by name and place.
+    Every file holds what it was made from.  shown: what was made into files before, by name.
     """
     def file(name: str, picture, **about) -> str:
         path = folder / f"{name}.png"
         if shown.get(name) is not picture:
             shown[name] = picture
             if isinstance(picture, Image.Image):
-                picture.save(path)
+                save_png(picture, path, record | about)
             else:
-                save_png(picture.image, path, record | about)
+                save_png(picture.image, path, made_from(record, picture) | about)
         return str(path)
 
     made = {}
     for name, value in update.items():
         if name == "images":
-            made[name] = [(file(f"{i:02}", picture, caption=caption), caption) for i, (caption, picture) in enumerate(value)]
+            images = [(file(f"{i:02}", picture, caption=caption), caption) for i, (caption, picture) in enumerate(value)]
+            made[name] = gr.Gallery(images, columns=update["columns"]) if update["columns"] else images
         elif name == "keep":
             sheet = contact_sheet([(f"{', '.join(ARMS[arm])}, {sample.forwards} forwards", sample.image) for arm, sample in value.items()],
                                   record["settings"]["prompt"])
@@ -155,7 +168,7 @@ def files_of(update: dict, folder: Path, record: dict, shown: dict[str, object])
             made[name] = str(folder / "noise.safetensors")
         elif isinstance(value, Image.Image) or hasattr(value, "image"):
             made[name] = file(name, value, arm=name)
-        else:
+        elif name != "columns":
             made[name] = value
     return made
 
@@ -166,12 +179,13 @@ def endpoint(view: str, outputs: dict[str, gr.components.Component], controls: d
 
     def handler(*inputs):
         values, extras, last = inputs[:len(fields(Settings))], inputs[len(fields(Settings)):-1], inputs[-1] or {}
-        record, state, shown = {"settings": asdict(Settings(*values)), "view": view, "versions": versions()}, dict(empty), {}
+        record = {"settings": asdict(Settings(*values)), "view": view, "controls": dict(zip(controls, extras)), "versions": versions()}
+        state, shown = dict(empty), {}
         with tempfile.TemporaryDirectory() as folder:
             for update in run(view, values, extras, last):
-                if about := update.pop("about", None):
-                    record |= about
-                    continue
+                record |= update.pop("about", {})
+                if not update:
+                    continue  # nothing to see yet, and the last results stay
                 last = update.pop("last", last)
                 state |= files_of(update, Path(folder), record, shown)
                 if "keep" in update:
@@ -208,11 +222,11 @@ def build() -> gr.Blocks:
             shown["says"] = gr.Markdown("", elem_classes="says", show_label=False)
         with gr.Accordion("Settings", open=True):
             inputs = {"prompt": prompt} | settings_inputs()
-        with gr.Accordion("Keep and restore", open=False):
-            shown["link"] = gr.Markdown("", show_label=False)
+        with gr.Accordion("Keep and restore", open=True):
             with gr.Row():
-                shown["keep"] = gr.File(label="Contact sheet and images, which hold their settings", file_count="multiple", interactive=False)
-                dropped = gr.File(label="Drop an image of this page to restore its settings", file_types=[".png"])
+                shown["keep"] = gr.File(label="Contact sheet and images, which hold their settings", file_count="multiple", interactive=False, height=150)
+                dropped = gr.File(label="Drop an image of this page to restore its settings", file_types=[".png"], height=150)
+            shown["link"] = gr.Markdown("", show_label=False)
         last = gr.State({}, time_to_live=3600)
 
         def on(listen: Callable, view: str, outputs: dict, controls: dict | None = None, **kwargs) -> gr.events.Dependency:
@@ -307,9 +321,10 @@ def build_blind_test(on: Callable):
         if None in given:
             raise gr.Error("Answer both questions first.", print_exception=False)
         votes = [*votes, Vote(*pair, *given)]
-        path = Path(tempfile.mkdtemp()) / "votes.json"
-        path.write_text(json.dumps({"votes": [asdict(vote) for vote in votes], "refined": tally(votes)}, indent=2))
-        return f"Left was {pair[2]}, right was {pair[3]}.\n\n{tally_table(votes)}", votes, None, gr.DownloadButton(value=str(path), interactive=True)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "votes.json"
+            path.write_text(json.dumps({"votes": [asdict(vote) for vote in votes], "refined": tally(votes)}, indent=2))
+            yield f"Left was {pair[2]}, right was {pair[3]}.\n\n{tally_table(votes)}", votes, None, gr.DownloadButton(value=str(path), interactive=True)
 
     vote.click(count, [pair, votes, *answers], [result, votes, pair, export], api_visibility="private")
     new.click(lambda: [None, None, ""], None, [*answers, result], api_visibility="private")
@@ -348,12 +363,6 @@ CHOICES = [(BACKBONES[name].title, name) for name in SERVED]
 demo = build().queue(max_size=32)
 
 
-def warm_up(offload: str, compiled: bool) -> None:
-    """Imports what images are made with, while the first visitor reads."""
-    from noiserefine import views
-    views.MODELS.offload, views.MODELS.compiled = offload, compiled
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", help="address to listen on; GRADIO_SERVER_NAME or 127.0.0.1 if not given")
@@ -363,10 +372,11 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.offload != "none" and args.compile:
         parser.error("--compile and --offload exclude each other: compiled blocks stay where they are.")
-    if args.offload != "none":
-        from noiserefine.backbones import default_device
-        if default_device().type == "cpu":
+    if args.offload != "none" or args.compile:
+        from noiserefine import backbones, views
+        if args.offload != "none" and backbones.default_device().type == "cpu":
             parser.error("--offload spares the memory of a graphics card, and there is none here: leave it out.")
+        views.MODELS.offload, views.MODELS.compiled = args.offload, args.compile
     demo.launch(server_name=args.host, server_port=args.port, theme=THEME, css_paths=[ASSETS / "page.css"], mcp_server=True, prevent_thread_lock=True)
-    warm_up(args.offload, args.compile)
+    importlib.import_module("noiserefine.views")  # what images are made with, while the first visitor reads
     demo.block_thread()

@@ -3,13 +3,14 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch.nn.functional import interpolate
 
 from noiserefine.noise import draw_noise, image_size
-from noiserefine.recipe import Maker, Recipe
+from noiserefine.recipe import Maker, Recipe, Sample
 
 
 def word_tokens(pipe: DiffusionPipeline, prompt: str, word: str) -> list[int]:
@@ -53,10 +54,10 @@ def watch_attention(unet: UNet2DConditionModel, tokens: list[int], height: int, 
             handle.remove()
 
 
-def attention(make: Maker, recipe: Recipe, word: str) -> torch.Tensor:
-    """The attention to a word of the prompt in every forward of the recipe's sampling, (forwards, h, w) at the latent's size.
+def attention(make: Maker, recipe: Recipe, word: str) -> tuple[torch.Tensor, Sample]:
+    """The attention to a word of the prompt in every forward of the recipe's sampling, (forwards, h, w) at the latent's size, and the image.
 
-    The refining pass is not among them.  Raises ValueError for a word that is not in the prompt.
+    The refining pass is not among the forwards.  Raises ValueError for a word that is not in the prompt.
     """
     make.check(recipe)
     tokens = word_tokens(make.pipe, recipe.prompt, word)
@@ -64,5 +65,5 @@ def attention(make: Maker, recipe: Recipe, word: str) -> torch.Tensor:
     factor = make.pipe.vae_scale_factor
     height, width = (side // factor for side in image_size(make.pipe, recipe.height, recipe.width))
     with watch_attention(make.pipe.unet, tokens, height, width) as maps:
-        make.sample(recipe.guided, x_T)
-    return torch.stack(maps)
+        sample = make.sample(replace(recipe, strength=0.0), x_T)
+    return torch.stack(maps), sample

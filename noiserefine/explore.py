@@ -7,6 +7,8 @@ yields (caption, Sample) one by one; a recipe that was made before is not made a
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+import torch
+
 from noiserefine.noise import MAX_SEED, draw_noise, slerp
 from noiserefine.recipe import Maker, Recipe, Sample
 from noiserefine.samplers import SAMPLERS
@@ -22,7 +24,8 @@ def strengths(make: Maker, recipe: Recipe, values: Sequence[float] = STRENGTHS) 
     """The refined image over the refinement strength, and the guided one to compare with (figure 13)."""
     for strength in values:
         yield f"strength {strength:g}", make(replace(recipe, strength=strength).refined)
-    yield f"guided, g = {recipe.guidance_scale:g}", make(recipe.guided)
+    if recipe.guidance_scale > 1:
+        yield f"guided, g = {recipe.guidance_scale:g}", make(recipe.guided)
 
 
 def guidance_scales(make: Maker, recipe: Recipe, count: int = 5) -> Images:
@@ -54,14 +57,20 @@ def two_prompts(make: Maker, recipe: Recipe, other: str) -> Images:
     there, nothing = replace(here, prompt=other), replace(here, prompt="")
     yield "one prompt for both", make(recipe.refined)
     yield "denoised with the other", make(there.refined)
-    yield "denoised with the other, guided", make(there)
     yield "denoised with none", make(nothing.refined)
     yield "Gaussian noise, the other", make(there.gaussian)
-    yield "Gaussian noise, the other, guided", make(there.guided)
+    if recipe.guidance_scale > 1:
+        yield "denoised with the other, guided", make(there)
+        yield "Gaussian noise, the other, guided", make(there.guided)
 
 
 def interpolation(make: Maker, recipe: Recipe, seed: int, count: int = INTERPOLATIONS) -> Images:
-    """From the recipe's noise to another seed's along the sphere: unguided images, then those refined on the way (figure 22)."""
+    """From the recipe's noise to another seed's along the sphere: unguided images, then those refined on the way (figure 22).
+
+    Raises ValueError for the recipe's own seed.
+    """
+    if seed == recipe.seed:
+        raise ValueError(f"Both seeds are {seed}: there is nothing between them. Choose another one.")
     size = dict(height=recipe.height, width=recipe.width)
     ends = draw_noise(make.pipe, recipe.seed, **size), draw_noise(make.pipe, seed, **size)
     for name, here in (("Gaussian", recipe.gaussian), ("refined", recipe.refined)):
@@ -83,7 +92,7 @@ def bands(make: Maker, recipe: Recipe, cutoff: float) -> Images:
     """What the frequencies of the refined noise below a cutoff, of the largest radius, do (figures 15 to 19)."""
     refined, gaussian = make(recipe.refined), make(recipe.gaussian)
     x_T = draw_noise(make.pipe, recipe.seed, height=recipe.height, width=recipe.width)
-    x_hat = make.refine(recipe, x_T).float().cpu()
+    x_hat = torch.from_numpy(refined.x_T)
     redrawn = draw_noise(make.pipe, (recipe.seed + 1) % (MAX_SEED + 1), height=recipe.height, width=recipe.width)
     low, redrawn_low, plain = band(x_hat, 0, cutoff), band(redrawn, 0, cutoff), recipe.gaussian
     yield "refined noise", refined

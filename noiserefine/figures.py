@@ -38,7 +38,7 @@ def difference_histogram(x_T: torch.Tensor, x_hat: torch.Tensor, other: torch.Te
 
 
 def radial_spectrum(x_T: torch.Tensor, x_hat: torch.Tensor, count: int = 12) -> Figure:
-    """Energy of the correction x_hat - x_T, of (1, C, h, w), and of x_T over the radial frequency, a coefficient (figure 10)."""
+    """Energy of the correction x_hat - x_T, of (1, C, h, w), and of x_T over the radial frequency (figure 9)."""
     figure, ax = axes("Where the correction is", "radial frequency, of the largest", "mean energy of a coefficient")
     r = radius(*x_T.shape[-2:]).flatten().numpy()
     edges = np.linspace(0, 1, count + 1)

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from torch.nn.functional import interpolate, pad
 
@@ -13,8 +13,8 @@ from torch.nn.functional import interpolate, pad
 def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
     """The pictures of latents (B, C, h, w), by the pipeline's VAE."""
     vae = pipe.vae
-    # Some VAEs overflow in float16 (SDXL's own): theirs is the range of bfloat16.
-    overflows = vae.dtype == torch.float16 and vae.config.force_upcast
+    # SDXL's own VAE overflows in float16; bfloat16 has the range. Other families' configurations say "force_upcast" without need.
+    overflows = vae.dtype == torch.float16 and vae.config.force_upcast and isinstance(pipe, StableDiffusionXLPipeline)
     with torch.autocast(latents.device.type, torch.bfloat16) if overflows else contextlib.nullcontext():
         images = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample
     return pipe.image_processor.postprocess(images.float())

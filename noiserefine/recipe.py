@@ -83,6 +83,7 @@ def check_settings(steps: int, guidance_scale: float, strength: float, sampler: 
 class Sample:
     """An image that was made."""
 
+    recipe: Recipe
     image: Image.Image
     x_T: np.ndarray  # the noise it started from, (1, C, h, w) in float32, unit variance
     forwards: int  # of the UNet, for one image; a guided step counts two
@@ -145,7 +146,7 @@ class Maker:
             # Stochastic samplers draw from the seed too, so that the arms differ in one thing only.
             image = sample(pipe, guidance_scale=recipe.guidance_scale, latents=latents, num_inference_steps=recipe.steps, height=height,
                            width=width, generator=torch.Generator().manual_seed(recipe.seed), **embeds).images[0]
-        return Sample(image, latents.float().cpu().numpy(), counter.count, time.perf_counter() - began)
+        return Sample(recipe, image, latents.float().cpu().numpy(), counter.count, time.perf_counter() - began)
 
 
 class ForwardCounter:

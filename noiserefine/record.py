@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import textwrap
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
@@ -46,16 +47,18 @@ def read_png(path: str | Path) -> dict:
 
 
 def contact_sheet(images: list[tuple[str, Image.Image]], title: str, side: int = 384) -> Image.Image:
-    """The captioned images in a row under a title, each scaled to at least `side` pixels of width."""
+    """The captioned images in a row under a title of any length, each scaled to at least `side` pixels of width."""
     width = max(side, images[0][1].width)
     height = round(width * images[0][1].height / images[0][1].width)
     gap, line = width // 24, width // 12
     font, small = ImageFont.load_default(line * 0.7), ImageFont.load_default(line * 0.6)
-    sheet = Image.new("RGB", (len(images) * (width + gap) + gap, height + 3 * gap + 2 * line), "white")
+    title = textwrap.fill(title, 30 * len(images))
+    top = 2 * gap + line * (title.count("\n") + 1)
+    sheet = Image.new("RGB", (len(images) * (width + gap) + gap, top + height + gap + line), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, gap), title, "black", font)
+    draw.multiline_text((gap, gap), title, "black", font)
     for i, (caption, image) in enumerate(images):
         left = gap + i * (width + gap)
-        sheet.paste(image.resize((width, height), Image.Resampling.BICUBIC), (left, 2 * gap + line))
-        draw.text((left, 2 * gap + line + height + gap // 2), caption, "#555555", small)
+        sheet.paste(image.resize((width, height), Image.Resampling.BICUBIC), (left, top))
+        draw.text((left, top + height + gap // 2), caption, "#555555", small)
     return sheet

@@ -1,6 +1,5 @@
 """What visitors may ask for, and how it comes: from the page, an API call, a link or a PNG."""
 
-import math
 import os
 import urllib.parse
 from dataclasses import dataclass, fields
@@ -85,8 +84,8 @@ def guided(model: Model) -> bool:
 
 def number(value: float | None, what: str) -> float:
     """The value itself. Raises ValueError where it is no number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{what} is a number; got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e15:
+        raise ValueError(f"{what} is a number; got {str(value)[:40]}.")
     return value
 
 
@@ -104,7 +103,7 @@ def link(settings: Settings) -> str:
 
 
 def restored(values: dict) -> list:
-    """The values of a link or PNG in the order of Settings, None for what it doesn't hold.
+    """The values of a link or PNG in the order of Settings, the defaults for what it doesn't hold; None for a prompt that it doesn't.
 
     Raises ValueError where one is not of the setting's kind; whether it makes sense is checked when it is used.
     """
@@ -112,7 +111,7 @@ def restored(values: dict) -> list:
     for field in fields(Settings):
         value, default = values.get(field.name), "" if field.name == "prompt" else field.default
         if value is None:
-            updates.append(None)
+            updates.append(None if field.name == "prompt" else default)
         elif isinstance(default, str):
             if not isinstance(value, str) or len(value) > 2000:
                 raise ValueError(f"{field.name} is a text; the file or link holds something else.")
@@ -120,7 +119,7 @@ def restored(values: dict) -> list:
         else:
             try:
                 plain = float(value)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise ValueError(f"{field.name} is a number; the file or link holds {str(value)[:40]!r}.") from error
             updates.append(int(plain) if number(plain, field.name) == int(plain) else plain)
     return updates

@@ -13,7 +13,7 @@ class Stopped(BaseException):
 def stream(work: Callable[[Callable[[Any], None]], None], every: float = 0.0) -> Iterator[list]:
     """Runs work(report) in a thread and yields what it reports, as lists of all that came since, at most once in `every` seconds.
 
-    When the generator is closed, the next report raises Stopped inside the work, whose end is waited for.
+    When the generator is closed, the next report raises Stopped inside the work; its end is not waited for.
     What the work raises is raised here.
     """
     reports, stop, end = queue.SimpleQueue(), threading.Event(), object()
@@ -50,6 +50,5 @@ def stream(work: Callable[[Callable[[Any], None]], None], every: float = 0.0) ->
                 break
     finally:
         stop.set()
-        thread.join()
     if failure:
         raise failure[0]

@@ -20,7 +20,7 @@ def evenly(total: int, count: int) -> list[int]:
 def trajectory(make: Maker, recipe: Recipe, on_frame: Callable[[int, Image.Image], None], frames: int = FRAMES) -> None:
     """Makes the recipe's image and calls on_frame(forward, picture) for predicted x0 of evenly spaced forwards, the first and the last among them.
 
-    For a sampler with two forwards a step each counts.
+    For a sampler with two forwards a step each counts; guidance counts none.
     """
     total = 2 * recipe.steps - 1 if recipe.sampler.startswith("Heun") else recipe.steps
     wanted, seen = evenly(total, frames), 0
@@ -30,6 +30,8 @@ def trajectory(make: Maker, recipe: Recipe, on_frame: Callable[[int, Image.Image
         if seen in wanted:
             on_frame(seen + 1, decode(make.pipe, x0)[0])
         seen += 1
+        if make.on_step:
+            make.on_step(recipe, x0)
 
     watched = Maker(make.pipe, make.refiner, on_step=on_step)
     watched.check(recipe)

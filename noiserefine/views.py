@@ -16,7 +16,7 @@ from safetensors.torch import save
 from noiserefine import explore
 from noiserefine.attention import attention
 from noiserefine.blind import in_random_order
-from noiserefine.compare import columns
+from noiserefine.compare import columns, compare
 from noiserefine.figures import difference_histogram, radial_spectrum
 from noiserefine.models import Loaded, Models
 from noiserefine.noise import MAX_SEED, draw_noise
@@ -29,7 +29,6 @@ from noiserefine.trajectory import FRAMES, evenly, trajectory
 MOST_IMAGES = 96  # of one view
 KEPT_PIXELS = 8_000_000  # of a visitor's images that are not made again
 PREVIEW_SECONDS = 0.15  # between two looks at an unfinished image
-SECONDS_OF_A_FORWARD = {"emoji": 0.03, "sdxl": 0.2}  # on ZeroGPU's cards, generously; 0.1 for the others
 MODELS, WORK = Models(keep_all=ZERO_GPU), threading.Lock()
 
 
@@ -43,22 +42,28 @@ class Job:
     guided: bool
     report: Callable[[dict], None]
 
-    def show(self, images: explore.Images) -> None:
-        """Reports images, (caption, Sample or picture), as they come."""
+    @property
+    def columns(self) -> dict[str, Recipe]:
+        return columns(self.recipe, self.guided, self.loaded.refiner is not None)
+
+    def show(self, images: explore.Images, columns: int | None = None) -> None:
+        """Reports images, (caption, Sample or picture), as they come; columns: how many are side by side, where the view's own number doesn't fit."""
         shown = []
         for image in images:
             shown.append(image)
-            self.report({"images": list(shown)})
+            self.report({"images": list(shown), "columns": columns})
 
     def noises(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """x_T and the refined noise, (1, C, h, w) on the CPU in float32."""
+        """x_T and the refined noise, (1, C, h, w) on the CPU in float32, both rounded as the pipeline's precision rounds them."""
         x_T = draw_noise(self.make.pipe, self.recipe.seed, height=self.recipe.height, width=self.recipe.width)
-        return x_T, torch.from_numpy(self.make(self.recipe.refined).x_T)
+        return tuple(self.make.refine(recipe, x_T).float().cpu() for recipe in (self.recipe.gaussian, self.recipe.refined))
 
-    def needs_refiner(self) -> None:
-        """Raises ValueError where there is none."""
+    def needs_refiner(self, strength: bool = True) -> None:
+        """Raises ValueError where there is none, and where it is asked to do nothing."""
         if self.loaded.refiner is None:
             raise ValueError("This view needs a refiner, and none exists for this model yet. The first comparison shows the command that trains one.")
+        if strength and self.recipe.strength == 0:
+            raise ValueError("The refinement strength is 0, and this view shows what refining does: set it above 0, to 1 for instance.")
 
     def needs_guidance(self) -> None:
         """Raises ValueError for a model that is sampled without."""
@@ -68,23 +73,21 @@ class Job:
 
 def show_columns(job: Job) -> None:
     """The three columns, the change of the noise, and files to keep."""
-    recipes, done = columns(job.recipe, job.guided, job.loaded.refiner is not None), {}
-    for recipe in recipes.values():
-        job.make.check(recipe)
-    job.report({})  # the input is sound: the last results go
+    arms, names, done = compare(job.make, job.recipe, job.guided), {recipe: name for name, recipe in job.columns.items()}, {}
+    preview = job.loaded.preview  # fitted before the clock runs
+    job.make.on_step = lambda recipe, x0: job.report({names[recipe]: preview(x0)})
     if not job.guided:
         job.report({"guided_cost": "**Not applicable**: this model is distilled to be sampled without guidance."})
-    for name, recipe in recipes.items():
-        job.make.on_step = lambda _, x0, name=name: job.report({name: job.loaded.preview(x0)})
-        done[name] = job.make(recipe)
-        job.report({name: done[name]} | {f"{name}_cost": cost(sample, done.get("guided")) for name, sample in done.items()})
+    for name, sample in arms:
+        done[name] = sample
+        job.report({name: sample} | {f"{name}_cost": cost(sample, done.get("guided")) for name, sample in done.items()})
     job.report({"keep": done, "says": job.loaded.says})
     if job.loaded.refiner is None:
         return
-    x_T, x_hat = job.noises()
+    x_T, x_hat = (torch.from_numpy(done[name].x_T) for name in ("gaussian", "refined"))
     share = energy_below(x_hat - x_T)
     job.report({
-        "heat": heat_map(low_frequency_difference(x_T, x_hat), done["refined"].image.size), "layout": done["refined"].image,
+        "heat": heat_map(low_frequency_difference(x_T, x_hat), done["refined"].image.size), "layout": done["refined"],
         "says": f"**What the refiner changed.** The heat map is the part of the change in x_T below {LOW_FREQUENCY} of the frequency "
                 f"radius: {share:.0%} of its energy. Where it is bright, the noise already says that something will be there; "
                 f"beside it is the image that grew from it. {job.loaded.says}"})
@@ -100,7 +103,7 @@ def cost(sample: Sample, guided: Sample | None) -> str:
 
 
 def show_strengths(job: Job) -> None:
-    job.needs_refiner()
+    job.needs_refiner(strength=False)
     job.show(explore.strengths(job.make, job.recipe))
 
 
@@ -129,10 +132,10 @@ def show_frequencies(job: Job, cutoff: float) -> None:
 
 def show_trajectory(job: Job) -> None:
     shown = []
-    for name, recipe in columns(job.recipe, job.guided, job.loaded.refiner is not None).items():
+    for name, recipe in job.columns.items():
         def on_frame(forward: int, image: Image.Image, name: str = name) -> None:
-            shown.append((f"{name.capitalize()}, step {forward}", image))
-            job.report({"images": list(shown)})
+            shown.append((f"{name.capitalize()}, forward {forward}", image))
+            job.report({"images": list(shown), "columns": min(FRAMES, job.recipe.steps)})
 
         trajectory(job.make, recipe, on_frame)
 
@@ -141,6 +144,7 @@ def show_two_prompts(job: Job, other: str) -> None:
     job.needs_refiner()
     if not (other or "").strip():
         raise ValueError("The other prompt is empty: say what to denoise with.")
+    job.make.check(replace(job.recipe, prompt=other))
     job.show(explore.two_prompts(job.make, job.recipe, other))
 
 
@@ -157,12 +161,13 @@ def show_guided_from_refined(job: Job) -> None:
 
 def show_attention(job: Job, word: str) -> None:
     def images() -> explore.Images:
-        for name, recipe in columns(job.recipe, job.guided, job.loaded.refiner is not None).items():
-            maps, image = attention(job.make, recipe, word or ""), job.make(recipe).image
+        for name, recipe in job.columns.items():
+            maps, sample = attention(job.make, recipe, word or "")
             for i in evenly(len(maps), FRAMES):
-                yield f"{name.capitalize()}, step {i + 1}", Image.blend(image, heat_map(maps[i].numpy(), image.size), 0.6)
+                heat = heat_map(maps[i].numpy(), sample.image.size)
+                yield f"{name.capitalize()}, forward {i + 1}", Image.blend(sample.image, heat, 0.6)
 
-    job.show(images())
+    job.show(images(), min(FRAMES, job.recipe.steps))
 
 
 def show_blind(job: Job, opponent: str) -> None:
@@ -188,38 +193,39 @@ def show_many(job: Job, prompts: str, count: float) -> None:
     for arms in recipes.values():
         for recipe in arms.values():
             job.make.check(recipe)
-    job.show((f"{prompt} · seed {seed} · {name}", job.make(recipe))
-             for (prompt, seed), arms in recipes.items() for name, recipe in arms.items())
+    job.show(((f"{prompt} · seed {seed} · {name}", job.make(recipe))
+              for (prompt, seed), arms in recipes.items() for name, recipe in arms.items()), len(job.columns))
 
 
 def make_noise(job: Job) -> None:
     """x_T and the refined noise, as the bytes of a safetensors file."""
-    job.needs_refiner()
+    job.needs_refiner(strength=False)
     job.report({"noise": save(dict(zip(("x_T", "refined"), job.noises())))})
 
 
-# For each view its function, and the forwards it takes for a number of steps.
 VIEWS = {
-    "compare": (show_columns, lambda steps: 4 * steps + 1),
-    "refine": (make_noise, lambda steps: steps + 1),
-    "strength": (show_strengths, lambda steps: (len(explore.STRENGTHS) + 2) * (steps + 1)),
-    "guidance_scale": (show_guidance_scales, lambda steps: 15 * steps + 5),
-    "samplers": (show_samplers, lambda steps: 2 * 6 * (sum(explore.STEPS) + len(explore.STEPS))),
-    "frequencies": (show_frequencies, lambda steps: 8 * steps),
-    "trajectory": (show_trajectory, lambda steps: 5 * steps),
-    "two_prompts": (show_two_prompts, lambda steps: 8 * steps + 4),
-    "interpolation": (show_interpolation, lambda steps: 2 * explore.INTERPOLATIONS * (steps + 1)),
-    "guided_from_refined": (show_guided_from_refined, lambda steps: 6 * steps + 2),
-    "attention": (show_attention, lambda steps: 8 * steps + 2),
-    "blind": (show_blind, lambda steps: 3 * steps + 1),
-    "many": (show_many, lambda steps: 4 * MOST_IMAGES / 3 * (steps + 1)),
+    "compare": show_columns, "refine": make_noise, "strength": show_strengths, "guidance_scale": show_guidance_scales, "samplers": show_samplers,
+    "frequencies": show_frequencies, "trajectory": show_trajectory, "two_prompts": show_two_prompts, "interpolation": show_interpolation,
+    "guided_from_refined": show_guided_from_refined, "attention": show_attention, "blind": show_blind, "many": show_many,
+}
+IMAGES = {  # of a view, a guided one counting as two
+    "compare": 4, "refine": 1, "strength": 10, "guidance_scale": 15, "frequencies": 8, "trajectory": 5, "two_prompts": 8, "interpolation": 14,
+    "guided_from_refined": 6, "attention": 8, "blind": 3,
 }
 
 
-def seconds_of_gpu(view: str, settings: Settings) -> int:
-    """What a view may take on ZeroGPU; 18 s for the comparison at SD2.1's defaults."""
+def seconds_of_gpu(view: str, settings: Settings, extras: tuple) -> int:
+    """What a view may take on ZeroGPU, generously; 18 s for the comparison at SD2.1's defaults."""
     steps = settings.steps if isinstance(settings.steps, (int, float)) and 1 <= settings.steps <= MAX_STEPS else 1  # others are refused
-    return int(10 + VIEWS[view][1](steps) * SECONDS_OF_A_FORWARD.get(settings.backbone, 0.1))
+    if view == "samplers":
+        images, steps = 12, sum(explore.STEPS)  # five samplers, one of which takes two forwards a step, from two noises
+    elif view == "many":
+        prompts, count = extras
+        wanted = 4 * max(1, len((prompts or "").splitlines())) * (count if isinstance(count, (int, float)) and count >= 1 else 1)
+        images = min(wanted, 4 * MOST_IMAGES / 3)
+    else:
+        images = IMAGES[view]
+    return int(10 + images * (steps + 1) * (0.03 if settings.backbone == "emoji" else 0.1))
 
 
 def recipe_of(settings: Settings) -> Recipe:
@@ -240,23 +246,23 @@ def work(view: str, settings: Settings, extras: tuple, last: dict[tuple[Model, R
     on_load: called with a sentence before a model is loaded.
     Raises ValueError or OSError for what can't be made, and MemoryError where the memory is full.
     """
-    recipe, model = recipe_of(settings), settings.model
+    asked, model = recipe_of(settings), settings.model
     if not MODELS.has(model):
         on_load(f"Loading {model.title} …")
+
+    def show(report: Callable[[dict], None]) -> None:
+        with WORK:  # a view that was left ends at its next step; until then the models are its own
+            loaded = MODELS.get(model)
+            scale = loaded.refiner.scale_input(asked.guidance_scale) if loaded.refiner else None
+            recipe = replace(asked, refiner_scale=scale, guidance_scale=asked.guidance_scale if guided(model) else 1.0)
+            make = Maker(loaded.pipe, loaded.refiner, {recipe: sample for (of, recipe), sample in last.items() if of == maker_of(model, recipe)},
+                         on_step=lambda *_: report({}))
+            make.check(recipe if loaded.refiner else recipe.guided)
+            report({"about": {"backbone": model.backbone, "revision": loaded.revision, "refiner_sha256": loaded.refiner_sha256}})
+            VIEWS[view](Job(loaded, make, recipe, guided(model), report), *extras)
+            report({"last": within_limits(last | {(maker_of(model, recipe), recipe): sample for recipe, sample in make.known.items()})})
+
     try:
-        loaded = MODELS.get(model)
-        if loaded.refiner and recipe.strength > 0:
-            recipe = replace(recipe, refiner_scale=loaded.refiner.scale_input(recipe.guidance_scale))
-        if not guided(model):
-            recipe = replace(recipe, guidance_scale=1.0)
-        make = Maker(loaded.pipe, loaded.refiner, {recipe: sample for (of, recipe), sample in last.items() if of == maker_of(model, recipe)})
-
-        def show(report: Callable[[dict], None]) -> None:
-            make.on_step = lambda *_: report({})  # where a Stop is noticed
-            with WORK:
-                VIEWS[view][0](Job(loaded, make, recipe, guided(model), report), *extras)
-
-        yield {"about": {"backbone": model.backbone, "revision": loaded.revision, "refiner_sha256": loaded.refiner_sha256}}
         for updates in stream(show, PREVIEW_SECONDS):
             yield {name: value for update in updates for name, value in update.items()}
     except RuntimeError as error:
@@ -265,7 +271,6 @@ def work(view: str, settings: Settings, extras: tuple, last: dict[tuple[Model, R
         MODELS.forget(lambda other: other.backbone == model.backbone and not ZERO_GPU)
         raise MemoryError("The memory is full. A smaller size or backbone needs less of it, and so does the app on a graphics card when it is "
                           f"started with {MODELS.smaller_mode()}.") from error
-    yield {"last": within_limits(last | {(maker_of(model, recipe), recipe): sample for recipe, sample in make.known.items()})}
 
 
 def maker_of(model: Model, recipe: Recipe) -> Model:

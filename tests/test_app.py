@@ -24,7 +24,7 @@ from noiserefine import draw_noise, models, settings, views
 from noiserefine.backbones import load_pipeline
 from noiserefine.catalogue import BACKBONES
 from noiserefine.recipe import Maker
-from noiserefine.record import read_png
+from noiserefine.record import read_png, save_png
 from noiserefine.settings import Model, Settings, any_model_allowed, restored
 from train.architectures import random_pipeline
 
@@ -136,13 +136,29 @@ def test_every_view_shows_its_images(view):
 
 @pytest.mark.parametrize("view, extras, says", [
     ("guidance_scale", (), "takes no guidance scale"), ("frequencies", (1.5,), "from 0 to 1"), ("frequencies", (float("nan"),), "is a number"),
-    ("two_prompts", (" ",), "other prompt is empty"), ("two_prompts", ("apple " * 60,), "tokens long"), ("interpolation", (-1,), "seed is a whole"),
+    ("interpolation", (7,), "Both seeds are 7"), ("interpolation", (1.5,), "whole number"), ("two_prompts", (" ",), "other prompt is empty"), ("two_prompts", ("apple " * 60,), "tokens long"), ("interpolation", (-1,), "seed is a whole"),
     ("interpolation", (None,), "is a number"), ("attention", ("pear",), "no word 'pear'"), ("attention", (None,), "no word ''"),
     ("blind", ("nobody",), "no 'nobody' image"), ("many", ("a cat", 1000), "in one go"), ("many", ("a cat", 0), "in one go"), ("many", ("a cat", 1.5), "whole number"),
 ])
 def test_views_refuse_with_a_sentence(view, extras, says):
-    with pytest.raises(gr.Error, match=says):
-        shown(*GOOD, view=view, extras=extras)
+    def forbidden(*_):
+        raise AssertionError("a forward ran")
+
+    handle = views.MODELS.get(Model("emoji")).pipe.unet.register_forward_pre_hook(forbidden)
+    try:
+        with pytest.raises(gr.Error, match=says):
+            shown(*GOOD, view=view, extras=extras)
+        with pytest.raises(gr.Error, match="tokens long"):
+            shown(*GOOD, "blurry " * 60, view=view, extras=extras)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("view", ["samplers", "frequencies", "two_prompts", "interpolation", "guided_from_refined", "blind"])
+def test_views_that_show_refining_refuse_strength_0(view):
+    with pytest.raises(gr.Error, match="strength is 0"):
+        shown(*GOOD[:5], 0, *GOOD[6:], view=view, extras=SHOWN[view][0] if view in SHOWN else ("guided",))
+    assert len(shown(*GOOD[:5], 0, *GOOD[6:], view="strength")["images"]) == 8
 
 
 def test_views_of_a_model_without_refiner_or_guidance(turbo):
@@ -167,7 +183,8 @@ def test_stop_leaves_everything_as_it_was():
         for _ in range(updates):
             next(running)
         running.close()
-        assert not views.WORK.locked(), "its end is waited for"
+        with views.WORK:  # free after the next step
+            pass
     assert all(same(before, shown(*GOOD)))
 
 
@@ -181,6 +198,10 @@ def test_unfinished_images_are_shown():
 def test_an_image_restores_the_settings_that_make_it_again(client):
     odd = ["a panda on a pink background", 12, "emoji", 4, 3.5, 0.75, "Euler", 72, 64, "", "", 1.0, "a cat"]
     *_, link, keep = client.predict(*odd, api_name="/compare")
+    *_, strong = client.predict(*odd, api_name="/strength")[:7]
+    record = read_png(strong["image"])
+    assert record["settings"]["strength"] == 1.5 and record["caption"] == "strength 1.5"
+    assert np.array_equal(shown(*restored(record["settings"]))["refined"].image, pixels(strong["image"]))
     for path, arm in zip(keep[1:], app.ARMS, strict=True):
         record = read_png(path)
         assert record["arm"] == arm and record["backbone"] == "emoji" and len(record["refiner_sha256"]) == 64 and record["versions"]["torch"]
@@ -322,8 +343,11 @@ def test_offload_reaches_the_page(monkeypatch):
 def test_seconds_of_gpu_fit_a_visitors_quota():
     """An anonymous visitor of ZeroGPU has about two minutes a day."""
     for name, backbone in BACKBONES.items():
-        assert 10 <= app.seconds_of_gpu("compare", (PROMPT, 0, name, backbone.steps)) <= 30
-    assert app.seconds_of_gpu("compare", (PROMPT, 0, "sd21", float("nan"))) and app.seconds_of_gpu("compare", (PROMPT, 0, None, 10**9)) < 120
+        assert 10 <= app.seconds_of_gpu("compare", (PROMPT, 0, name, backbone.steps), ()) <= 30
+        for view in views.VIEWS:
+            assert 10 <= app.seconds_of_gpu(view, (PROMPT, 0, name, backbone.steps), ("", 4)) <= 120, view
+    assert app.seconds_of_gpu("compare", (PROMPT, 0, "sd21", float("nan")), ()) and app.seconds_of_gpu("compare", (PROMPT, 0, None, 10**9), ()) < 120
+    assert app.seconds_of_gpu("many", (PROMPT, 0, "sd21", 20), (None, float("nan")))
 
 
 def test_page_goes_on_after_errors(client):
@@ -339,11 +363,33 @@ def look_at(page, tab):
         page.locator(".overflow-dropdown button", has_text=tab).first.click()
     panel = page.locator("[role=tabpanel]").locator("visible=true")
     panel.get_by_role("button", name="New pair" if tab == "Blind test" else "Show", exact=True).click()
+    if tab == "Guidance scale":  # the embedded model's own refiner takes none
+        page.get_by_text("takes no guidance scale").last.wait_for(timeout=20_000)
+        return
     panel.locator(".images img, #pair img").nth(1).wait_for(timeout=60_000)
     page.wait_for_function("!document.querySelector('.progress-text')", timeout=60_000)
     box = panel.bounding_box()
     assert box["x"] + box["width"] <= page.viewport_size["width"], f"{tab} is cut off"
     assert all(alt for alt in panel.locator("img").evaluate_all("images => images.map(image => image.alt)"))
+
+
+def stop_and_restore(page, url, folder):
+    """Stops a long run, then restores the settings of a downloaded image and of a link."""
+    page.get_by_label("Steps").first.fill("100")
+    page.get_by_label("Prompt", exact=True).press("Enter")
+    page.wait_for_function("document.querySelectorAll('#arms img').length >= 1")
+    page.get_by_role("button", name="Stop").click()
+    page.wait_for_function("!document.querySelector('.progress-text')", timeout=20_000)
+    assert page.locator("#arms").inner_text().count("UNet forwards") < 3
+    save_png(Image.new("RGB", (64, 64)), folder / "image.png", {"settings": {"prompt": "an owl", "seed": 123, "steps": 6}})
+    page.locator("input[type=file]").last.set_input_files(folder / "image.png")
+    page.wait_for_function("document.querySelector('#ask textarea').value == 'an owl'", timeout=20_000)
+    assert page.get_by_label("Seed", exact=True).input_value() == "123"
+    page.goto(f"{url}/?prompt=a+panda&seed=77&steps=9")
+    page.wait_for_function("document.querySelector('#ask textarea').value == 'a panda'", timeout=20_000)
+    assert page.get_by_label("Seed", exact=True).input_value() == "77"
+    page.get_by_role("button", name="Generate").click()
+    page.wait_for_function("document.querySelector('#arms').innerText.includes('18 UNet forwards')", timeout=60_000)
 
 
 def vote(page):
@@ -358,7 +404,7 @@ def vote(page):
 
 
 @pytest.mark.parametrize("width, height", [(1280, 900), (390, 844)])
-def test_in_a_browser(url, width, height):
+def test_in_a_browser(url, tmp_path, width, height):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     assert chromium, "the browser test needs Chromium: apt-get install chromium"
     from playwright.sync_api import sync_playwright
@@ -367,6 +413,7 @@ def test_in_a_browser(url, width, height):
         page = browser.new_page(viewport={"width": width, "height": height})
         errors = []
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(url)
         prompt = page.get_by_label("Prompt", exact=True)
         prompt.fill("a panda on a pink background")
@@ -392,10 +439,13 @@ def test_in_a_browser(url, width, height):
         page.get_by_text("a sailboat", exact=True).click()  # an example runs at once
         page.wait_for_function("src => { const i = document.querySelectorAll('#noise img')[1]; return i && i.src != src }", arg=shown, timeout=60_000)
         assert prompt.input_value() == "a sailboat"
-        for tab in ("Strength", "Frequencies", "Trajectory", "Two prompts", "Guided from refined", "Blind test"):
+        page.get_by_label("Steps").first.fill("4")
+        prompt.fill(PROMPT)
+        for tab in [about.title for about in app.VIEWS.values() if about.title] + ["Blind test"]:
             look_at(page, tab)
         vote(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        stop_and_restore(page, url, tmp_path)
         assert not errors
         browser.close()
 

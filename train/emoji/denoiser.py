@@ -73,6 +73,7 @@ def main() -> None:
         return F.mse_loss(prediction, scheduler.get_velocity(x, noise, t))
 
     fit(unet, loss, args.work_dir / "denoiser.pt", steps=args.steps, lr=args.lr)
+    tokenizer = CLIPTokenizer.from_pretrained(args.work_dir / "tokenizer")  # the other one keeps the padding of its last call
     pipe = StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
                                    safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe.to(dtype=torch.float16)

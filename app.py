@@ -59,7 +59,7 @@ VIEWS = {
                      "image to compare with.", 4),
     "guidance_scale": View("Guidance scale",
                            "Refined images over the guidance scale that the refiner is told, above guided images at the same scales. "
-                           "For refiners that take the scale.", 5),
+                           "For a refiner that takes the scale: the embedded model has one, under Settings.", 5),
     "samplers": View("Samplers and steps",
                      "The same two noises through every sampler with few and with many steps.", 6),
     "frequencies": View("Frequencies",

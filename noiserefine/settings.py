@@ -4,7 +4,7 @@ import os
 import urllib.parse
 from dataclasses import dataclass, fields
 
-from noiserefine.catalogue import BACKBONES
+from noiserefine.catalogue import ASSETS, BACKBONES
 
 try:
     from spaces.config import Config
@@ -23,7 +23,7 @@ def any_model_allowed() -> bool:
 FREE_CHOICE = any_model_allowed() and not ZERO_GPU  # there, a download would run in a visitor's seconds of GPU
 # On ZeroGPU a model has to be placed before the first visitor comes, and every one slows the start.
 SERVED = ["emoji", "sd21"] if ZERO_GPU else list(BACKBONES)
-REFINERS = [("the backbone's own", "")]
+REFINERS = [("the backbone's own", ""), ("Emoji, told the guidance scale", str(ASSETS / "refiners" / "emoji-scales"))]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import EMOJI, perturbed, script
+from conftest import EMOJI, EMOJI_REFINER, perturbed, script
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
@@ -132,6 +132,16 @@ def test_every_view_shows_its_images(view):
         assert np.array_equal(getattr(first, "image", first), getattr(second, "image", second))
     if view == "frequencies":
         assert state["overlay"].size == (64, 64) and state["histogram"].axes and state["spectrum"].axes
+
+
+def test_the_slider_drives_a_refiner_that_is_told_the_scale():
+    told = [*GOOD[:9], EMOJI_REFINER + "-scales", "", 1.0]
+    first, second = shown(*told), shown(*told[:4], 3.5, *told[5:])
+    assert same(first, second) == [True, False, False] and not all(same(first, shown(*GOOD)))
+    images = shown(*told, view="guidance_scale")["images"]
+    assert [caption for caption, _ in images][::5] == ["refined for g = 1", "guided, g = 1"] and len(images) == 10
+    with pytest.raises(gr.Error, match="takes a guidance scale from 1 to 4"):
+        shown(*told[:4], 5.0, *told[5:])
 
 
 @pytest.mark.parametrize("view, extras, says", [

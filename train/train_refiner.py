@@ -104,7 +104,7 @@ PRESETS = {
     "sdxl": dict(backbone="stabilityai/stable-diffusion-xl-base-1.0", num_targets=181_000, rank=256, batch_size=2,
                  gradient_accumulation_steps=8, gradient_checkpointing=True),
     "emoji": dict(backbone="assets/emoji", prompts="assets/prompts/emoji.txt", validation_prompts="assets/prompts/emoji_heldout.txt",
-                  num_targets=1024, guidance_scale=2.5, pag_scale=0.0, target_batch_size=32, rank=32, epochs=6.0, batch_size=32,
+                  num_targets=1152, guidance_scale=2.5, pag_scale=0.0, target_batch_size=32, rank=32, epochs=8.0, batch_size=32,
                   gradient_accumulation_steps=1, lr=1e-3, lr_schedule="cosine", warmup_steps=5, mixed_precision="no",
                   save_every=50, validate_every=50, num_validation=32),
 }

@@ -194,7 +194,7 @@ def endpoint(view: str, outputs: dict[str, gr.components.Component], controls: d
 
     names = [field.name for field in fields(Settings)] + list(controls) + ["last"]
     handler.__signature__ = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names])
-    handler.__doc__ = VIEWS[view].says
+    handler.__name__, handler.__doc__ = view, VIEWS[view].says
     return handler
 
 

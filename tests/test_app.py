@@ -55,7 +55,7 @@ def pixels(result):
 
 
 def test_compare_gives_the_librarys_pixels(client, pipe, refiner):
-    gaussian, gaussian_cost, guided, guided_cost, refined, refined_cost, heat, layout, says, link, keep = client.predict(*GOOD, api_name="/compare")
+    gaussian, gaussian_cost, guided, guided_cost, refined, refined_cost, heat, layout, says, keep, link = client.predict(*GOOD, api_name="/compare")
     assert [re.search(r"\*\*(\d+)\*\*", cost)[1] for cost in (gaussian_cost, guided_cost, refined_cost)] == ["5", "10", "6"]
     x_T = draw_noise(pipe, 7)
     expected = pipe(PROMPT, latents=refiner(x_T, PROMPT), guidance_scale=1.0, num_inference_steps=5).images[0]
@@ -207,7 +207,7 @@ def test_unfinished_images_are_shown():
 
 def test_an_image_restores_the_settings_that_make_it_again(client):
     odd = ["a panda on a pink background", 12, "emoji", 4, 3.5, 0.75, "Euler", 72, 64, "", "", 1.0, "a cat"]
-    *_, link, keep = client.predict(*odd, api_name="/compare")
+    *_, keep, link = client.predict(*odd, api_name="/compare")
     *_, strong = client.predict(*odd, api_name="/strength")[:7]
     record = read_png(strong["image"])
     assert record["settings"]["strength"] == 1.5 and record["caption"] == "strength 1.5"
@@ -387,28 +387,28 @@ def stop_and_restore(page, url, folder):
     """Stops a long run, then restores the settings of a downloaded image and of a link."""
     page.get_by_label("Steps").first.fill("100")
     page.get_by_label("Prompt", exact=True).press("Enter")
-    page.wait_for_function("document.querySelectorAll('#arms img').length >= 1")
+    page.wait_for_function("!document.querySelector('#arms').innerText.includes('UNet forwards')", timeout=20_000)  # the first preview is there
     page.get_by_role("button", name="Stop").click()
     page.wait_for_function("!document.querySelector('.progress-text')", timeout=20_000)
     assert page.locator("#arms").inner_text().count("UNet forwards") < 3
     save_png(Image.new("RGB", (64, 64)), folder / "image.png", {"settings": {"prompt": "an owl", "seed": 123, "steps": 6}})
     page.locator("input[type=file]").last.set_input_files(folder / "image.png")
-    page.wait_for_function("document.querySelector('#ask textarea').value == 'an owl'", timeout=20_000)
+    page.wait_for_function("document.querySelector('#ask textarea')?.value == 'an owl'", timeout=20_000)
     assert page.get_by_label("Seed", exact=True).input_value() == "123"
     page.goto(f"{url}/?prompt=a+panda&seed=77&steps=9")
-    page.wait_for_function("document.querySelector('#ask textarea').value == 'a panda'", timeout=20_000)
+    page.wait_for_function("document.querySelector('#ask textarea')?.value == 'a panda'", timeout=20_000)
     assert page.get_by_label("Seed", exact=True).input_value() == "77"
     page.get_by_role("button", name="Generate").click()
-    page.wait_for_function("document.querySelector('#arms').innerText.includes('18 UNet forwards')", timeout=60_000)
+    page.wait_for_function("document.querySelector('#arms')?.innerText.includes('18 UNet forwards')", timeout=60_000)
 
 
 def vote(page):
     """Answers both questions of the blind test, which is open."""
-    page.get_by_role("button", name="Vote").click()
+    page.get_by_role("button", name="Vote", exact=True).click()
     page.get_by_text("Answer both questions").wait_for(timeout=20_000)
     for question in ("Which is better?", "Which follows the prompt?"):
         page.get_by_role("radiogroup", name=question).or_(page.locator("fieldset", has_text=question)).first.get_by_label("left").click()
-    page.get_by_role("button", name="Vote").click()
+    page.get_by_role("button", name="Vote", exact=True).click()
     page.get_by_text(re.compile("Left was (refined|guided)")).wait_for(timeout=20_000)
     assert page.locator("td", has_text="Which is better?").count() == 1
 

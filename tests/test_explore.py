@@ -160,6 +160,19 @@ def test_trajectory_ends_at_the_image(make, sampler):
     assert difference.max() <= 1 and not np.array_equal(frames[1], frames[forwards])
 
 
+def test_views_on_sdxl(sdxl):
+    """Two text encoders, pooled embeddings and time ids: everything the views do beside a plain call."""
+    make, recipe, frames = Maker(sdxl, perturbed(sdxl)), Recipe("a red apple", 3, steps=2, guidance_scale=3.0, strength=1.0), {}
+    images = dict(explore.strengths(make, recipe, (0, 1)))
+    assert equal(images["strength 0"], make(recipe.gaussian)) and not equal(images["strength 1"], make(recipe.gaussian))
+    assert [sample.forwards for _, sample in explore.guided_from_refined(make, recipe)] == [2, 4, 3, 5]
+    assert len(list(explore.two_prompts(make, recipe, "a cat"))) == 6 and len(list(explore.bands(make, recipe, 0.3))) == 7
+    trajectory(make, recipe.refined, frames.__setitem__)
+    maps, sample = attention(make, recipe.guided, "apple")
+    assert list(frames) == [1, 2] and len(maps) == 2 and maps.min() >= 0 and equal(sample, make(recipe.guided))
+    assert fit_preview(sdxl)(torch.randn(1, 4, 16, 16)).size == (16, 16)
+
+
 def test_evenly():
     assert evenly(20, 7) == [0, 3, 6, 10, 13, 16, 19] and evenly(3, 7) == [0, 1, 2] and evenly(1, 7) == [0]
 

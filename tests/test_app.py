@@ -426,7 +426,6 @@ def test_in_a_browser(url, tmp_path, width, height):
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(url)
         prompt = page.get_by_label("Prompt", exact=True)
-        below = page.locator("#noise").bounding_box()["y"]
         prompt.fill("a panda on a pink background")
         prompt.press("Enter")
         page.wait_for_function("document.querySelectorAll('#arms img').length == 3 && document.querySelectorAll('#noise img').length == 2", timeout=120_000)
@@ -434,7 +433,6 @@ def test_in_a_browser(url, tmp_path, width, height):
         boxes = [page.locator("#arms img").nth(i).bounding_box() for i in range(3)]
         assert boxes[0]["x"] < boxes[1]["x"] < boxes[2]["x"] and len({round(box["y"]) for box in boxes}) == 1, "three side by side"
         assert re.search(r"21\s+UNet forwards", page.locator("#arms").inner_text())
-        assert abs(page.locator("#noise").bounding_box()["y"] - below) <= 2, "what comes has its room"
         seed = page.get_by_label("Seed", exact=True)
         before = seed.input_value()
         page.get_by_role("button", name="New seed").click()

@@ -29,6 +29,7 @@ from noiserefine.record import contact_sheet, read_png, save_png, versions
 from noiserefine.settings import FREE_CHOICE, REFINERS, SERVED, ZERO_GPU, Model, Settings, link, restored
 
 EXAMPLES = ["a red apple on a blue background", "a panda on a pink background", "a rocket on a black background", "an owl on a purple background", "a sailboat"]
+KEPT_PIXELS = 8_000_000  # of a visitor's images that are not made again
 ARMS = {
     "gaussian": ("Gaussian noise", "no guidance"),
     "guided": ("Gaussian noise", "guided (CFG)"),
@@ -174,28 +175,39 @@ def files_of(update: dict, folder: Path, record: dict, shown: dict[str, object])
 
 
 def endpoint(view: str, outputs: dict[str, gr.components.Component], controls: dict[str, gr.components.Component]) -> Callable:
-    """The event handler of a view: takes Settings' values, those of the view's controls and the visitor's images; yields outputs and images."""
+    """The event handler of a view: takes Settings' values, those of the view's controls and the visitor's images, and adds to these; yields outputs."""
     empty = {name: "" if isinstance(output, gr.Markdown) else None for name, output in outputs.items()}
 
     def handler(*inputs):
-        values, extras, last = inputs[:len(fields(Settings))], inputs[len(fields(Settings)):-1], inputs[-1] or {}
+        *inputs, last, request = inputs
+        values, extras = inputs[:len(fields(Settings))], inputs[len(fields(Settings)):]
+        if request.headers.get("x-gradio-user") == "mcp":
+            last = {}  # Gradio has one session for all who call the tools
         record = {"settings": asdict(Settings(*values)), "view": view, "controls": dict(zip(controls, extras)), "versions": versions()}
         state, shown = dict(empty), {}
         with tempfile.TemporaryDirectory() as folder:
             for update in run(view, values, extras, last):
                 record |= update.pop("about", {})
-                if not update:
-                    continue  # nothing to see yet, and the last results stay
-                last = update.pop("last", last)
-                state |= files_of(update, Path(folder), record, shown)
-                if "keep" in update:
-                    state["link"] = f"[Link to these settings]({link(Settings(*values))})"
-                yield [*state.values(), last]
+                last |= update.pop("made")
+                keep_newest(last)
+                if update:  # else there is nothing to see yet, and the last results stay
+                    state |= files_of(update, Path(folder), record, shown)
+                    if "keep" in update:
+                        state["link"] = f"[Link to these settings]({link(Settings(*values))})"
+                    yield {output: state[name] for name, output in outputs.items()}
 
-    names = [field.name for field in fields(Settings)] + list(controls) + ["last"]
+    names = [field.name for field in fields(Settings)] + list(controls) + ["last", "request"]
     handler.__signature__ = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names])
-    handler.__name__, handler.__doc__ = view, VIEWS[view].says
+    handler.__name__, handler.__doc__, handler.__annotations__ = view, VIEWS[view].says, {"request": gr.Request}
     return handler
+
+
+def keep_newest(samples: dict) -> None:
+    """Removes the oldest of the samples until the others have KEPT_PIXELS at most."""
+    pixels = sum(sample.image.width * sample.image.height for sample in samples.values())
+    while pixels > KEPT_PIXELS:
+        image = samples.pop(next(iter(samples))).image
+        pixels -= image.width * image.height
 
 
 def build() -> gr.Blocks:
@@ -225,15 +237,15 @@ def build() -> gr.Blocks:
         with gr.Accordion("Keep and restore", open=True):
             with gr.Row():
                 shown["keep"] = gr.File(label="Contact sheet and images, which hold their settings", file_count="multiple", interactive=False, height=150)
-                dropped = gr.File(label="Drop an image of this page to restore its settings", file_types=[".png"], height=150)
+                dropped = gr.File(label="Drop an image, here or anywhere, to restore its settings", file_types=[".png"], height=150, elem_id="restore")
             shown["link"] = gr.Markdown("", show_label=False)
-        last = gr.State({}, time_to_live=3600)
+        last = gr.State({}, time_to_live=3600)  # changed in place: what is made before a Stop stays in it, and tools of MCP can't have a state as output
 
         def on(listen: Callable, view: str, outputs: dict, controls: dict | None = None, **kwargs) -> gr.events.Dependency:
             """Has a view worked on when the listener hears of its event."""
             controls = controls or {}
             return listen(fn=endpoint(view, outputs, controls), inputs=[*inputs.values(), *controls.values(), last],
-                          outputs=[*outputs.values(), last], concurrency_id="gpu", concurrency_limit=1, show_progress="minimal",
+                          outputs=list(outputs.values()), concurrency_id="gpu", concurrency_limit=1, show_progress="minimal",
                           api_description=VIEWS[view].says, **kwargs)
 
         running = [on(functools.partial(gr.on, [button.click, prompt.submit]), "compare", shown, api_name="compare"),
@@ -251,7 +263,8 @@ def build() -> gr.Blocks:
         on(gr.Button(visible=False).click, "refine", {"noise": noise}, api_name="refine")
 
         stop.click(None, cancels=running, api_visibility="private")
-        dropped.upload(restore_png, dropped, list(inputs.values()), api_visibility="private")
+        restoring = dropped.upload(restore_png, dropped, list(inputs.values()), api_visibility="private")
+        restoring.then(lambda: None, None, dropped, api_visibility="private")  # ready for the next one, whether this one was good or not
         page.load(restore_link, None, list(inputs.values()), api_visibility="private")
     return page
 
@@ -377,6 +390,7 @@ if __name__ == "__main__":
         if args.offload != "none" and backbones.default_device().type == "cpu":
             parser.error("--offload spares the memory of a graphics card, and there is none here: leave it out.")
         views.MODELS.offload, views.MODELS.compiled = args.offload, args.compile
-    demo.launch(server_name=args.host, server_port=args.port, theme=THEME, css_paths=[ASSETS / "page.css"], mcp_server=True, prevent_thread_lock=True)
+    demo.launch(server_name=args.host, server_port=args.port, theme=THEME, css_paths=[ASSETS / "page.css"], js=(ASSETS / "page.js").read_text(),
+                mcp_server=True, prevent_thread_lock=True)
     importlib.import_module("noiserefine.views")  # what images are made with, while the first visitor reads
     demo.block_thread()

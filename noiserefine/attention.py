@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch.nn.functional import interpolate
 
-from noiserefine.noise import draw_noise, image_size
+from noiserefine.noise import image_size
 from noiserefine.recipe import Maker, Recipe, Sample
 
 
@@ -61,7 +61,7 @@ def attention(make: Maker, recipe: Recipe, word: str) -> tuple[torch.Tensor, Sam
     """
     make.check(recipe)
     tokens = word_tokens(make.pipe, recipe.prompt, word)
-    x_T = make.refine(recipe, draw_noise(make.pipe, recipe.seed, height=recipe.height, width=recipe.width))
+    x_T = make.refine(recipe, make.draw(recipe))
     factor = make.pipe.vae_scale_factor
     height, width = (side // factor for side in image_size(make.pipe, recipe.height, recipe.width))
     with watch_attention(make.pipe.unet, tokens, height, width) as maps:

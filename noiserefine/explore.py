@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from noiserefine.noise import MAX_SEED, draw_noise, slerp
+from noiserefine.noise import MAX_SEED, slerp
 from noiserefine.recipe import Maker, Recipe, Sample
 from noiserefine.samplers import SAMPLERS
 from noiserefine.spectrum import band
@@ -71,12 +71,11 @@ def interpolation(make: Maker, recipe: Recipe, seed: int, count: int = INTERPOLA
     """
     if seed == recipe.seed:
         raise ValueError(f"Both seeds are {seed}: there is nothing between them. Choose another one.")
-    size = dict(height=recipe.height, width=recipe.width)
-    ends = draw_noise(make.pipe, recipe.seed, **size), draw_noise(make.pipe, seed, **size)
+    ends = make.draw(recipe), make.draw(replace(recipe, seed=seed))
     for name, here in (("Gaussian", recipe.gaussian), ("refined", recipe.refined)):
         yield f"{name}, seed {recipe.seed}", make(here)
         for i in range(1, count - 1):
-            yield f"{name}, {i / (count - 1):.2g}", make.sample(here, slerp(*ends, i / (count - 1)))
+            yield f"{name}, {i / (count - 1):.2g}", make(here, slerp(*ends, i / (count - 1)))
         yield f"{name}, seed {seed}", make(replace(here, seed=seed))
 
 
@@ -91,15 +90,15 @@ def guided_from_refined(make: Maker, recipe: Recipe) -> Images:
 def bands(make: Maker, recipe: Recipe, cutoff: float) -> Images:
     """What the frequencies of the refined noise below a cutoff, of the largest radius, do (figures 15 to 19)."""
     refined, gaussian = make(recipe.refined), make(recipe.gaussian)
-    x_T = draw_noise(make.pipe, recipe.seed, height=recipe.height, width=recipe.width)
+    x_T = make.draw(recipe)
     x_hat = torch.from_numpy(refined.x_T)
-    redrawn = draw_noise(make.pipe, (recipe.seed + 1) % (MAX_SEED + 1), height=recipe.height, width=recipe.width)
+    redrawn = make.draw(replace(recipe, seed=(recipe.seed + 1) % (MAX_SEED + 1)))
     low, redrawn_low, plain = band(x_hat, 0, cutoff), band(redrawn, 0, cutoff), recipe.gaussian
     yield "refined noise", refined
     yield "Gaussian noise", gaussian
     mixed = {0: gaussian, 1: refined}.get(cutoff)
-    yield f"refined below {cutoff:g}, Gaussian above", mixed or make.sample(plain, x_T + band(x_hat - x_T, 0, cutoff))
-    yield f"refined below {cutoff:g}, zero above", make.sample(plain, low)
-    yield f"zero below {cutoff:g}, refined above", make.sample(plain, x_hat - low)
-    yield f"refined below {cutoff:g}, redrawn above", make.sample(plain, low + redrawn - redrawn_low)
-    yield f"redrawn below {cutoff:g}, refined above", make.sample(plain, redrawn_low + x_hat - low)
+    yield f"refined below {cutoff:g}, Gaussian above", mixed or make(plain, x_T + band(x_hat - x_T, 0, cutoff))
+    yield f"refined below {cutoff:g}, zero above", make(plain, low)
+    yield f"zero below {cutoff:g}, refined above", make(plain, x_hat - low)
+    yield f"refined below {cutoff:g}, redrawn above", make(plain, low + redrawn - redrawn_low)
+    yield f"redrawn below {cutoff:g}, refined above", make(plain, redrawn_low + x_hat - low)

@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
+import hashlib
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -38,6 +39,7 @@ class Recipe:
     negative_prompt: str = ""
     height: int | None = None  # pixels; None for the model's own
     width: int | None = None
+    noise: str | None = None  # SHA-256 of the noise it starts from, where that is given in place of the seed's
 
     @property
     def gaussian(self) -> "Recipe":
@@ -93,15 +95,16 @@ class Sample:
 class Maker:
     """Makes images from recipes with one pipeline and its refiner; each recipe once, and each prompt is encoded once.
 
-    known    the samples made so far, by reduced recipe; new ones are put into it
+    known    samples that need not be made, by reduced recipe
+    on_made  called with every new sample
     on_step  called with the recipe and the predicted x0, (1, C, h, w), at every step; what it raises stops the
              sampling and leaves the pipeline as it was
     """
 
-    def __init__(self, pipe: DiffusionPipeline, refiner: Refiner | None = None, known: MutableMapping[Recipe, Sample] | None = None,
-                 on_step: Callable[[Recipe, torch.Tensor], None] | None = None):
-        self.pipe, self.refiner, self.on_step = pipe, refiner, on_step
-        self.known = {} if known is None else known
+    def __init__(self, pipe: DiffusionPipeline, refiner: Refiner | None = None, known: Mapping[Recipe, Sample] | None = None,
+                 on_made: Callable[[Sample], None] = lambda sample: None, on_step: Callable[[Recipe, torch.Tensor], None] | None = None):
+        self.pipe, self.refiner, self.on_made, self.on_step = pipe, refiner, on_made, on_step
+        self.known = dict(known or {})
         self.encode = functools.cache(self._encode)
 
     def _encode(self, prompt: str, negative_prompt: str) -> dict[str, torch.Tensor]:
@@ -118,13 +121,20 @@ class Maker:
                 raise ValueError("There is no refiner for this model: strength 0 is what can be made.")
             self.refiner.check_guidance_scale(recipe.refiner_scale)
 
-    def __call__(self, recipe: Recipe) -> Sample:
-        """The image of the recipe. Raises ValueError for one that these models cannot make."""
+    def __call__(self, recipe: Recipe, x_T: torch.Tensor | None = None) -> Sample:
+        """The image of the recipe, from a given x_T, (1, C, h, w), or from the seed's. Raises ValueError for one that these models cannot make."""
         recipe = recipe.reduced()
+        if x_T is not None:
+            recipe = replace(recipe, noise=hashlib.sha256(x_T.float().cpu().numpy().tobytes()).hexdigest())
         if recipe not in self.known:
             self.check(recipe)
-            self.known[recipe] = self.sample(recipe, draw_noise(self.pipe, recipe.seed, height=recipe.height, width=recipe.width))
+            self.known[recipe] = self.sample(recipe, self.draw(recipe) if x_T is None else x_T)
+            self.on_made(self.known[recipe])
         return self.known[recipe]
+
+    def draw(self, recipe: Recipe) -> torch.Tensor:
+        """x_T of the recipe's seed and size, as `draw_noise` returns it."""
+        return draw_noise(self.pipe, recipe.seed, height=recipe.height, width=recipe.width)
 
     def refine(self, recipe: Recipe, x_T: torch.Tensor) -> torch.Tensor:
         """x_T refined as the recipe says, on the pipeline's device in its precision; unchanged at strength 0."""
@@ -134,7 +144,7 @@ class Maker:
         return self.refiner(x_T, self.encode(prompt, recipe.negative_prompt), recipe.strength, recipe.refiner_scale)
 
     def sample(self, recipe: Recipe, x_T: torch.Tensor) -> Sample:
-        """The image that the recipe makes of a given x_T, (1, C, h, w), in place of the seed's; it is not remembered."""
+        """The image that the recipe makes of an x_T, (1, C, h, w), sampled whether it was made before or not."""
         embeds = self.encode(recipe.prompt, recipe.negative_prompt)
         height, width = image_size(self.pipe, recipe.height, recipe.width)
         pipe = with_sampler(self.pipe, recipe.sampler)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from PIL import Image
 
 from noiserefine.latents import decode
-from noiserefine.noise import draw_noise
 from noiserefine.recipe import Maker, Recipe
 
 FRAMES = 7
@@ -34,5 +33,4 @@ def trajectory(make: Maker, recipe: Recipe, on_frame: Callable[[int, Image.Image
             make.on_step(recipe, x0)
 
     watched = Maker(make.pipe, make.refiner, on_step=on_step)
-    watched.check(recipe)
-    watched.sample(recipe, draw_noise(make.pipe, recipe.seed, height=recipe.height, width=recipe.width))
+    watched(recipe)

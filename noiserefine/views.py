@@ -19,7 +19,7 @@ from noiserefine.blind import in_random_order
 from noiserefine.compare import columns, compare
 from noiserefine.figures import difference_histogram, radial_spectrum
 from noiserefine.models import Loaded, Models
-from noiserefine.noise import MAX_SEED, draw_noise
+from noiserefine.noise import MAX_SEED
 from noiserefine.recipe import MAX_STEPS, Maker, Recipe, Sample
 from noiserefine.settings import ZERO_GPU, Model, Settings, guided, number, whole
 from noiserefine.spectrum import LOW_FREQUENCY, energy_below, heat_map, low_frequency_difference
@@ -27,7 +27,6 @@ from noiserefine.stream import stream
 from noiserefine.trajectory import FRAMES, evenly, trajectory
 
 MOST_IMAGES = 96  # of one view
-KEPT_PIXELS = 8_000_000  # of a visitor's images that are not made again
 PREVIEW_SECONDS = 0.15  # between two looks at an unfinished image
 MODELS, WORK = Models(keep_all=ZERO_GPU), threading.Lock()
 
@@ -55,7 +54,7 @@ class Job:
 
     def noises(self) -> tuple[torch.Tensor, torch.Tensor]:
         """x_T and the refined noise, (1, C, h, w) on the CPU in float32, both rounded as the pipeline's precision rounds them."""
-        x_T = draw_noise(self.make.pipe, self.recipe.seed, height=self.recipe.height, width=self.recipe.width)
+        x_T = self.make.draw(self.recipe)
         return tuple(self.make.refine(recipe, x_T).float().cpu() for recipe in (self.recipe.gaussian, self.recipe.refined))
 
     def needs_refiner(self, strength: bool = True) -> None:
@@ -123,7 +122,7 @@ def show_frequencies(job: Job, cutoff: float) -> None:
     if not 0 <= number(cutoff, "The cutoff") <= 1:
         raise ValueError(f"The cutoff is a share of the largest frequency, from 0 to 1; got {cutoff}.")
     x_T, x_hat = job.noises()
-    other = draw_noise(job.make.pipe, (job.recipe.seed + 1) % (MAX_SEED + 1), height=job.recipe.height, width=job.recipe.width)
+    other = job.make.draw(replace(job.recipe, seed=(job.recipe.seed + 1) % (MAX_SEED + 1)))
     image = job.make(job.recipe.refined).image
     heat = heat_map(low_frequency_difference(x_T, x_hat, cutoff), image.size)
     job.report({"histogram": difference_histogram(x_T, x_hat, other), "spectrum": radial_spectrum(x_T, x_hat), "overlay": Image.blend(image, heat, 0.6)})
@@ -242,7 +241,7 @@ def work(view: str, settings: Settings, extras: tuple, last: dict[tuple[Model, R
     """Works on a view and yields updates by the names of its outputs; closed early, it stops at the next step.
 
     extras: the values of the view's own controls.
-    last: this visitor's images so far; none of them is made again.  It is yielded anew, as "last", at the end.
+    last: this visitor's images so far, by what made them and recipe; none of them is made again.  New ones are yielded as "made".
     on_load: called with a sentence before a model is loaded.
     Raises ValueError or OSError for what can't be made, and MemoryError where the memory is full.
     """
@@ -256,15 +255,15 @@ def work(view: str, settings: Settings, extras: tuple, last: dict[tuple[Model, R
             scale = loaded.refiner.scale_input(asked.guidance_scale) if loaded.refiner else None
             recipe = replace(asked, refiner_scale=scale, guidance_scale=asked.guidance_scale if guided(model) else 1.0)
             make = Maker(loaded.pipe, loaded.refiner, {recipe: sample for (of, recipe), sample in last.items() if of == maker_of(model, recipe)},
-                         on_step=lambda *_: report({}))
+                         on_made=lambda sample: report({"made": {(maker_of(model, sample.recipe), sample.recipe): sample}}), on_step=lambda *_: report({}))
             make.check(recipe if loaded.refiner else recipe.guided)
             report({"about": {"backbone": model.backbone, "revision": loaded.revision, "refiner_sha256": loaded.refiner_sha256}})
             VIEWS[view](Job(loaded, make, recipe, guided(model), report), *extras)
-            report({"last": within_limits(last | {(maker_of(model, recipe), recipe): sample for recipe, sample in make.known.items()})})
 
     try:
         for updates in stream(show, PREVIEW_SECONDS):
-            yield {name: value for update in updates for name, value in update.items()}
+            made = {key: sample for update in updates for key, sample in update.get("made", {}).items()}
+            yield {name: value for update in updates for name, value in update.items()} | {"made": made}
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not re.search("out of memory|can't allocate|ALLOC_FAILED", str(error)):
             raise
@@ -276,14 +275,3 @@ def work(view: str, settings: Settings, extras: tuple, last: dict[tuple[Model, R
 def maker_of(model: Model, recipe: Recipe) -> Model:
     """What the recipe's image depends on of the model: not the refiner where it isn't used."""
     return model if recipe.strength else replace(model, refiner="")
-
-
-def within_limits(samples: dict[tuple[Model, Recipe], Sample]) -> dict[tuple[Model, Recipe], Sample]:
-    """The newest of the samples, up to KEPT_PIXELS."""
-    kept, pixels = {}, 0
-    for key, sample in reversed(samples.items()):
-        pixels += sample.image.width * sample.image.height
-        if pixels > KEPT_PIXELS:
-            break
-        kept[key] = sample
-    return dict(reversed(kept.items()))

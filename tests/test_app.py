@@ -1,6 +1,9 @@
 """The page through its server: as an API and in a browser."""
 
+import asyncio
+import base64
 import functools
+import io
 import pickle
 import re
 import shutil
@@ -16,6 +19,8 @@ import torch
 from conftest import EMOJI, EMOJI_REFINER, perturbed, script
 from gradio_client import Client
 from gradio_client.exceptions import AppError
+from mcp import ClientSession
+from mcp.client.streamable_http import streamable_http_client
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -89,10 +94,19 @@ def test_nan_is_refused(position):
 
 def shown(*inputs, view="compare", extras=(), last=None):
     """What the page shows at the end."""
-    state = {}
+    state, made = {}, {}
     for update in app.run(view, inputs, extras, last or {}):
         state |= pickle.loads(pickle.dumps(update))  # on ZeroGPU all of it passes between processes
-    return state
+        made |= state["made"]
+    return state | {"made": made}
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """The recipes that are sampled, as they are."""
+    recipes, sample = [], Maker.sample
+    monkeypatch.setattr(Maker, "sample", lambda make, recipe, x_T: recipes.append(recipe) or sample(make, recipe, x_T))
+    return recipes
 
 
 def same(first, second, names=tuple(app.ARMS)):
@@ -104,16 +118,14 @@ def forwards(state):
     return {name: int(re.search(r"\*\*(\d+)\*\*", state[f"{name}_cost"])[1]) for name in app.ARMS if name in state}
 
 
-def test_what_changes_nothing_is_not_sampled_again(monkeypatch):
+def test_what_changes_nothing_is_not_sampled_again(sampled):
     first = shown(*GOOD)
-    sampled, sample = [], Maker.sample
-    monkeypatch.setattr(Maker, "sample", lambda make, recipe, x_T: sampled.append(recipe) or sample(make, recipe, x_T))
     for position, value, count in ((5, 0.5, 1), (4, 3.0, 1), (3, 4, 3), (None, None, 0)):
         inputs = list(GOOD)
         if position is not None:
             inputs[position] = value
         sampled.clear()
-        again = shown(*inputs, last=first["last"])
+        again = shown(*inputs, last=first["made"])
         assert len(sampled) == count, (position, sampled)
     assert all(same(again, first))
 
@@ -123,11 +135,13 @@ SHOWN = {"strength": ((), 8), "samplers": ((), 30), "frequencies": ((0.3,), 7), 
 
 
 @pytest.mark.parametrize("view", SHOWN)
-def test_every_view_shows_its_images(view):
+def test_every_view_shows_its_images(sampled, view):
     extras, count = SHOWN[view]
     state = shown(*GOOD, view=view, extras=extras)
     assert len(state["images"]) == count and all(caption for caption, _ in state["images"])
-    again = shown(*GOOD, view=view, extras=extras, last=state["last"])
+    sampled.clear()
+    again = shown(*GOOD, view=view, extras=extras, last=state["made"])
+    assert view in ("trajectory", "attention") or not sampled, "these two watch the sampling"
     for (_, first), (_, second) in zip(state["images"], again["images"], strict=True):
         assert np.array_equal(getattr(first, "image", first), getattr(second, "image", second))
     if view == "frequencies":
@@ -198,6 +212,24 @@ def test_stop_leaves_everything_as_it_was():
     assert all(same(before, shown(*GOOD)))
 
 
+def test_what_was_finished_before_a_stop_is_kept(sampled):
+    running, made = app.run("compare", GOOD, (), {}), {}
+    while not made:
+        made = next(running)["made"]
+    running.close()
+    sampled.clear()
+    shown(*GOOD, last=made)
+    assert len(sampled) == 3 - len(made)
+
+
+def test_the_newest_images_are_kept(monkeypatch):
+    made = shown(*GOOD)["made"]
+    names = list(made)
+    monkeypatch.setattr(app, "KEPT_PIXELS", 2 * 64 * 64)
+    app.keep_newest(made)
+    assert list(made) == names[1:]
+
+
 def test_unfinished_images_are_shown():
     previews = []
     for update in app.run("compare", [*GOOD[:3], 60, *GOOD[4:]], (), {}):
@@ -250,6 +282,26 @@ def test_endpoints_are_tools(url):
     tools = httpx.get(f"{url}/gradio_api/mcp/schema").json()
     names = {tool["name"].removeprefix("app_"): tool for tool in tools}
     assert names.keys() >= {"compare", "refine", *SHOWN} and "prompt" in names["compare"]["inputSchema"]["properties"]
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_tools_can_be_called(url, pipe, refiner, progress):
+    async def call():
+        async with streamable_http_client(f"{url}/gradio_api/mcp/") as streams, ClientSession(*streams[:2]) as session:
+            await session.initialize()
+            return await session.call_tool("compare", {"prompt": PROMPT, "seed": 9, "steps": 5}, progress_callback=note if progress else None)
+
+    async def note(*_):
+        pass
+
+    answer = asyncio.run(call())
+    assert not answer.isError, answer
+    if progress:  # Gradio sends pictures to a client that asks for progress, to others their addresses
+        images = [base64.b64decode(part.data) for part in answer.content if part.type == "image"]
+    else:
+        images = [httpx.get(address).content for address in re.findall(r"'url': '([^']*\.png)'", answer.content[0].text)]
+    expected = pipe(PROMPT, latents=refiner(draw_noise(pipe, 9), PROMPT), guidance_scale=1.0, num_inference_steps=5).images[0]
+    assert np.array_equal(Image.open(io.BytesIO(images[2])), expected)
 
 
 def test_compiled_blocks_make_the_same_images(monkeypatch):
@@ -391,15 +443,31 @@ def stop_and_restore(page, url, folder):
     page.get_by_role("button", name="Stop").click()
     page.wait_for_function("!document.querySelector('.progress-text')", timeout=20_000)
     assert page.locator("#arms").inner_text().count("UNet forwards") < 3
-    save_png(Image.new("RGB", (64, 64)), folder / "image.png", {"settings": {"prompt": "an owl", "seed": 123, "steps": 6}})
-    page.locator("input[type=file]").last.set_input_files(folder / "image.png")
-    page.wait_for_function("document.querySelector('#ask textarea')?.value == 'an owl'", timeout=20_000)
-    assert page.get_by_label("Seed", exact=True).input_value() == "123"
+    for seed, drop in (("123", drop_on_field), ("124", drop_on_page)):
+        save_png(Image.new("RGB", (64, 64)), folder / "image.png", {"settings": {"prompt": f"an owl {seed}", "seed": int(seed), "steps": 6}})
+        page.locator("#restore input[type=file]").wait_for(state="attached", timeout=20_000)  # also after the first image
+        drop(page, folder / "image.png")
+        page.wait_for_function("text => document.querySelector('#ask textarea')?.value == text", arg=f"an owl {seed}", timeout=20_000)
+        assert page.get_by_label("Seed", exact=True).input_value() == seed
+    page = page.context.new_page()
     page.goto(f"{url}/?prompt=a+panda&seed=77&steps=9")
     page.wait_for_function("document.querySelector('#ask textarea')?.value == 'a panda'", timeout=20_000)
     assert page.get_by_label("Seed", exact=True).input_value() == "77"
     page.get_by_role("button", name="Generate").click()
     page.wait_for_function("document.querySelector('#arms')?.innerText.includes('18 UNet forwards')", timeout=60_000)
+
+
+def drop_on_field(page, path):
+    page.locator("#restore input[type=file]").set_input_files(path)
+
+
+def drop_on_page(page, path):
+    data = base64.b64encode(path.read_bytes()).decode()
+    page.evaluate("""data => {
+        const transfer = new DataTransfer();
+        transfer.items.add(new File([Uint8Array.from(atob(data), c => c.charCodeAt(0))], "image.png", {type: "image/png"}));
+        document.querySelector("#arms").dispatchEvent(new DragEvent("drop", {dataTransfer: transfer, bubbles: true, cancelable: true}));
+    }""", data)
 
 
 def vote(page):
@@ -420,10 +488,11 @@ def test_in_a_browser(url, tmp_path, width, height):
     from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
-        page = browser.new_page(viewport={"width": width, "height": height})
+        context = browser.new_context(viewport={"width": width, "height": height})
         errors = []
-        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: errors.append(str(error)))
+        context.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        context.on("weberror", lambda error: errors.append(str(error.error)))
+        page = context.new_page()
         page.goto(url)
         prompt = page.get_by_label("Prompt", exact=True)
         prompt.fill("a panda on a pink background")

@@ -88,19 +88,19 @@ VIEWS = {
 }
 
 
-def seconds_of_gpu(view: str, settings: tuple, extras: tuple, *_) -> int:
+def seconds_of_gpu(view: str, settings: Settings, extras: tuple, *_) -> int:
     from noiserefine import views
-    return views.seconds_of_gpu(view, Settings(*settings), extras)
+    return views.seconds_of_gpu(view, settings, extras)
 
 
 @GPU(duration=seconds_of_gpu)
-def run(view: str, settings: tuple, extras: tuple, last: dict) -> Iterator[dict]:
-    """What `views.work` yields, its errors as messages on the page; settings are the values of Settings."""
+def run(view: str, settings: Settings, extras: tuple, last: dict) -> Iterator[dict]:
+    """What `views.work` yields, its errors as messages on the page."""
     if not hasattr(sys.modules.get("noiserefine.views"), "work"):  # not imported, or not yet to its end
         gr.Info("Loading PyTorch and diffusers …")
     from noiserefine import views  # it takes seconds, which the page does not wait for
     try:
-        yield from views.work(view, Settings(*settings), extras, last, gr.Info)
+        yield from views.work(view, settings, extras, last, gr.Info)
     except (ValueError, OSError, MemoryError) as error:
         raise gr.Error(str(error), print_exception=False) from error
 
@@ -121,7 +121,7 @@ def restore_link(request: gr.Request) -> list:
         return kept(restored(dict(request.query_params)))
     except ValueError as error:
         gr.Warning(str(error))
-        return kept([None for _ in fields(Settings)])
+        return gr.skip()
 
 
 def kept(values: list) -> list:
@@ -140,7 +140,7 @@ def made_from(record: dict, sample) -> dict:
     return record | {"settings": record["settings"] | own, "recipe": asdict(recipe), "forwards": sample.forwards}
 
 
-def files_of(update: dict, folder: Path, record: dict, shown: dict[str, object]) -> dict:
+def files_of(update: dict, folder: Path, record: dict, shown: dict) -> dict:
     """The update with pictures as files, which Gradio copies once; it would write an image anew at every yield, while the browser reads it.
 
     Every file holds what it was made from.  shown: what was made into files before, by name.
@@ -158,8 +158,9 @@ def files_of(update: dict, folder: Path, record: dict, shown: dict[str, object])
     made = {}
     for name, value in update.items():
         if name == "images":
-            images = [(file(f"{i:02}", picture, caption=caption), caption) for i, (caption, picture) in enumerate(value)]
-            made[name] = gr.Gallery(images, columns=update["columns"]) if update["columns"] else images
+            images = shown.setdefault("images", [])  # those that came with earlier updates stay as they were
+            images += [(file(f"{i:02}", picture, caption=caption), caption) for i, (caption, picture) in enumerate(value[len(images):], len(images))]
+            made[name] = gr.Gallery(list(images), columns=update["columns"]) if update["columns"] else list(images)
         elif name == "keep":
             sheet = contact_sheet([(f"{', '.join(ARMS[arm])}, {sample.forwards} forwards", sample.image) for arm, sample in value.items()],
                                   record["settings"]["prompt"])
@@ -180,20 +181,21 @@ def endpoint(view: str, outputs: dict[str, gr.components.Component], controls: d
 
     def handler(*inputs):
         *inputs, last, request = inputs
-        values, extras = inputs[:len(fields(Settings))], inputs[len(fields(Settings)):]
+        count = len(fields(Settings))
+        settings, extras = Settings(*inputs[:count]), inputs[count:]
         if request.headers.get("x-gradio-user") == "mcp":
             last = {}  # Gradio has one session for all who call the tools
-        record = {"settings": asdict(Settings(*values)), "view": view, "controls": dict(zip(controls, extras)), "versions": versions()}
+        record = {"settings": asdict(settings), "view": view, "controls": dict(zip(controls, extras)), "versions": versions()}
         state, shown = dict(empty), {}
         with tempfile.TemporaryDirectory() as folder:
-            for update in run(view, values, extras, last):
+            for update in run(view, settings, extras, last):
                 record |= update.pop("about", {})
                 last |= update.pop("made")
                 keep_newest(last)
                 if update:  # else there is nothing to see yet, and the last results stay
                     state |= files_of(update, Path(folder), record, shown)
                     if "keep" in update:
-                        state["link"] = f"[Link to these settings]({link(Settings(*values))})"
+                        state["link"] = f"[Link to these settings]({link(settings)})"
                     yield {output: state[name] for name, output in outputs.items()}
 
     names = [field.name for field in fields(Settings)] + list(controls) + ["last", "request"]
@@ -246,9 +248,9 @@ def build() -> gr.Blocks:
             controls = controls or {}
             return listen(fn=endpoint(view, outputs, controls), inputs=[*inputs.values(), *controls.values(), last],
                           outputs=list(outputs.values()), concurrency_id="gpu", concurrency_limit=1, show_progress="minimal",
-                          api_description=VIEWS[view].says, **kwargs)
+                          **kwargs)
 
-        running = [on(functools.partial(gr.on, [button.click, prompt.submit]), "compare", shown, api_name="compare"),
+        running = [on(functools.partial(gr.on, [button.click, prompt.submit]), "compare", shown),
                    on(examples.load_input_event.then, "compare", shown, api_visibility="private")]
         gr.HTML("<h2>Look closer</h2><p>The same prompt, seed and settings, seen in other ways. What was made already is not made again.</p>",
                 elem_id="closer", padding=False)
@@ -260,7 +262,7 @@ def build() -> gr.Blocks:
             with gr.Tab("Blind test"):
                 running.append(build_blind_test(on))
         noise = gr.File(visible=False, label="x_T and the refined noise, as safetensors")
-        on(gr.Button(visible=False).click, "refine", {"noise": noise}, api_name="refine")
+        on(gr.Button(visible=False).click, "refine", {"noise": noise})
 
         stop.click(None, cancels=running, api_visibility="private")
         restoring = dropped.upload(restore_png, dropped, list(inputs.values()), api_visibility="private")
@@ -311,7 +313,7 @@ def build_view(view: str, about: View, on: Callable):
                        "overlay": picture("Change of the noise below the cutoff, over the refined image")}
     outputs["images"] = gr.Gallery(label=about.title, columns=about.columns, show_label=False, object_fit="contain", height="auto", format="png",
                                    interactive=False, elem_classes="images")
-    return on(show.click, view, outputs, controls, api_name=view)
+    return on(show.click, view, outputs, controls)
 
 
 def build_blind_test(on: Callable):
@@ -372,6 +374,8 @@ if ZERO_GPU:
         except (ValueError, OSError) as error:
             print(f"{name} is not served: {error}")
             SERVED.remove(name)
+    for _, refiner in REFINERS:
+        views.MODELS.get(Model("emoji", refiner))
 CHOICES = [(BACKBONES[name].title, name) for name in SERVED]
 demo = build().queue(max_size=32)
 

@@ -3,7 +3,6 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
@@ -61,9 +60,8 @@ def attention(make: Maker, recipe: Recipe, word: str) -> tuple[torch.Tensor, Sam
     """
     make.check(recipe)
     tokens = word_tokens(make.pipe, recipe.prompt, word)
-    x_T = make.refine(recipe, make.draw(recipe))
     factor = make.pipe.vae_scale_factor
     height, width = (side // factor for side in image_size(make.pipe, recipe.height, recipe.width))
     with watch_attention(make.pipe.unet, tokens, height, width) as maps:
-        sample = make.sample(replace(recipe, strength=0.0), x_T)
+        sample = make.sample(recipe, make.draw(recipe))
     return torch.stack(maps), sample

@@ -37,13 +37,12 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def tally(votes: list[Vote], arm: str = "refined") -> dict[str, dict]:
-    """For each question how often the arm was chosen over the other one: n decided, undecided, share and its interval."""
+def tally(votes: list[Vote]) -> dict[str, dict]:
+    """For each question how often the refined image was chosen: n decided, undecided, share and its interval."""
     result = {}
     for question in QUESTIONS:
-        answers = [getattr(vote, question) for vote in votes if arm in (vote.left, vote.right)]
-        decided = [vote for vote in votes if arm in (vote.left, vote.right) and getattr(vote, question) != NEITHER]
-        won = sum(getattr(vote, getattr(vote, question)) == arm for vote in decided)
-        result[question] = {"n": len(decided), "undecided": len(answers) - len(decided), "share": won / len(decided) if decided else None,
+        decided = [vote for vote in votes if getattr(vote, question) != NEITHER]
+        won = sum(getattr(vote, getattr(vote, question)) == "refined" for vote in decided)
+        result[question] = {"n": len(decided), "undecided": len(votes) - len(decided), "share": won / len(decided) if decided else None,
                             "interval": wilson(won, len(decided))}
     return result

@@ -43,10 +43,10 @@ def radial_spectrum(x_T: torch.Tensor, x_hat: torch.Tensor, count: int = 12) -> 
     r = radius(*x_T.shape[-2:]).flatten().numpy()
     edges = np.linspace(0, 1, count + 1)
     which = np.digitize(r, edges[1:-1])
-    centres = [r[which == i].mean() for i in range(count) if (which == i).any()]
+    bins = np.unique(which)
     for y, colour, label in ((x_T, GAUSSIAN, "Gaussian noise"), (x_hat.float().cpu() - x_T.float().cpu(), REFINED, "the correction")):
         energy = torch.fft.fft2(y.float().cpu(), norm="ortho").abs().pow(2).mean((0, 1)).flatten().numpy()
-        ax.semilogy(centres, [energy[which == i].mean() for i in range(count) if (which == i).any()], color=colour, marker="o", label=label)
+        ax.semilogy([r[which == i].mean() for i in bins], [energy[which == i].mean() for i in bins], color=colour, marker="o", label=label)
     ax.axvspan(0, LOW_FREQUENCY, color=REFINED, alpha=0.1, lw=0)
     ax.legend(frameon=False, labelcolor=INK)
     return figure

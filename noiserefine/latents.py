@@ -29,7 +29,7 @@ def fit_preview(pipe: DiffusionPipeline) -> Callable[[torch.Tensor], Image.Image
     channels, factor = pipe.unet.config.in_channels, pipe.vae_scale_factor
     coarse = torch.randn(8, channels, 4, 4, generator=torch.Generator().manual_seed(0))
     latents = interpolate(coarse, size=16, mode="bicubic").to(pipe._execution_device, pipe.unet.dtype)
-    pictures = torch.stack([torch.from_numpy(pipe.image_processor.pil_to_numpy(image))[0] for image in decode(pipe, latents)])
+    pictures = torch.from_numpy(pipe.image_processor.pil_to_numpy(decode(pipe, latents)))
     colours = torch.nn.functional.avg_pool2d(pictures.movedim(-1, 1), factor).movedim(1, -1)
     matrix = torch.linalg.lstsq(with_one(latents).flatten(0, 2), colours.flatten(0, 2)).solution
 

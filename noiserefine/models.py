@@ -14,7 +14,7 @@ from noiserefine.backbones import add_lora, default_device, default_dtype, load_
 from noiserefine.catalogue import BACKBONES, OFFLOADS
 from noiserefine.latents import fit_preview
 from noiserefine.offload import offload
-from noiserefine.refiner import Refiner, revision, weights_sha256
+from noiserefine.refiner import Refiner, revision
 from noiserefine.settings import Model
 
 
@@ -26,7 +26,6 @@ class Loaded:
     refiner: Refiner | None
     says: str  # what to say of both, in sentences
     revision: str | None  # commit of the hub repository
-    refiner_sha256: str | None
 
     @functools.cached_property
     def preview(self) -> Callable[[torch.Tensor], Image.Image]:
@@ -50,7 +49,7 @@ class Models:
         files = replace(model, lora_weight=1.0)
         with self.lock:
             if files not in self.loaded:
-                self.forget(lambda other: not self.keep_all and other != Model("emoji"))
+                self.forget(lambda other: other != Model("emoji"))
                 self.loaded[files] = self.load(files)
             loaded = self.loaded[files]
             if model.lora:
@@ -58,20 +57,23 @@ class Models:
             return loaded
 
     def forget(self, which: Callable[[Model], bool]) -> None:
+        """Frees the memory of some models, where not every one is kept."""
+        if self.keep_all:
+            return
         self.loaded = {model: value for model, value in self.loaded.items() if not which(model)}
         gc.collect()  # offloaded networks and their hooks hold each other
-        if torch.cuda.is_available() and not self.keep_all:
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def load(self, model: Model) -> Loaded:
         backbone, device = BACKBONES.get(model.backbone), default_device()
         source = backbone.source if backbone else model.backbone
-        if device.type == "cuda" and not self.keep_all and self.offload == "none" and backbone:
+        by_way_of_cpu = self.keep_all or self.offload != "none"  # where the card is not there yet, or too small
+        if device.type == "cuda" and not by_way_of_cpu and backbone:
             there = torch.cuda.get_device_properties(device).total_memory / 2**30
             if there < backbone.memory:
                 raise ValueError(f"{backbone.title} needs about {backbone.memory:g} GiB of GPU memory and this card has {there:.0f}: start the app "
                                  f"with {self.smaller_mode()}.")
-        by_way_of_cpu = self.keep_all or self.offload != "none"  # where the card is not there yet, or too small
         pipe = load_pipeline(source, "cpu" if by_way_of_cpu else device, default_dtype(device))
         notes = [add_lora(pipe, model.lora)] if model.lora else []
         folder = model.refiner or refiner_for(pipe, backbone)
@@ -89,7 +91,7 @@ class Models:
                 low, high = refiner.config.guidance_scale_range
                 scales = f"takes the guidance scale, from {low:g} to {high:g}: the slider drives the guided and the refined column."
             notes += [refiner.note, f"This refiner {scales}"]
-        return Loaded(pipe, refiner, " ".join(note for note in notes if note), revision(pipe), weights_sha256(folder) if folder else None)
+        return Loaded(pipe, refiner, " ".join(note for note in notes if note), revision(pipe))
 
     def smaller_mode(self) -> str:
         """The flag of the next offload mode that needs less memory."""

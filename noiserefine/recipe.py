@@ -62,6 +62,11 @@ class Recipe:
             recipe = replace(recipe, refiner_scale=None, refining_prompt=None)
         return recipe
 
+    @property
+    def calls(self) -> int:
+        """Of the UNet while it is sampled, a guided one counting one: Heun's method evaluates twice in every step but the last."""
+        return 2 * self.steps - 1 if self.sampler.startswith("Heun") else self.steps
+
     def check(self) -> None:
         """Raises ValueError for what no model can make an image from."""
         if not isinstance(self.prompt, str) or not self.prompt.strip() and self.refining_prompt is None:

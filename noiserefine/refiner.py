@@ -66,6 +66,7 @@ class Refiner:
     """
 
     note = ""  # what to say of a pipeline that is not the base, in a sentence
+    weights_sha256 = None  # of the LoRA's file, which tells one refiner from another
     offload_hook = None  # what sends the refining network back to the CPU after its pass; see offload.py
 
     def __init__(self, pipe: DiffusionPipeline, config: RefinerConfig, unet: UNet2DConditionModel):
@@ -114,6 +115,8 @@ class Refiner:
         unet = with_lora(pipe.unet, config)
         load_exactly(unet, folder, state)
         refiner = cls(pipe, config, unet)
+        with open(folder / WEIGHTS_NAME, "rb") as file:
+            refiner.weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         refiner.note = note_on(pipe.unet, config)
         if refiner.note:
             warnings.warn(refiner.note, stacklevel=2)
@@ -358,12 +361,6 @@ def resolve(name_or_path: str | Path) -> Path:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{name_or_path} is not a refiner: it holds no {name}. train/train_refiner.py writes one.")
     return folder
-
-
-def weights_sha256(name_or_path: str | Path) -> str:
-    """Of the LoRA of a refiner's folder or hub repository, which tells one refiner from another."""
-    with open(resolve(name_or_path) / WEIGHTS_NAME, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_config(folder: Path) -> RefinerConfig:

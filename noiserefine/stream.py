@@ -39,8 +39,7 @@ def stream(work: Callable[[Callable[[Any], None]], None], every: float = 0.0) ->
     try:
         while True:
             values = [reports.get()]
-            if every and values[-1] is not end:
-                thread.join(every)
+            thread.join(every)
             while not reports.empty():
                 values.append(reports.get())
             finished = values[-1] is end

@@ -21,8 +21,7 @@ def trajectory(make: Maker, recipe: Recipe, on_frame: Callable[[int, Image.Image
 
     For a sampler with two forwards a step each counts; guidance counts none.
     """
-    total = 2 * recipe.steps - 1 if recipe.sampler.startswith("Heun") else recipe.steps
-    wanted, seen = evenly(total, frames), 0
+    wanted, seen = evenly(recipe.calls, frames), 0
 
     def on_step(recipe, x0):
         nonlocal seen

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from noiserefine import explore
 from noiserefine.attention import attention
 from noiserefine.blind import in_random_order
-from noiserefine.compare import columns, compare
+from noiserefine.compare import columns
 from noiserefine.figures import difference_histogram, radial_spectrum
 from noiserefine.models import Loaded, Models
 from noiserefine.noise import MAX_SEED
@@ -41,9 +41,9 @@ class Job:
     guided: bool
     report: Callable[[dict], None]
 
-    @property
-    def columns(self) -> dict[str, Recipe]:
-        return columns(self.recipe, self.guided, self.loaded.refiner is not None)
+    def columns(self, **changes) -> dict[str, Recipe]:
+        """The recipes of the columns that this model has, by name; changes: fields of the recipe."""
+        return columns(replace(self.recipe, **changes), self.guided, self.loaded.refiner is not None)
 
     def show(self, images: explore.Images, columns: int | None = None) -> None:
         """Reports images, (caption, Sample or picture), as they come; columns: how many are side by side, where the view's own number doesn't fit."""
@@ -52,10 +52,9 @@ class Job:
             shown.append(image)
             self.report({"images": list(shown), "columns": columns})
 
-    def noises(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """x_T and the refined noise, (1, C, h, w) on the CPU in float32, both rounded as the pipeline's precision rounds them."""
-        x_T = self.make.draw(self.recipe)
-        return tuple(self.make.refine(recipe, x_T).float().cpu() for recipe in (self.recipe.gaussian, self.recipe.refined))
+    def noise(self, recipe: Recipe) -> torch.Tensor:
+        """What sampling starts from, (1, C, h, w) on the CPU in float32, rounded as the pipeline's precision rounds it."""
+        return self.make.refine(recipe, self.make.draw(recipe)).float().cpu()
 
     def needs_refiner(self, strength: bool = True) -> None:
         """Raises ValueError where there is none, and where it is asked to do nothing."""
@@ -72,14 +71,13 @@ class Job:
 
 def show_columns(job: Job) -> None:
     """The three columns, the change of the noise, and files to keep."""
-    arms, names, done = compare(job.make, job.recipe, job.guided), {recipe: name for name, recipe in job.columns.items()}, {}
-    preview = job.loaded.preview  # fitted before the clock runs
-    job.make.on_step = lambda recipe, x0: job.report({names[recipe]: preview(x0)})
+    preview, done = job.loaded.preview, {}  # fitted before the clock runs
     if not job.guided:
         job.report({"guided_cost": "**Not applicable**: this model is distilled to be sampled without guidance."})
-    for name, sample in arms:
-        done[name] = sample
-        job.report({name: sample} | {f"{name}_cost": cost(sample, done.get("guided")) for name, sample in done.items()})
+    for name, recipe in job.columns().items():
+        job.make.on_step = lambda _, x0, name=name: job.report({name: preview(x0)})
+        done[name] = job.make(recipe)
+        job.report({name: done[name]} | {f"{each}_cost": cost(sample, done.get("guided")) for each, sample in done.items()})
     job.report({"keep": done, "says": job.loaded.says})
     if job.loaded.refiner is None:
         return
@@ -121,9 +119,9 @@ def show_frequencies(job: Job, cutoff: float) -> None:
     job.needs_refiner()
     if not 0 <= number(cutoff, "The cutoff") <= 1:
         raise ValueError(f"The cutoff is a share of the largest frequency, from 0 to 1; got {cutoff}.")
-    x_T, x_hat = job.noises()
+    refined = job.make(job.recipe.refined)
+    x_T, x_hat, image = job.noise(job.recipe.gaussian), torch.from_numpy(refined.x_T), refined.image
     other = job.make.draw(replace(job.recipe, seed=(job.recipe.seed + 1) % (MAX_SEED + 1)))
-    image = job.make(job.recipe.refined).image
     heat = heat_map(low_frequency_difference(x_T, x_hat, cutoff), image.size)
     job.report({"histogram": difference_histogram(x_T, x_hat, other), "spectrum": radial_spectrum(x_T, x_hat), "overlay": Image.blend(image, heat, 0.6)})
     job.show(explore.bands(job.make, job.recipe, cutoff))
@@ -131,10 +129,10 @@ def show_frequencies(job: Job, cutoff: float) -> None:
 
 def show_trajectory(job: Job) -> None:
     shown = []
-    for name, recipe in job.columns.items():
+    for name, recipe in job.columns().items():
         def on_frame(forward: int, image: Image.Image, name: str = name) -> None:
             shown.append((f"{name.capitalize()}, forward {forward}", image))
-            job.report({"images": list(shown), "columns": min(FRAMES, job.recipe.steps)})
+            job.report({"images": list(shown), "columns": min(FRAMES, job.recipe.calls)})
 
         trajectory(job.make, recipe, on_frame)
 
@@ -160,20 +158,20 @@ def show_guided_from_refined(job: Job) -> None:
 
 def show_attention(job: Job, word: str) -> None:
     def images() -> explore.Images:
-        for name, recipe in job.columns.items():
+        for name, recipe in job.columns().items():
             maps, sample = attention(job.make, recipe, word or "")
             for i in evenly(len(maps), FRAMES):
                 heat = heat_map(maps[i].numpy(), sample.image.size)
                 yield f"{name.capitalize()}, forward {i + 1}", Image.blend(sample.image, heat, 0.6)
 
-    job.show(images(), min(FRAMES, job.recipe.steps))
+    job.show(images(), min(FRAMES, job.recipe.calls))
 
 
 def show_blind(job: Job, opponent: str) -> None:
     """Two arms of a new seed, in random order."""
     job.needs_refiner()
     seed = secrets.randbelow(MAX_SEED + 1)
-    recipes = columns(replace(job.recipe, seed=seed), job.guided)
+    recipes = job.columns(seed=seed)
     if opponent not in recipes or opponent == "refined":
         raise ValueError(f"There is no {opponent!r} image of this model to compare with.")
     left, right = in_random_order("refined", opponent)
@@ -184,7 +182,7 @@ def show_blind(job: Job, opponent: str) -> None:
 def show_many(job: Job, prompts: str, count: float) -> None:
     lines = [line.strip() for line in (prompts or "").splitlines() if line.strip()] or [job.recipe.prompt]
     count = whole(count, "The number of images a prompt")
-    recipes = {(prompt, seed): columns(replace(job.recipe, prompt=prompt, seed=seed), job.guided, job.loaded.refiner is not None)
+    recipes = {(prompt, seed): job.columns(prompt=prompt, seed=seed)
                for prompt in lines for seed in range(job.recipe.seed, job.recipe.seed + count)}
     total = sum(len(arms) for arms in recipes.values())
     if not 1 <= total <= MOST_IMAGES:
@@ -193,13 +191,13 @@ def show_many(job: Job, prompts: str, count: float) -> None:
         for recipe in arms.values():
             job.make.check(recipe)
     job.show(((f"{prompt} · seed {seed} · {name}", job.make(recipe))
-              for (prompt, seed), arms in recipes.items() for name, recipe in arms.items()), len(job.columns))
+              for (prompt, seed), arms in recipes.items() for name, recipe in arms.items()), len(job.columns()))
 
 
 def make_noise(job: Job) -> None:
     """x_T and the refined noise, as the bytes of a safetensors file."""
     job.needs_refiner(strength=False)
-    job.report({"noise": save(dict(zip(("x_T", "refined"), job.noises())))})
+    job.report({"noise": save({"x_T": job.noise(job.recipe.gaussian), "refined": job.noise(job.recipe.refined)})})
 
 
 VIEWS = {
@@ -257,7 +255,7 @@ def work(view: str, settings: Settings, extras: tuple, last: dict[tuple[Model, R
             make = Maker(loaded.pipe, loaded.refiner, {recipe: sample for (of, recipe), sample in last.items() if of == maker_of(model, recipe)},
                          on_made=lambda sample: report({"made": {(maker_of(model, sample.recipe), sample.recipe): sample}}), on_step=lambda *_: report({}))
             make.check(recipe if loaded.refiner else recipe.guided)
-            report({"about": {"backbone": model.backbone, "revision": loaded.revision, "refiner_sha256": loaded.refiner_sha256}})
+            report({"about": {"backbone": model.backbone, "revision": loaded.revision, "refiner_sha256": loaded.refiner and loaded.refiner.weights_sha256}})
             VIEWS[view](Job(loaded, make, recipe, guided(model), report), *extras)
 
     try:
@@ -267,7 +265,7 @@ def work(view: str, settings: Settings, extras: tuple, last: dict[tuple[Model, R
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and not re.search("out of memory|can't allocate|ALLOC_FAILED", str(error)):
             raise
-        MODELS.forget(lambda other: other.backbone == model.backbone and not ZERO_GPU)
+        MODELS.forget(lambda other: other.backbone == model.backbone)
         raise MemoryError("The memory is full. A smaller size or backbone needs less of it, and so does the app on a graphics card when it is "
                           f"started with {MODELS.smaller_mode()}.") from error
 

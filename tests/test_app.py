@@ -95,7 +95,7 @@ def test_nan_is_refused(position):
 def shown(*inputs, view="compare", extras=(), last=None):
     """What the page shows at the end."""
     state, made = {}, {}
-    for update in app.run(view, inputs, extras, last or {}):
+    for update in app.run(view, Settings(*inputs), extras, last or {}):
         state |= pickle.loads(pickle.dumps(update))  # on ZeroGPU all of it passes between processes
         made |= state["made"]
     return state | {"made": made}
@@ -203,7 +203,7 @@ def test_a_blind_pair_is_the_two_arms():
 def test_stop_leaves_everything_as_it_was():
     before = shown(*GOOD)
     for updates in (1, 2, 3):
-        running = app.run("compare", [*GOOD[:3], 100, *GOOD[4:]], (), {})
+        running = app.run("compare", Settings(*GOOD[:3], 100, *GOOD[4:]), (), {})
         for _ in range(updates):
             next(running)
         running.close()
@@ -213,7 +213,7 @@ def test_stop_leaves_everything_as_it_was():
 
 
 def test_what_was_finished_before_a_stop_is_kept(sampled):
-    running, made = app.run("compare", GOOD, (), {}), {}
+    running, made = app.run("compare", Settings(*GOOD), (), {}), {}
     while not made:
         made = next(running)["made"]
     running.close()
@@ -232,7 +232,7 @@ def test_the_newest_images_are_kept(monkeypatch):
 
 def test_unfinished_images_are_shown():
     previews = []
-    for update in app.run("compare", [*GOOD[:3], 60, *GOOD[4:]], (), {}):
+    for update in app.run("compare", Settings(*GOOD[:3], 60, *GOOD[4:]), (), {}):
         previews += [name for name in app.ARMS if isinstance(update.get(name), Image.Image)]
     assert set(previews) == set(app.ARMS)
 
@@ -405,11 +405,11 @@ def test_offload_reaches_the_page(monkeypatch):
 def test_seconds_of_gpu_fit_a_visitors_quota():
     """An anonymous visitor of ZeroGPU has about two minutes a day."""
     for name, backbone in BACKBONES.items():
-        assert 10 <= app.seconds_of_gpu("compare", (PROMPT, 0, name, backbone.steps), ()) <= 30
+        assert 10 <= app.seconds_of_gpu("compare", Settings(PROMPT, 0, name, backbone.steps), ()) <= 30
         for view in views.VIEWS:
-            assert 10 <= app.seconds_of_gpu(view, (PROMPT, 0, name, backbone.steps), ("", 4)) <= 120, view
-    assert app.seconds_of_gpu("compare", (PROMPT, 0, "sd21", float("nan")), ()) and app.seconds_of_gpu("compare", (PROMPT, 0, None, 10**9), ()) < 120
-    assert app.seconds_of_gpu("many", (PROMPT, 0, "sd21", 20), (None, float("nan")))
+            assert 10 <= app.seconds_of_gpu(view, Settings(PROMPT, 0, name, backbone.steps), ("", 4)) <= 120, view
+    assert app.seconds_of_gpu("compare", Settings(PROMPT, 0, "sd21", float("nan")), ()) and app.seconds_of_gpu("compare", Settings(PROMPT, 0, None, 10**9), ()) < 120
+    assert app.seconds_of_gpu("many", Settings(PROMPT, 0, "sd21", 20), (None, float("nan")))
 
 
 def test_page_goes_on_after_errors(client):
@@ -496,12 +496,18 @@ def test_in_a_browser(url, tmp_path, width, height):
         page.goto(url)
         prompt = page.get_by_label("Prompt", exact=True)
         prompt.fill("a panda on a pink background")
+        page.evaluate("""() => {
+            window.shift = 0;
+            new PerformanceObserver(list => list.getEntries().forEach(entry => window.shift += entry.hadRecentInput ? 0 : entry.value))
+                .observe({type: "layout-shift"});
+        }""")
         prompt.press("Enter")
         page.wait_for_function("document.querySelectorAll('#arms img').length == 3 && document.querySelectorAll('#noise img').length == 2", timeout=120_000)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         boxes = [page.locator("#arms img").nth(i).bounding_box() for i in range(3)]
         assert boxes[0]["x"] < boxes[1]["x"] < boxes[2]["x"] and len({round(box["y"]) for box in boxes}) == 1, "three side by side"
         assert re.search(r"21\s+UNet forwards", page.locator("#arms").inner_text())
+        assert page.evaluate("shift") < 0.1, "what web.dev calls good"
         seed = page.get_by_label("Seed", exact=True)
         before = seed.input_value()
         page.get_by_role("button", name="New seed").click()

@@ -10,7 +10,6 @@ resamples for all arms; "gap_closed" is (gaussian - refined) / (gaussian - guide
 """
 
 import argparse
-import importlib.metadata
 import json
 import sys
 import time
@@ -28,6 +27,7 @@ from noiserefine.backbones import load_pipeline
 from noiserefine.guidance import sample
 from noiserefine.noise import encode_prompt
 from noiserefine.recipe import ForwardCounter, check_settings
+from noiserefine.record import versions
 from noiserefine.samplers import SAMPLERS, with_sampler
 from train.emoji.classifier import Judge
 from train.emoji.render import held_out_pairs, prompt
@@ -123,7 +123,7 @@ def main() -> None:
         gaussian, guided, refined = (measured[arm][name] for arm in ARMS)
         share = (gaussian - refined) / (gaussian - guided)
         result["gap_closed"] |= {name: float(share[0]), f"{name}_interval": interval(share, name)}
-    result["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft", "transformers")}
+    result["versions"] = versions()
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))

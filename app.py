@@ -238,8 +238,8 @@ def build() -> gr.Blocks:
             inputs = {"prompt": prompt} | settings_inputs()
         with gr.Accordion("Keep and restore", open=True):
             with gr.Row():
-                shown["keep"] = gr.File(label="Contact sheet and images, which hold their settings", file_count="multiple", interactive=False, height=150)
-                dropped = gr.File(label="Drop an image, here or anywhere, to restore its settings", file_types=[".png"], height=150, elem_id="restore")
+                shown["keep"] = gr.File(label="Images, which hold their settings", file_count="multiple", interactive=False, height=150)
+                dropped = gr.File(label="Drop an image to restore settings", file_types=[".png"], height=150, elem_id="restore")
             shown["link"] = gr.Markdown("", show_label=False)
         last = gr.State({}, time_to_live=3600)  # changed in place: what is made before a Stop stays in it, and tools of MCP can't have a state as output
 

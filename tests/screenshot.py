@@ -41,9 +41,11 @@ def main() -> None:
                 page.get_by_role("tab", name=args.tab, exact=True).click()
                 panel = page.locator("[role=tabpanel]").locator("visible=true")
                 panel.get_by_role("button", name="Show", exact=True).click()
-                panel.locator(".images img").first.wait_for(timeout=120_000)
-                page.wait_for_function("!document.querySelector('.progress-text')", timeout=120_000)
-                page.wait_for_timeout(1000)
+                images, seen = panel.locator(".images img"), -1
+                images.first.wait_for(timeout=120_000)
+                while seen < (seen := images.count()):  # they come one by one
+                    page.wait_for_timeout(4000)
+                page.mouse.move(0, 0)
                 panel.screenshot(path=args.output)
             else:
                 page.screenshot(path=args.output, full_page=True)

@@ -212,8 +212,15 @@ def keep_newest(samples: dict) -> None:
         pixels -= image.width * image.height
 
 
+class Page(gr.Blocks):
+    def validate_inputs(self, block_fn, inputs: list) -> None:
+        """In place of Gradio's, which quotes all that came, in words for the page's authors."""
+        if len(inputs) < len(block_fn.inputs):
+            raise gr.Error(f"This takes {len(block_fn.inputs)} values; {len(inputs)} came.", print_exception=False)
+
+
 def build() -> gr.Blocks:
-    with gr.Blocks(title="NoiseRefine", analytics_enabled=False, delete_cache=(3600, 7200)) as page:
+    with Page(title="NoiseRefine", analytics_enabled=False, delete_cache=(3600, 7200)) as page:
         gr.HTML("<h1>NoiseRefine</h1><p>Guidance doubles the cost of every image. Refining the initial noise once, in one forward "
                 "pass, lets plain unguided sampling reach a similar picture at half of it.</p>", elem_id="head", padding=False)
         with gr.Row(elem_id="ask"):
@@ -246,6 +253,8 @@ def build() -> gr.Blocks:
         def on(listen: Callable, view: str, outputs: dict, controls: dict | None = None, **kwargs) -> gr.events.Dependency:
             """Has a view worked on when the listener hears of its event."""
             controls = controls or {}
+            for component in (*inputs.values(), *controls.values()):
+                component.preprocess = lambda value: value  # Settings and the views say what is wrong with it; Gradio fails on other types
             return listen(fn=endpoint(view, outputs, controls), inputs=[*inputs.values(), *controls.values(), last],
                           outputs=list(outputs.values()), concurrency_id="gpu", concurrency_limit=1, show_progress="minimal",
                           **kwargs)
@@ -377,7 +386,7 @@ if ZERO_GPU:
     for _, refiner in REFINERS:
         views.MODELS.get(Model("emoji", refiner))
 CHOICES = [(BACKBONES[name].title, name) for name in SERVED]
-demo = build().queue(max_size=32)
+demo = build().queue(max_size=64)
 
 
 if __name__ == "__main__":
@@ -395,6 +404,6 @@ if __name__ == "__main__":
             parser.error("--offload spares the memory of a graphics card, and there is none here: leave it out.")
         views.MODELS.offload, views.MODELS.compiled = args.offload, args.compile
     demo.launch(server_name=args.host, server_port=args.port, theme=THEME, css_paths=[ASSETS / "page.css"], js=(ASSETS / "page.js").read_text(),
-                mcp_server=True, prevent_thread_lock=True)
+                show_error=True, state_session_capacity=100, mcp_server=True, prevent_thread_lock=True)
     importlib.import_module("noiserefine.views")  # what images are made with, while the first visitor reads
     demo.block_thread()

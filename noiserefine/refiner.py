@@ -5,7 +5,9 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
+import tempfile
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -141,11 +143,13 @@ class Refiner:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         layers = get_peft_model_state_dict(self.unet, adapter_name=ADAPTER)
-        self.pipe.save_lora_weights(folder, unet_lora_layers=layers,
-                                    unet_lora_adapter_metadata=self.unet.peft_config[ADAPTER].to_dict())
-        if self.takes_guidance_scale:
-            save_file(self.unet.time_embedding.cond_proj.state_dict(), folder / GUIDANCE_NAME)
-        (folder / CONFIG_NAME).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        with tempfile.TemporaryDirectory(dir=folder) as part:  # nobody reads half a file
+            self.pipe.save_lora_weights(part, unet_lora_layers=layers, unet_lora_adapter_metadata=self.unet.peft_config[ADAPTER].to_dict())
+            if self.takes_guidance_scale:
+                save_file(self.unet.time_embedding.cond_proj.state_dict(), Path(part) / GUIDANCE_NAME)
+            (Path(part) / CONFIG_NAME).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+            for file in Path(part).iterdir():
+                os.replace(file, folder / file.name)
 
     @property
     def takes_guidance_scale(self) -> bool:
@@ -334,9 +338,13 @@ def check_rank(path: Path, state: dict[str, torch.Tensor], rank: int) -> None:
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Raises ValueError for a file that is missing, damaged or no safetensors."""
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}): download or train the refiner again.") from error
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path} is damaged: {name} holds numbers that are not finite. Download or train the refiner again.")
+    return tensors
 
 
 def check_tensors(path: Path, state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -367,7 +375,7 @@ def read_config(folder: Path) -> RefinerConfig:
     """refiner.json of the folder. Raises ValueError where it is not what this version writes."""
     try:
         config = RefinerConfig(**json.loads((folder / CONFIG_NAME).read_text()))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{folder / CONFIG_NAME} is not a refiner's configuration: {error}.") from error
     if config.format_version != FORMAT_VERSION:
         raise ValueError(f"{folder} has format version {config.format_version}; this version of NoiseRefine reads {FORMAT_VERSION}.")
@@ -377,7 +385,7 @@ def read_config(folder: Path) -> RefinerConfig:
              "parametrisation": config.parametrisation == PARAMETRISATION, "base_signature": isinstance(config.base_signature, list)
              and len(config.base_signature) == 16 and all(type(value) in numbers for value in config.base_signature),
              "guidance_scale_range": scales is None or isinstance(scales, list) and len(scales) == 2
-             and all(type(value) in numbers for value in scales) and 1 <= scales[0] < scales[1]}
+             and all(type(value) in numbers for value in scales) and 1 <= scales[0] < scales[1] < math.inf}
     for name, holds in sound.items():
         if not holds:
             raise ValueError(f"{folder / CONFIG_NAME} is not a refiner's configuration: {name} {getattr(config, name)!r}.")

@@ -13,6 +13,7 @@ except ImportError:  # it matters on Hugging Face's ZeroGPU only
     ZERO_GPU = False
 
 DEFAULT = "emoji"
+MAX_TEXT = 4000  # characters of a prompt list, the longest of the texts
 
 
 def any_model_allowed() -> bool:
@@ -61,10 +62,10 @@ class Settings:
     @property
     def model(self) -> Model:
         """Raises ValueError for names that visitors may not give here."""
-        name = (self.backbone or "").strip()
+        name = text(self.backbone, "The backbone").strip()
         name = next((key for key, listed in BACKBONES.items() if listed.source == name), name)
-        lora = (self.lora or "").strip()
-        model = Model(name, (self.refiner or "").strip(), lora, number(self.lora_weight, "The LoRA's weight") if lora else 1.0)
+        lora = text(self.lora, "The LoRA").strip()
+        model = Model(name, text(self.refiner, "The refiner").strip(), lora, number(self.lora_weight, "The LoRA's weight") if lora else 1.0)
         if not model.backbone:
             raise ValueError("No backbone is chosen.")
         ours = ((model.backbone, BACKBONES), (model.refiner, [folder for _, folder in REFINERS]), (model.lora, [""]))
@@ -82,10 +83,19 @@ def guided(model: Model) -> bool:
     return model.backbone not in BACKBONES or BACKBONES[model.backbone].guidance_scale is not None
 
 
+def text(value: str | None, what: str) -> str:
+    """The value itself, "" for None. Raises ValueError where it is no text of Unicode characters, or a very long one."""
+    if value is None:
+        return ""
+    if not isinstance(value, str) or len(value) > MAX_TEXT or value.encode(errors="ignore").decode() != value:  # halves of characters
+        raise ValueError(f"{what} is a text of at most {MAX_TEXT} characters; got {ascii(value)[:40]}.")
+    return value
+
+
 def number(value: float | None, what: str) -> float:
     """The value itself. Raises ValueError where it is no number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e15:
-        raise ValueError(f"{what} is a number; got {str(value)[:40]}.")
+        raise ValueError(f"{what} is a number; got {ascii(value)[:40]}.")
     return value
 
 
@@ -113,9 +123,7 @@ def restored(values: dict) -> list:
         if value is None:
             updates.append(None if field.name == "prompt" else default)
         elif isinstance(default, str):
-            if not isinstance(value, str) or len(value) > 2000:
-                raise ValueError(f"{field.name} is a text; the file or link holds something else.")
-            updates.append(value)
+            updates.append(text(value, f"{field.name} of the file or link"))
         else:
             try:
                 plain = float(value)

@@ -21,7 +21,7 @@ from noiserefine.figures import difference_histogram, radial_spectrum
 from noiserefine.models import Loaded, Models
 from noiserefine.noise import MAX_SEED
 from noiserefine.recipe import MAX_STEPS, Maker, Recipe, Sample
-from noiserefine.settings import ZERO_GPU, Model, Settings, guided, number, whole
+from noiserefine.settings import ZERO_GPU, Model, Settings, guided, number, text, whole
 from noiserefine.spectrum import LOW_FREQUENCY, energy_below, heat_map, low_frequency_difference
 from noiserefine.stream import stream
 from noiserefine.trajectory import FRAMES, evenly, trajectory
@@ -139,7 +139,7 @@ def show_trajectory(job: Job) -> None:
 
 def show_two_prompts(job: Job, other: str) -> None:
     job.needs_refiner()
-    if not (other or "").strip():
+    if not text(other, "The other prompt").strip():
         raise ValueError("The other prompt is empty: say what to denoise with.")
     job.make.check(replace(job.recipe, prompt=other))
     job.show(explore.two_prompts(job.make, job.recipe, other))
@@ -159,7 +159,7 @@ def show_guided_from_refined(job: Job) -> None:
 def show_attention(job: Job, word: str) -> None:
     def images() -> explore.Images:
         for name, recipe in job.columns().items():
-            maps, sample = attention(job.make, recipe, word or "")
+            maps, sample = attention(job.make, recipe, text(word, "The word"))
             for i in evenly(len(maps), FRAMES):
                 heat = heat_map(maps[i].numpy(), sample.image.size)
                 yield f"{name.capitalize()}, forward {i + 1}", Image.blend(sample.image, heat, 0.6)
@@ -180,7 +180,7 @@ def show_blind(job: Job, opponent: str) -> None:
 
 
 def show_many(job: Job, prompts: str, count: float) -> None:
-    lines = [line.strip() for line in (prompts or "").splitlines() if line.strip()] or [job.recipe.prompt]
+    lines = [line.strip() for line in text(prompts, "The list of prompts").splitlines() if line.strip()] or [job.recipe.prompt]
     count = whole(count, "The number of images a prompt")
     recipes = {(prompt, seed): job.columns(prompt=prompt, seed=seed)
                for prompt in lines for seed in range(job.recipe.seed, job.recipe.seed + count)}
@@ -218,7 +218,7 @@ def seconds_of_gpu(view: str, settings: Settings, extras: tuple) -> int:
         images, steps = 12, sum(explore.STEPS)  # five samplers, one of which takes two forwards a step, from two noises
     elif view == "many":
         prompts, count = extras
-        wanted = 4 * max(1, len((prompts or "").splitlines())) * (count if isinstance(count, (int, float)) and count >= 1 else 1)
+        wanted = 4 * max(1, len(prompts.splitlines()) if isinstance(prompts, str) else 1) * (count if isinstance(count, (int, float)) and count >= 1 else 1)
         images = min(wanted, 4 * MOST_IMAGES / 3)
     else:
         images = IMAGES[view]
@@ -227,10 +227,11 @@ def seconds_of_gpu(view: str, settings: Settings, extras: tuple) -> int:
 
 def recipe_of(settings: Settings) -> Recipe:
     """Raises ValueError for what no model can make an image from."""
-    size = {name: whole(side, f"The {name}") if side else None for name, side in (("width", settings.width), ("height", settings.height))}
-    recipe = Recipe(settings.prompt, whole(settings.seed, "The seed"), whole(settings.steps, "The number of steps"), settings.sampler,
+    size = {name: None if side in (0, None) else whole(side, f"The {name}") for name, side in (("width", settings.width), ("height", settings.height))}
+    recipe = Recipe(text(settings.prompt, "The prompt"), whole(settings.seed, "The seed"), whole(settings.steps, "The number of steps"),
+                    text(settings.sampler, "The sampler"),
                     number(settings.guidance_scale, "The guidance scale"), number(settings.strength, "The refinement strength"),
-                    negative_prompt=settings.negative_prompt or "", **size)
+                    negative_prompt=text(settings.negative_prompt, "The negative prompt"), **size)
     recipe.check()
     return recipe
 

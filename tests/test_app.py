@@ -9,7 +9,8 @@ import re
 import shutil
 import time
 import urllib.parse
-from dataclasses import fields, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields, replace
 
 import gradio as gr
 import httpx
@@ -28,7 +29,7 @@ import app
 from noiserefine import draw_noise, models, settings, views
 from noiserefine.backbones import load_pipeline
 from noiserefine.catalogue import BACKBONES
-from noiserefine.recipe import Maker
+from noiserefine.recipe import Maker, Recipe, Sample
 from noiserefine.record import read_png, save_png
 from noiserefine.settings import Model, Settings, any_model_allowed, restored
 from train.architectures import random_pipeline
@@ -71,8 +72,7 @@ def test_compare_gives_the_librarys_pixels(client, pipe, refiner):
 
 @pytest.mark.parametrize("position, value, says", [
     (0, "", "prompt is empty"), (0, "apple " * 60, "tokens long"), (1, 1.5, "whole number"), (1, -1, "seed is a whole number"), (1, None, "is a number"),
-    (3, 0, "less than minimum value"), (3, 500, "greater than maximum value"), (5, 9, "greater than maximum value"),
-    (3, 2.5, "whole number"), (6, "nonsense", "not in the list of choices"),
+    (3, 0, "from 1 to 200"), (3, 500, "from 1 to 200"), (5, 9, "from 0 to 3"), (3, 2.5, "whole number"), (6, "nonsense", "no sampler 'nonsense'"),
     (2, "nonsense", "can't be loaded"), (2, "", "No backbone"), (9, "nonsense", "no refiner at nonsense"), (10, "nonsense", "no LoRA at nonsense"), (7, 65, "native size"), (8, 100000, "native size"),
     (2, "sd21", "can't be loaded"),
 ])
@@ -212,6 +212,14 @@ def test_stop_leaves_everything_as_it_was():
     assert all(same(before, shown(*GOOD)))
 
 
+def test_two_at_once_do_not_disturb_each_other():
+    other = [*GOOD[:1], 8, *GOOD[2:]]
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(lambda inputs: shown(*inputs), (GOOD, other))
+    assert forwards(first) == forwards(second) == {"gaussian": 5, "guided": 10, "refined": 6}
+    assert all(same(first, shown(*GOOD))) and all(same(second, shown(*other)))
+
+
 def test_what_was_finished_before_a_stop_is_kept(sampled):
     running, made = app.run("compare", Settings(*GOOD), (), {}), {}
     while not made:
@@ -253,6 +261,16 @@ def test_an_image_restores_the_settings_that_make_it_again(client):
     values = dict(urllib.parse.parse_qsl(re.search(r"\?(.*)\)", link)[1]))
     assert Settings(*[value if isinstance(value, (str, int, float)) else field.default
                           for value, field in zip(restored(values), fields(Settings))]) == Settings(*odd)
+
+
+def test_an_images_settings_are_its_own():
+    """Not those of the page, from which many images of a view differ."""
+    page = asdict(Settings(PROMPT))
+    sample = Sample(Recipe("a cat", 3, 10, "Euler", 3.0, 0.5), None, None, 21, 0.1)
+    own = dict(prompt="a cat", seed=3, steps=10, sampler="Euler", guidance_scale=3.0, strength=0.5)
+    assert app.made_from({"settings": page}, sample)["settings"] == page | own
+    unguided = replace(sample, recipe=sample.recipe.gaussian)
+    assert app.made_from({"settings": page}, unguided)["settings"] == page | own | {"guidance_scale": page["guidance_scale"], "strength": page["strength"]}
 
 
 @pytest.mark.parametrize("values, says", [({"seed": "x"}, "seed is a number"), ({"prompt": 5}, "prompt is a text"), ({"steps": "nan"}, "is a number"),

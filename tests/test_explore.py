@@ -116,6 +116,7 @@ def test_interpolation(make):
     assert equal(images[0], make(RECIPE.gaussian)) and equal(images[3], make(there.gaussian))
     assert equal(images[4], make(RECIPE.refined)) and equal(images[7], make(there.refined))
     x, y = draw_noise(make.pipe, 3), draw_noise(make.pipe, 8)
+    np.testing.assert_allclose(images[1].x_T, slerp(x, y, 1 / 3), atol=1e-6)
     norms = [slerp(x, y, f).norm().item() for f in (0, 0.25, 0.5, 1)]
     assert norms == pytest.approx([x.norm().item()] * 4, rel=0.1) and torch.equal(slerp(x, y, 0), x) and torch.equal(slerp(x, y, 1), y)
     assert 0.6 < slerp(x, y, 0.5).flatten() @ x.flatten() / (x.norm() * slerp(x, y, 0.5).norm()) < 0.8, "half of the angle"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import time
 
@@ -13,7 +14,8 @@ from conftest import EMOJI, ROOT, script
 from safetensors.torch import load_file
 
 from noiserefine import Refiner
-from train import prompts
+from noiserefine.msd import msd_loss
+from train import prompts, train_refiner
 from train.train_refiner import PRESETS, Options, Targets, main, parse, plan
 
 SMALL = ["--preset", "emoji", "--num_targets", "64", "--target_steps", "6", "--steps", "4", "--batch_size", "16", "--epochs", "8",
@@ -128,6 +130,46 @@ def test_targets_are_kept_and_filtered(tmp_path, pipe):
     assert torch.equal(targets.x0([5, 0]), torch.stack([load_file(files[1])["x0"][1], load_file(files[0])["x0"][0]]))
     assert kept == sorted(scores.topk(2).indices.tolist())
     assert torch.cat([load_file(path)["seeds"] for path in files]).tolist() == list(range(6))
+
+
+def test_steps_that_are_not_finite_change_nothing(tmp_path, monkeypatch):
+    """One such step is skipped and counted; many in a row end the run, and it goes on when they are over."""
+    options, losses = [*TINY, "--epochs", "25", "--save_every", "1", "--output_dir", str(tmp_path / "run")], iter([1.0, float("nan"), 1.0])
+    monkeypatch.setattr(train_refiner, "msd_loss", lambda *arguments: msd_loss(*arguments) * next(losses, float("inf")))
+    with pytest.raises(ArithmeticError, match="20 steps in a row.*lower --lr"):
+        main(options)
+    assert [line["skipped"] for line in stats(tmp_path / "run")] == [0, 1, 0] + [1] * 20
+    bad = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert all(parameter.isfinite().all() for parameter in bad["parameters"])
+    monkeypatch.setattr(train_refiner, "msd_loss", msd_loss)
+    main(options)
+    assert [line["skipped"] for line in stats(tmp_path / "run")][-3:] == [1, 0, 0] and all(value.isfinite().all() for value in lora(tmp_path / "run").values())
+
+
+def test_ctrl_c_leaves_a_checkpoint(tmp_path):
+    with script("train/train_refiner.py", *SMALL, "--save_every", "1000", "--output_dir", tmp_path) as process:
+        while len(stats(tmp_path)) < 3:
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGINT)
+        said = process.communicate()[0]
+    assert process.returncode == 130 and "goes on where this one ended" in said and "Traceback" not in said
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == len(stats(tmp_path)) < 32
+
+
+@pytest.mark.parametrize("megabytes", [0.01, 1])
+def test_a_full_disk_is_said(tmp_path, megabytes):
+    """Files may not grow beyond a size, which is what a full disk looks like to the writer: first targets, then the checkpoint."""
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(megabytes * 2**20), resource.RLIM_INFINITY))
+
+    arguments = [*TINY, "--save_every", "1", "--output_dir", tmp_path]
+    with script("train/train_refiner.py", *arguments, preexec_fn=limit) as process:
+        said = process.communicate()[0]
+    assert process.returncode == 1 and "can't be written" in said and "Traceback" not in said, said
+    assert not list(tmp_path.rglob("*.part")) and not (tmp_path / "checkpoint.pt").exists()
+    main([str(argument) for argument in arguments])
+    assert lora(tmp_path)
 
 
 def test_paper_is_the_default(tmp_path):

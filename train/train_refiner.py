@@ -18,9 +18,12 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -34,7 +37,7 @@ from diffusers import DiffusionPipeline
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
@@ -98,6 +101,7 @@ class Options:
     dry_run: bool = knob(False, "print the plan and its cost, and stop")
 
 
+MAX_SKIPPED = 20  # steps in a row that are not finite; fp16's loss scale needs a few to come down
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRESETS = {
     "sd21": {},
@@ -159,10 +163,34 @@ def read_prompts(path: str, pipe: DiffusionPipeline) -> list[str]:
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A path to write to, renamed to the given one at the end: no reader ever sees half a file."""
+    """A path to write to, renamed to the given one at the end: no reader ever sees half a file.
+
+    Raises OSError where it can't be written, a full disk for one; what the file held before stays.
+    """
     part = path.with_name(path.name + ".part")
-    yield part
-    os.replace(part, path)
+    try:
+        yield part
+        os.replace(part, path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # of Python, safetensors and torch.save
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path} can't be written: {error}. What was there before is intact; with space on the disk, the same command goes on.") from error
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets while this is open, in place of ending the process at once; a second Ctrl-C does that."""
+    asked = threading.Event()
+
+    def ask(*_) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Targets:
@@ -291,8 +319,12 @@ def plan(options: Options, world: int) -> tuple[int, dict[str, int]]:
 
 
 def train(options: Options, accelerator: Accelerator, pipe: DiffusionPipeline, targets: Targets, refiner: Refiner,
-          gain: float, total_steps: int, validation: Validation | None) -> None:
-    """Minimises L_MSD (eq. 4) over the LoRA's parameters; gain: `sampler_gain` of the N steps."""
+          gain: float, total_steps: int, validation: Validation | None, stop: threading.Event) -> None:
+    """Minimises L_MSD (eq. 4) over the LoRA's parameters; gain: `sampler_gain` of the N steps.
+
+    A step whose loss or gradient is not finite changes nothing.  Raises ArithmeticError after MAX_SKIPPED of them in a
+    row, and KeyboardInterrupt at the end of a step, after a checkpoint, once stop is set in any process.
+    """
     o, folder = options, Path(options.output_dir)
     sampling_pipe = with_sampler(pipe, o.sampler)
     kept = targets.kept()
@@ -301,7 +333,7 @@ def train(options: Options, accelerator: Accelerator, pipe: DiffusionPipeline, t
     schedule = get_scheduler(o.lr_schedule, optimizer, num_warmup_steps=o.warmup_steps, num_training_steps=total_steps)
     correction, optimizer = accelerator.prepare(Correction(refiner), optimizer)
 
-    start, checkpoint, stats = 0, folder / "checkpoint.pt", folder / "stats.jsonl"
+    start, in_a_row, checkpoint, stats = 0, 0, folder / "checkpoint.pt", folder / "stats.jsonl"
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         for parameter, value in zip(parameters, state["parameters"], strict=True):
@@ -335,14 +367,18 @@ def train(options: Options, accelerator: Accelerator, pipe: DiffusionPipeline, t
                 loss = msd_loss(x0.float(), x_hat, targets.x0(indices).to(accelerator.device).float(), gain)
                 accelerator.backward(loss / o.gradient_accumulation_steps)
             losses.append(loss.detach())
-        norm, lr = accelerator.clip_grad_norm_(parameters, o.max_grad_norm), schedule.get_last_lr()[0]
-        optimizer.step()
+        norm, lr = float(accelerator.clip_grad_norm_(parameters, o.max_grad_norm)), schedule.get_last_lr()[0]
+        told = torch.stack([torch.stack(losses).mean(), torch.tensor(float(stop.is_set()), device=accelerator.device)])
+        loss, stopping = accelerator.reduce(told, "mean").tolist()  # the same in every process
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        in_a_row = in_a_row + 1 if skipped else 0
+        if not skipped or accelerator.scaler is not None:  # fp16's scaler skips by itself, and lowers its scale then
+            optimizer.step()
         schedule.step()
         optimizer.zero_grad()
 
         done = step + 1
-        line = {"step": done, "loss": accelerator.gather(torch.stack(losses)).mean().item(), "grad_norm": float(norm),
-                "lr": lr, "seconds": time.perf_counter() - began}
+        line = {"step": done, "loss": loss, "grad_norm": norm, "lr": lr, "seconds": time.perf_counter() - began, "skipped": int(skipped)}
         if accelerator.is_main_process:
             if validation and (done % o.validate_every == 0 or done == total_steps):
                 line |= validation(refiner, done)
@@ -350,13 +386,18 @@ def train(options: Options, accelerator: Accelerator, pipe: DiffusionPipeline, t
                 file.write(json.dumps(line) + "\n")
             for name, value in line.items():
                 board.add_scalar(name, value, done)
-            progress.set_postfix(loss=f"{line['loss']:.4f}")
-            if done % o.save_every == 0 or done == total_steps:
+            progress.set_postfix(loss=f"{loss:.4f}")
+            if done % o.save_every == 0 or done == total_steps or stopping:
                 state = {"step": done, "parameters": [p.detach().cpu() for p in parameters], "optimizer": optimizer.state_dict(),
                          "schedule": schedule.state_dict(), "scaler": accelerator.scaler and accelerator.scaler.state_dict()}
                 with atomic(checkpoint) as part:
                     torch.save(state, part)
         accelerator.wait_for_everyone()
+        if in_a_row == MAX_SKIPPED:
+            raise ArithmeticError(f"The loss or its gradient was not finite for {MAX_SKIPPED} steps in a row, which changed nothing. "
+                                  "Try a lower --lr, --mixed_precision bf16 or no, or targets of a lower guidance scale, in another --output_dir.")
+        if stopping:
+            raise KeyboardInterrupt
 
 
 @lru_cache(maxsize=2)  # a batch may span two epochs
@@ -373,7 +414,8 @@ def results(folder: Path) -> dict[str, float]:
         with safe_open(path, "pt") as file:
             seconds_of_targets += float(file.metadata()["seconds"])
     return {key: value for key, value in lines[-1].items() if key.startswith("validation_")} | {
-        "seconds_of_targets": seconds_of_targets, "seconds_of_steps": sum(line["seconds"] for line in lines)}
+        "seconds_of_targets": seconds_of_targets, "seconds_of_steps": sum(line["seconds"] for line in lines),
+        "steps_skipped": sum(line.get("skipped", 0) for line in lines)}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -421,7 +463,8 @@ def main(arguments: list[str] | None = None) -> None:
         pipe.unet.compile()
     targets.make(accelerator)
     validation = Validation(options, pipe, held_out) if held_out and accelerator.is_main_process else None
-    train(options, accelerator, pipe, targets, refiner, gain, total_steps, validation)
+    with interruptible() as stop:
+        train(options, accelerator, pipe, targets, refiner, gain, total_steps, validation, stop)
     if accelerator.is_main_process:
         keys = ("guidance_scale", "guidance_scale_range", "pag_scale", "target_steps", "sampler", "steps", "num_targets", "epochs", "height", "width", "prompts")
         refiner.config.training = {key: settings[key] for key in keys} | {"optimizer_steps": total_steps}
@@ -433,5 +476,8 @@ def main(arguments: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        print("\nStopped; the same command goes on where this one ended.", file=sys.stderr)
+        sys.exit(130)

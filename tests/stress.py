@@ -1,0 +1,312 @@
+"""Robustness in figures: one line each, `name: value (goal)`; the exit status is 1 where one falls short.
+
+    python tests/stress.py              # all of it
+    python tests/stress.py --quick      # a tenth of the counts, a few minutes
+    python tests/stress.py --only training base requests uploads refiners visitors memory
+"""
+
+import argparse
+import asyncio
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import httpx
+import numpy as np
+import psutil
+from conftest import EMOJI, EMOJI_REFINER, output, perturbed
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file, save_file
+
+PROMPT = "a red apple on a blue background"
+PORT = 7893
+
+
+@dataclass
+class Figure:
+    name: str
+    value: float | int
+    goal: str
+    holds: bool
+
+
+def sha256_of_output() -> str:
+    """What a process that did nothing else makes of a fixed prompt and seed."""
+    code = ("import sys, hashlib; sys.path[:0] = ['.', 'tests']; from conftest import EMOJI, output; from noiserefine.backbones import load_pipeline; "
+            "print(hashlib.sha256(output(load_pipeline(EMOJI, 'cpu')).numpy().tobytes()).hexdigest())")
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()[-1]
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+TRAINING = ["--preset", "emoji", "--num_targets", "128", "--target_batch_size", "8", "--target_steps", "4", "--steps", "3", "--batch_size", "8",
+            "--epochs", "2", "--validate_every", "1000", "--num_validation", "4", "--save_every", "1"]
+
+
+def train(folder: Path, kill_after: float | None = None) -> tuple[bool, float]:
+    """Runs the trainer until it ends or is killed, so many seconds after it began to write; whether it ended, and the seconds it worked."""
+    process = subprocess.Popen([sys.executable, "train/train_refiner.py", *TRAINING, "--output_dir", str(folder)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    config, began = folder / "config.json", None
+    stamp = config.stat().st_mtime_ns if config.exists() else None
+    while process.poll() is None:
+        time.sleep(0.01)
+        if began is None and config.exists() and config.stat().st_mtime_ns != stamp:
+            began = time.perf_counter()
+        if kill_after is not None and began is not None and time.perf_counter() - began > kill_after:
+            process.kill()
+    said = process.communicate()[1]
+    if process.returncode not in (0, -signal.SIGKILL):
+        raise RuntimeError(said)
+    return process.returncode == 0, time.perf_counter() - (began or time.perf_counter())
+
+
+def training(count: Callable[[int], int]) -> Iterator[Figure]:
+    """Kills runs at random moments; each of them, gone on with to its end, must give the LoRA of a run that nobody disturbed."""
+    with tempfile.TemporaryDirectory() as folder:
+        _, seconds = train(Path(folder) / "whole")
+        expected = (Path(folder) / "whole" / "pytorch_lora_weights.safetensors").read_bytes()
+        moments, left, kills, runs, equal = random.Random(0), count(20), 0, 0, 0
+        while left > kills:
+            run = Path(folder) / f"run{runs}"
+            for _ in range(min(5, left - kills)):
+                ended, _ = train(run, moments.uniform(0, seconds / 3))
+                if ended:
+                    break
+                kills += 1
+            train(run)
+            runs += 1
+            equal += (run / "pytorch_lora_weights.safetensors").read_bytes() == expected
+        yield Figure("training: kills at random moments", kills, f"{count(20)}", kills == count(20))
+        yield Figure("training: runs whose LoRA is that of an undisturbed run", equal, f"{runs}", equal == runs)
+
+
+# ---------------------------------------------------------------------------------------------------- the base
+
+def base(count: Callable[[int], int]) -> Iterator[Figure]:
+    """Random things a visitor does, in this process; then the pipeline's output against that of a fresh process."""
+    import gradio as gr
+
+    import app
+    from noiserefine import views
+    from noiserefine.catalogue import SAMPLERS
+    from noiserefine.settings import Model, Settings
+    from train.architectures import random_pipeline
+
+    chance, done, refused, stopped = random.Random(0), 0, 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        random_pipeline("sd-turbo", small=True).save_pretrained(f"{folder}/other")
+        perturbed(views.MODELS.get(Model("emoji")).pipe).save_pretrained(f"{folder}/lora")
+        quick = ["compare", "compare", "strength", "two_prompts", "guided_from_refined", "refine", "trajectory", "attention"]
+        extras = {"two_prompts": ("a panda",), "attention": ("apple",)}
+        for _ in range(count(500)):
+            last: dict = {}
+            for _ in range(chance.randint(1, 4)):
+                view = chance.choice(quick)
+                settings = Settings(
+                    chance.choice([PROMPT, "an apple", "apple " * 60, ""]), chance.randrange(9), chance.choice(["emoji"] * 8 + [f"{folder}/other", "nonsense"]),
+                    chance.choice([1, 2, 3, 0]), chance.choice([2.5, 1.0, 99.0]), chance.choice([1.0, 0.0, 0.5, float("nan")]),
+                    chance.choice([*SAMPLERS, "nonsense"]), chance.choice([0, 0, 72, 65]), 0, chance.choice([""] * 4 + [f"{EMOJI_REFINER}-scales", "nonsense"]),
+                    chance.choice([""] * 3 + [f"{folder}/lora", "nonsense"]), chance.choice([1.0, 0.5]), chance.choice(["", "blurry"]))
+                running = app.run(view, settings, extras.get(view, ()), last)
+                try:
+                    for i, update in enumerate(running):
+                        last |= update["made"]
+                        if chance.random() < 0.1:
+                            stopped += 1
+                            break
+                    else:
+                        done += 1
+                except gr.Error:
+                    refused += 1
+                running.close()
+        with views.WORK:
+            pass
+    import hashlib
+    ours = hashlib.sha256(output(views.MODELS.get(Model("emoji")).pipe).numpy().tobytes()).hexdigest()
+    yield Figure("base: random sequences", count(500), "500", True)
+    yield Figure("base: of their views done, stopped, refused", f"{done}, {stopped}, {refused}", "some of each", min(done, stopped, refused) > 0)
+    equal = ours == sha256_of_output()
+    yield Figure("base: output equal to a fresh process's", int(equal), "1", equal)
+
+
+# ---------------------------------------------------------------------------------------------------- the server
+
+class Server:
+    """The app as a process of its own, spoken to as its page does."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.url = folder, f"http://127.0.0.1:{PORT}"
+        self.log = open(folder / "log", "w")
+        self.process = subprocess.Popen([sys.executable, "app.py", "--port", str(PORT)], cwd=ROOT, stdout=self.log, stderr=subprocess.STDOUT,
+                                        env=os.environ | {"HF_HUB_OFFLINE": "1", "TMPDIR": str(folder), "GRADIO_TEMP_DIR": str(folder / "gradio")})
+        while "Running on local URL" not in (folder / "log").read_text():
+            if self.process.poll() is not None:
+                raise RuntimeError((folder / "log").read_text())
+            time.sleep(0.1)
+        config = httpx.get(f"{self.url}/config").json()
+        self.functions = {each["api_name"]: each["id"] for each in config["dependencies"] if each["api_name"]}
+        self.uploads = [each["id"] for each in config["dependencies"] if ["upload"] == [name for _, name in each["targets"]]]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+    async def call(self, client: httpx.AsyncClient, function: int, data: list, session: str, leave_after: int | None = None):
+        """The outputs, or the sentence of the refusal. leave_after: goes away after so many messages."""
+        body = json.dumps({"data": data, "fn_index": function, "session_hash": session}, ensure_ascii=True)
+        joined = await client.post(f"{self.url}/gradio_api/queue/join", content=body, headers={"content-type": "application/json"})
+        if joined.status_code != 200:
+            return joined.status_code, joined.text
+        async with client.stream("GET", f"{self.url}/gradio_api/queue/data", params={"session_hash": session}) as stream:
+            messages, state = 0, None
+            async for line in stream.aiter_lines():
+                if not line.startswith("data:"):
+                    continue
+                message = json.loads(line[5:])
+                messages += 1
+                if messages == leave_after:
+                    return None
+                if message["msg"] == "process_generating" and state is None:
+                    state = message["output"].get("data")
+                if message["msg"] == "process_completed":
+                    if not message["success"]:
+                        return 0, message["output"].get("error")
+                    return message["output"]["data"]
+        return -1, "the stream ended"
+
+    async def pixels(self, client: httpx.AsyncClient, file: dict) -> np.ndarray:
+        answer = await client.get(f"{self.url}/gradio_api/file={file['path']}")
+        return np.asarray(Image.open(io.BytesIO(answer.content)).convert("RGB"))
+
+    def memory(self) -> int:
+        return psutil.Process(self.process.pid).memory_info().rss
+
+
+@contextlib.contextmanager
+def server() -> Iterator[Server]:
+    with tempfile.TemporaryDirectory() as folder:
+        running = Server(Path(folder))
+        try:
+            yield running
+        finally:
+            running.close()
+
+
+def good(seed: int = 7, steps: int = 2, strength: float = 1.0, prompt: str = PROMPT) -> list:
+    return [prompt, seed, "emoji", steps, 2.5, strength, "DDIM", 0, 0, "", "", 1.0, "", None]
+
+
+def alone(seed: int, steps: int, strength: float = 1.0, prompt: str = PROMPT) -> list[np.ndarray]:
+    """The three columns, made in this process."""
+    from noiserefine import views
+    from noiserefine.recipe import Maker, Recipe
+    from noiserefine.settings import Model
+    loaded = views.MODELS.get(Model("emoji"))
+    make, recipe = Maker(loaded.pipe, loaded.refiner), Recipe(prompt, seed, steps, guidance_scale=2.5, strength=strength)
+    return [np.asarray(make(each).image) for each in (recipe.gaussian, recipe.guided, recipe.refined)]
+
+
+def client() -> httpx.AsyncClient:
+    return httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=None))
+
+
+async def as_ever(running: Server) -> bool:
+    """Whether a normal request is answered with the right pixels."""
+    async with client() as http:
+        outputs = await running.call(http, running.functions["compare"], good(), f"normal{time.time()}")
+        return all([np.array_equal(await running.pixels(http, outputs[i]), expected) for i, expected in zip((0, 2, 4), alone(7, 2))])
+
+
+NASTY = [
+    None, True, False, -1, 0, 1.5, 1e308, -1e308, 2**63, 10**400, float("nan"), float("inf"), "", " ", "nan", "1e999", "9" * 5000, "x" * 10**6, "apple " * 70,
+    "😀\u202e\u0000\ufffe", "\ud800", "../../../etc/passwd", "/etc/passwd", "file:///etc/passwd", "http://127.0.0.1:1/", "a/b/c", "somebody/something", "..", "C:\\nul",
+    "<script>alert(1)</script>", "{}", "%s%n", "assets/emoji", "train", [], {}, [[]], [None] * 1000, {"a": {"b": []}}, {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}},
+]
+
+
+async def fuzz(running: Server, calls: int) -> list[str]:
+    """What was wrong with the answers to calls with wrong values."""
+    chance, wrong, slots = random.Random(0), [], asyncio.Semaphore(8)
+    views = [name for name in running.functions if name in ("compare", "refine", "strength", "frequencies", "two_prompts", "interpolation", "attention", "many")]
+    extras = {"frequencies": [0.3], "two_prompts": ["a panda"], "interpolation": [8], "attention": ["apple"], "many": ["", 1]}
+
+    async def one(number: int) -> None:
+        view = chance.choice(views)
+        data = good(steps=1)
+        data[-1:-1] = []
+        data = data[:-1] + extras.get(view, []) + [None]
+        for _ in range(chance.randint(1, 3)):
+            data[chance.randrange(len(data) - 1)] = chance.choice(NASTY)
+        if chance.random() < 0.05:
+            data = data[:chance.randrange(len(data))]
+        if chance.random() < 0.05:
+            data = data + [chance.choice(NASTY)] * chance.randint(1, 30)
+        shown = f"{view} {str(data)[:300]}"
+        async with slots, client() as http:
+            try:
+                answer = await asyncio.wait_for(running.call(http, running.functions[view], data, f"fuzz{number}"), 60)
+            except TimeoutError:
+                wrong.append(f"hang: {shown}")
+                return
+            except Exception as error:
+                wrong.append(f"{type(error).__name__}: {error}: {shown}")
+                return
+        if isinstance(answer, tuple):
+            status, text = answer
+            if status >= 500 and status != 503 or not text or "Traceback" in text or "Error" in text.split(" ")[0] or len(text) < 12:
+                wrong.append(f"{answer!r}: {shown}"[:700])
+
+    await asyncio.gather(*[one(number) for number in range(calls)])
+    return wrong
+
+
+def requests(count: Callable[[int], int]) -> Iterator[Figure]:
+    with server() as running:
+        wrong = asyncio.run(fuzz(running, count(1000)))
+        for each in wrong[:20]:
+            print("   ", each, file=sys.stderr)
+        yield Figure("requests: with wrong values", count(1000), "1000", True)
+        yield Figure("requests: answered with a traceback, a hang or no sentence", len(wrong), "0", not wrong)
+        shutil.copy(running.folder / "log", "/tmp/stress.log")
+        tracebacks = (running.folder / "log").read_text().split("Traceback (most recent call last)")[1:]
+        ours = sum(f"{ROOT}/" in each for each in tracebacks)
+        yield Figure("requests: errors of the project's own code in the server's log", ours, "0", ours == 0)
+        right = asyncio.run(as_ever(running))
+        yield Figure("requests: a normal one after them has the right pixels", int(right), "1", right)
+
+
+CHECKS = {"training": training, "base": base, "requests": requests}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the counts")
+    parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS))
+    args = parser.parse_args()
+    short = False
+    for name in args.only:
+        for figure in CHECKS[name](lambda full: max(1, full // 10) if args.quick else full):
+            print(f"{figure.name}: {figure.value} ({figure.goal}){'' if figure.holds else '  FALLS SHORT'}", flush=True)
+            short |= not figure.holds
+    sys.exit(short)
+
+
+if __name__ == "__main__":
+    main()

@@ -143,8 +143,9 @@ class Refiner:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         layers = get_peft_model_state_dict(self.unet, adapter_name=ADAPTER)
+        about = self.unet.peft_config[ADAPTER].to_dict() | {"target_modules": TARGET_MODULES}  # there a set, in another order in every process
         with tempfile.TemporaryDirectory(dir=folder) as part:  # nobody reads half a file
-            self.pipe.save_lora_weights(part, unet_lora_layers=layers, unet_lora_adapter_metadata=self.unet.peft_config[ADAPTER].to_dict())
+            self.pipe.save_lora_weights(part, unet_lora_layers=layers, unet_lora_adapter_metadata=about)
             if self.takes_guidance_scale:
                 save_file(self.unet.time_embedding.cond_proj.state_dict(), Path(part) / GUIDANCE_NAME)
             (Path(part) / CONFIG_NAME).write_text(json.dumps(asdict(self.config), indent=2) + "\n")

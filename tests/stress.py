@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,14 +118,17 @@ def base(count: Callable[[int], int]) -> Iterator[Figure]:
             last: dict = {}
             for _ in range(chance.randint(1, 4)):
                 view = chance.choice(quick)
-                settings = Settings(
-                    chance.choice([PROMPT, "an apple", "apple " * 60, ""]), chance.randrange(9), chance.choice(["emoji"] * 8 + [f"{folder}/other", "nonsense"]),
-                    chance.choice([1, 2, 3, 0]), chance.choice([2.5, 1.0, 99.0]), chance.choice([1.0, 0.0, 0.5, float("nan")]),
-                    chance.choice([*SAMPLERS, "nonsense"]), chance.choice([0, 0, 72, 65]), 0, chance.choice([""] * 4 + [f"{EMOJI_REFINER}-scales", "nonsense"]),
-                    chance.choice([""] * 3 + [f"{folder}/lora", "nonsense"]), chance.choice([1.0, 0.5]), chance.choice(["", "blurry"]))
+                values = asdict(Settings(chance.choice([PROMPT, "an apple"]), chance.randrange(9), chance.choice(["emoji"] * 8 + [f"{folder}/other"]),
+                                         chance.choice([1, 2, 3]), chance.choice([2.5, 1.0]), chance.choice([1.0, 0.0, 0.5]), chance.choice([*SAMPLERS]),
+                                         chance.choice([0, 0, 72]), 0, chance.choice([""] * 4 + [f"{EMOJI_REFINER}-scales"]),
+                                         chance.choice([""] * 3 + [f"{folder}/lora"]), chance.choice([1.0, 0.5]), chance.choice(["", "blurry"])))
+                if chance.random() < 0.2:
+                    values |= chance.choice([{"prompt": ""}, {"backbone": "nonsense"}, {"strength": float("nan")}, {"width": 65}, {"sampler": "nonsense"},
+                                             {"refiner": "nonsense"}, {"lora": "nonsense"}, {"guidance_scale": 99.0}])
+                settings = Settings(**values)
                 running = app.run(view, settings, extras.get(view, ()), last)
                 try:
-                    for i, update in enumerate(running):
+                    for update in running:
                         last |= update["made"]
                         if chance.random() < 0.1:
                             stopped += 1
@@ -227,11 +230,19 @@ def client() -> httpx.AsyncClient:
     return httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=None))
 
 
-async def as_ever(running: Server) -> bool:
+async def right(running: Server, http: httpx.AsyncClient, outputs: list, expected: list[np.ndarray]) -> bool:
+    """Whether the three columns have the expected pixels."""
+    return all([np.array_equal(await running.pixels(http, outputs[i]), image) for i, image in zip((0, 2, 4), expected)])
+
+
+def as_ever(running: Server) -> bool:
     """Whether a normal request is answered with the right pixels."""
-    async with client() as http:
-        outputs = await running.call(http, running.functions["compare"], good(), f"normal{time.time()}")
-        return all([np.array_equal(await running.pixels(http, outputs[i]), expected) for i, expected in zip((0, 2, 4), alone(7, 2))])
+    async def ask() -> bool:
+        async with client() as http:
+            return await right(running, http, await running.call(http, running.functions["compare"], good(), f"normal{time.time()}"), expected)
+
+    expected = alone(7, 2)
+    return asyncio.run(ask())
 
 
 NASTY = [
@@ -284,15 +295,196 @@ def requests(count: Callable[[int], int]) -> Iterator[Figure]:
             print("   ", each, file=sys.stderr)
         yield Figure("requests: with wrong values", count(1000), "1000", True)
         yield Figure("requests: answered with a traceback, a hang or no sentence", len(wrong), "0", not wrong)
-        shutil.copy(running.folder / "log", "/tmp/stress.log")
         tracebacks = (running.folder / "log").read_text().split("Traceback (most recent call last)")[1:]
         ours = sum(f"{ROOT}/" in each for each in tracebacks)
         yield Figure("requests: errors of the project's own code in the server's log", ours, "0", ours == 0)
-        right = asyncio.run(as_ever(running))
-        yield Figure("requests: a normal one after them has the right pixels", int(right), "1", right)
+        normal = as_ever(running)
+        yield Figure("requests: a normal one after them has the right pixels", int(normal), "1", normal)
 
 
-CHECKS = {"training": training, "base": base, "requests": requests}
+# ---------------------------------------------------------------------------------------------------- files of strangers
+
+def png(text: str | None, size: tuple[int, int] = (8, 8)) -> bytes:
+    chunks, data = PngInfo(), io.BytesIO()
+    if text is not None:
+        chunks.add_itxt("noiserefine", text, zip=True)
+    Image.new("1", size).save(data, "PNG", pnginfo=chunks)
+    return data.getvalue()
+
+
+def bad_uploads() -> list[bytes]:
+    """No PNGs, bombs of pixels and of text, settings of other kinds, markup."""
+    sound = png(json.dumps({"settings": {"prompt": "a cat"}}))
+    settings = [{"settings": value} for value in (None, [], 1, {"seed": []}, {"seed": "x"}, {"prompt": 1}, {"steps": {}}, {"strength": "nan"}, {"prompt": "x" * 10**5})]
+    return [b"", b"x", b"GIF89a", b"<svg/>", b"\x89PNG\r\n\x1a\n", sound[:50], sound[:60] + b"\0" * 40 + sound[100:], png(None), png("{"), png("[" * 10**6),
+            png("x" * 10**8), png("{}", (30000, 30000)), png("{}", (5000, 5000)), *[png(json.dumps(value)) for value in settings]]
+
+
+def uploads(count: Callable[[int], int]) -> Iterator[Figure]:
+    async def upload(running: Server, data: bytes, number: int):
+        async with client() as http:
+            path = (await http.post(f"{running.url}/gradio_api/upload", files={"files": ("image.png", data, "image/png")})).json()[0]
+            return await running.call(http, running.uploads[0], [{"path": path, "meta": {"_type": "gradio.FileData"}}], f"upload{number}")
+
+    with server() as running:
+        answers = [asyncio.run(upload(running, data, i)) for i, data in enumerate(bad_uploads())]
+        refused = sum(isinstance(answer, tuple) and bool(answer[1]) and "Traceback" not in answer[1] and len(answer[1]) > 20 for answer in answers)
+        yield Figure("uploads: bad files refused with a sentence", refused, str(len(answers)), refused == len(answers))
+        markup = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+        restored = asyncio.run(upload(running, png(json.dumps({"settings": {"prompt": markup}})), 1000))
+        plain = isinstance(restored, list) and restored[0] == markup
+        yield Figure("uploads: markup comes back as the plain text it is", int(plain), "1", plain)
+        normal = as_ever(running)
+        yield Figure("uploads: a normal request after them has the right pixels", int(normal), "1", normal)
+
+
+def refiners(count: Callable[[int], int]) -> Iterator[Figure]:
+    """Damages a sound refiner in random ways; what comes must be a refusal in words or a refiner."""
+    import torch
+
+    from noiserefine import Refiner
+    from noiserefine.backbones import add_lora, load_pipeline
+
+    pipe = load_pipeline(EMOJI, "cpu")
+    before, chance, wrong, refused = output(pipe), random.Random(0), [], 0
+    sound = Path(EMOJI_REFINER + "-scales")
+    weights, guidance, config = "pytorch_lora_weights.safetensors", "guidance_embedding.safetensors", json.loads((sound / "refiner.json").read_text())
+    tensors = load_file(sound / weights)
+    with tempfile.TemporaryDirectory() as parent:
+        canary = Path(parent) / "executed"
+
+        class Payload:
+            def __reduce__(self):
+                return os.system, (f"touch {canary}",)
+
+        def damage(folder: Path) -> str:
+            kind = chance.choice(["cut", "flip", "shape", "missing", "extra", "dtype", "pickle", "json", "value", "climb", "name", "link", "empty"])
+            file = folder / chance.choice([weights, guidance])
+            data = file.read_bytes()
+            if kind == "cut":
+                file.write_bytes(data[:chance.randrange(len(data))])
+            elif kind == "flip":
+                place = chance.randrange(min(len(data), 4000))
+                file.write_bytes(data[:place] + bytes([data[place] ^ chance.randrange(1, 256)]) + data[place + 1:])
+            elif kind in ("shape", "missing", "extra", "dtype"):
+                state, name = dict(tensors), chance.choice(list(tensors))
+                if kind == "shape":
+                    state[name] = state[name].flatten()
+                elif kind == "missing":
+                    del state[name]
+                elif kind == "extra":
+                    state[f"{name}.more"] = torch.zeros(2)
+                else:
+                    state[name] = state[name].to(torch.int64)
+                save_file(state, folder / weights)
+            elif kind == "pickle":
+                file.unlink()
+                for name in (file.name, file.stem + ".bin"):
+                    torch.save(Payload(), folder / name)
+            elif kind == "json":
+                (folder / "refiner.json").write_text(chance.choice(["", "{", "[]", "null", "1", "[" * 10**5, '"x"', "{}", '{"rank": 1}', "\0"]))
+            elif kind == "value":
+                changed = config | {chance.choice(list(config)): chance.choice([None, -1, 0, 1.5, 10**30, "x", "../..", [], {}, [[]], True, float("nan")])}
+                (folder / "refiner.json").write_text(json.dumps(changed))
+            elif kind == "climb":
+                (folder / "refiner.json").write_text(json.dumps(config | {"base_model": "../../../etc/passwd", "architecture": {"../x": "/etc/passwd"}}))
+            elif kind == "name":
+                return chance.choice(["../" * 30 + "etc", "a b", "a/b/c", "ü/ü", "x" * 5000, "a/\0", "--help", "somebody/some..thing", "/dev/null", "-"])
+            elif kind == "link":
+                file.unlink()
+                file.symlink_to("/dev/zero" if chance.random() < 0.01 else "/etc/passwd")
+            else:
+                file.write_bytes(b"")
+            return str(folder)
+
+        for i in range(count(300)):
+            folder = Path(parent) / f"refiner{i}"
+            shutil.copytree(sound, folder)
+            name = damage(folder)
+            for load in (lambda name: Refiner.from_pretrained(name, pipe), lambda name: add_lora(pipe, name)):
+                try:
+                    load(name)
+                except (ValueError, FileNotFoundError) as error:
+                    refused += len(str(error)) > 20
+                except Exception as error:
+                    wrong.append(f"{type(error).__name__}: {error}")
+                pipe.unload_lora_weights()
+            shutil.rmtree(folder)
+        executed = canary.exists() or bool(list(Path(parent).iterdir()))
+    for each in wrong[:20]:
+        print("   ", each[:300], file=sys.stderr)
+    yield Figure("refiners: damaged ones, each read as refiner and as LoRA", count(300), "300", True)
+    yield Figure("refiners: of these readings refused with a sentence", refused, "more than half", refused > count(300))
+    yield Figure("refiners: errors that nobody foresaw", len(wrong), "0", not wrong)
+    yield Figure("refiners: something executed or written", int(executed), "0", not executed)
+    untouched = torch.equal(output(pipe), before)
+    yield Figure("refiners: the pipeline's output is what it was", int(untouched), "1", untouched)
+
+
+# ---------------------------------------------------------------------------------------------------- many visitors
+
+def crowd(running: Server, clients: int) -> tuple[int, list[str]]:
+    """How many of the clients, who come at once with different settings, get the pixels of a request made alone, and what others are told."""
+    kinds = [(seed, 1 + seed % 3, (seed % 5) / 4, PROMPT if seed % 2 else f"a panda on a {('pink', 'green')[seed % 4 // 2]} background") for seed in range(clients)]
+    expected = {kind: alone(*kind) for kind in kinds}
+
+    async def one(kind: tuple) -> bool | str:
+        async with client() as http:
+            answer = await running.call(http, running.functions["compare"], good(*kind), f"crowd{clients}-{kind[0]}")
+            return str(answer[1]) if isinstance(answer, tuple) else await right(running, http, answer, expected[kind])
+
+    async def all_at_once() -> list[bool | str]:
+        return await asyncio.gather(*[one(kind) for kind in kinds])
+
+    answers = asyncio.run(all_at_once())
+    return sum(answer is True for answer in answers), [answer for answer in answers if isinstance(answer, str)]
+
+
+async def leavers(running: Server, clients: int) -> float:
+    """Seconds until a request is answered after clients who asked for much went away."""
+    async def one(number: int) -> None:
+        async with client() as http:
+            await running.call(http, running.functions["samplers"], good(number, 100), f"leaver{number}", leave_after=2)
+
+    await asyncio.gather(*[one(number) for number in range(clients)])
+    began = time.perf_counter()
+    async with client() as http:
+        await running.call(http, running.functions["compare"], good(), "after")
+    return time.perf_counter() - began
+
+
+def visitors(count: Callable[[int], int]) -> Iterator[Figure]:
+    with server() as running:
+        as_ever(running)
+        equal, _ = crowd(running, 50)
+        yield Figure("visitors: of 50 at once, those who get the pixels of a solo run", equal, "50", equal == 50)
+        equal, told = crowd(running, 150)
+        clear = sum("full" in each.lower() for each in told)
+        yield Figure("visitors: of 150 at once, those told that the queue is full", clear, "the others", clear > 0 and equal + clear == 150)
+        seconds = asyncio.run(leavers(running, 5))
+        yield Figure("visitors: seconds for one who comes after 5 who asked for much and left", round(seconds, 1), "at most 15", seconds <= 15)
+        normal = as_ever(running)
+        yield Figure("visitors: a normal request after them has the right pixels", int(normal), "1", normal)
+
+
+def memory(count: Callable[[int], int]) -> Iterator[Figure]:
+    async def some(running: Server, first: int, last: int) -> None:
+        async with client() as http:
+            for number in range(first, last):
+                answer = await running.call(http, running.functions["compare"], good(number, 1), f"memory{number}")
+                assert not isinstance(answer, tuple), answer
+
+    with server() as running:
+        asyncio.run(some(running, 0, 10))
+        early = running.memory()
+        asyncio.run(some(running, 10, count(1000)))
+        ratio = running.memory() / early
+        yield Figure(f"memory: after {count(1000)} requests, of that after 10", round(ratio, 3), "at most 1.05", ratio <= 1.05)
+        left = [path for path in running.folder.iterdir() if path.is_dir() and path.name != "gradio" and any(path.rglob("*.png"))]
+        yield Figure("memory: temporary folders left", len(left), "0", not left)
+
+
+CHECKS = {"training": training, "base": base, "requests": requests, "uploads": uploads, "refiners": refiners, "visitors": visitors, "memory": memory}
 
 
 def main() -> None:

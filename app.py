@@ -29,7 +29,7 @@ from noiserefine.record import contact_sheet, read_png, save_png, versions
 from noiserefine.settings import FREE_CHOICE, REFINERS, SERVED, ZERO_GPU, Model, Settings, link, restored
 
 EXAMPLES = ["a red apple on a blue background", "a panda on a pink background", "a rocket on a black background", "an owl on a purple background", "a sailboat"]
-KEPT_PIXELS = 8_000_000  # of a visitor's images that are not made again
+KEPT_IMAGES, KEPT_PIXELS = 100, 8_000_000  # at most, of a visitor's images that are not made again
 ARMS = {
     "gaussian": ("Gaussian noise", "no guidance"),
     "guided": ("Gaussian noise", "guided (CFG)"),
@@ -108,7 +108,7 @@ def run(view: str, settings: Settings, extras: tuple, last: dict) -> Iterator[di
 def restore_png(path: str | None) -> list:
     """The settings of a dropped image, for the page's inputs."""
     try:
-        values = restored(read_png(path)["settings"])
+        values = restored(read_png(path or "")["settings"])
     except ValueError as error:
         raise gr.Error(str(error), print_exception=False) from error
     gr.Info("The settings of this image are restored: press Generate.")
@@ -188,7 +188,7 @@ def endpoint(view: str, outputs: dict[str, gr.components.Component], controls: d
         record = {"settings": asdict(settings), "view": view, "controls": dict(zip(controls, extras)), "versions": versions()}
         state, shown = dict(empty), {}
         with tempfile.TemporaryDirectory() as folder:
-            for update in run(view, settings, extras, last):
+            for update in run(view, settings, extras, dict(last)):
                 record |= update.pop("about", {})
                 last |= update.pop("made")
                 keep_newest(last)
@@ -199,15 +199,16 @@ def endpoint(view: str, outputs: dict[str, gr.components.Component], controls: d
                     yield {output: state[name] for name, output in outputs.items()}
 
     names = [field.name for field in fields(Settings)] + list(controls) + ["last", "request"]
-    handler.__signature__ = inspect.Signature([inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names])
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    handler.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typeshed's function has no such attribute
     handler.__name__, handler.__doc__, handler.__annotations__ = view, VIEWS[view].says, {"request": gr.Request}
     return handler
 
 
 def keep_newest(samples: dict) -> None:
-    """Removes the oldest of the samples until the others have KEPT_PIXELS at most."""
+    """Removes the oldest of the samples until there are KEPT_IMAGES and KEPT_PIXELS at most."""
     pixels = sum(sample.image.width * sample.image.height for sample in samples.values())
-    while pixels > KEPT_PIXELS:
+    while pixels > KEPT_PIXELS or len(samples) > KEPT_IMAGES:
         image = samples.pop(next(iter(samples))).image
         pixels -= image.width * image.height
 

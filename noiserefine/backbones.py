@@ -103,7 +103,7 @@ def check_files(folder: Path) -> None:
 def check_weights(source: str, backbone: Backbone) -> None:
     """Raises ValueError where the hub would serve other files than the original ones; offline only what is cached can load."""
     try:
-        files = HfApi().model_info(source, revision=backbone.revision, files_metadata=True).siblings
+        files = HfApi().model_info(source, revision=backbone.revision, files_metadata=True).siblings or []
     except HUB_ERRORS:
         return
     served = {file.rfilename: file.lfs.sha256 for file in files if file.lfs}

@@ -24,7 +24,7 @@ def in_random_order(first: str, second: str) -> tuple[str, str]:
     """The two arms, either one first with equal chance."""
     pair = [first, second]
     random.SystemRandom().shuffle(pair)
-    return tuple(pair)
+    return pair[0], pair[1]
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

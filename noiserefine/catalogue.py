@@ -48,7 +48,7 @@ BACKBONES = {
 
 # Samplers by the names people know, as diffusers' schedulers (paper, appendix A.10).
 # What another scheduler's config may lack is always set: from_config would take defaults that Stable Diffusion does not use.
-SAMPLERS = {
+SAMPLERS: dict[str, tuple[str, dict[str, bool | str]]] = {
     "DDIM": ("DDIMScheduler", {"clip_sample": False, "set_alpha_to_one": False, "thresholding": False}),
     "DPM++ 2M": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "thresholding": False, "use_karras_sigmas": False,
                                                "final_sigmas_type": "zero"}),

@@ -33,7 +33,9 @@ def guidance_scales(make: Maker, recipe: Recipe, count: int = 5) -> Images:
 
     Raises ValueError for a refiner that takes no guidance scale.
     """
+    assert make.refiner is not None
     make.refiner.check_guidance_scale(recipe.refiner_scale or recipe.guidance_scale)
+    assert make.refiner.config.guidance_scale_range is not None  # as was checked
     low, high = make.refiner.config.guidance_scale_range
     scales = [low + (high - low) * i / (count - 1) for i in range(count)]
     for scale in scales:
@@ -96,7 +98,7 @@ def bands(make: Maker, recipe: Recipe, cutoff: float) -> Images:
     low, redrawn_low, plain = band(x_hat, 0, cutoff), band(redrawn, 0, cutoff), recipe.gaussian
     yield "refined noise", refined
     yield "Gaussian noise", gaussian
-    mixed = {0: gaussian, 1: refined}.get(cutoff)
+    mixed = {0.0: gaussian, 1.0: refined}.get(cutoff)
     yield f"refined below {cutoff:g}, Gaussian above", mixed or make(plain, x_T + band(x_hat - x_T, 0, cutoff))
     yield f"refined below {cutoff:g}, zero above", make(plain, low)
     yield f"zero below {cutoff:g}, refined above", make(plain, x_hat - low)

@@ -31,7 +31,7 @@ def difference_histogram(x_T: torch.Tensor, x_hat: torch.Tensor, other: torch.Te
     edges = np.linspace(0, 4, 41)
     for y, colour, label in ((other, GAUSSIAN, "to another noise"), (x_hat, REFINED, "to the refined noise")):
         difference = (y.float().cpu() - x_T.float().cpu()).abs().flatten().numpy()
-        ax.hist(difference.clip(max=edges[-1]), edges, weights=np.full(difference.size, 1 / difference.size), color=colour, alpha=0.7,
+        ax.hist(difference.clip(max=edges[-1]), edges.tolist(), weights=np.full(difference.size, 1 / difference.size), color=colour, alpha=0.7,
                 label=f"{label}, mean {difference.mean():.2f}")
     ax.legend(frameon=False, labelcolor=INK)
     return figure

@@ -36,7 +36,8 @@ class Models:
     """The embedded model and the last other one, or with keep_all every one.  One loads at a time."""
 
     def __init__(self, keep_all: bool = False) -> None:
-        self.offload, self.compiled, self.keep_all, self.loaded, self.lock = "none", False, keep_all, {}, threading.Lock()
+        self.offload, self.compiled, self.keep_all, self.lock = "none", False, keep_all, threading.Lock()
+        self.loaded: dict[Model, Loaded] = {}
 
     def has(self, model: Model) -> bool:
         return replace(model, lora_weight=1.0) in self.loaded
@@ -87,7 +88,7 @@ class Models:
                          f"`{training_command(pipe, source, backbone)}`")
         else:
             scales = "takes no guidance scale: the slider drives the guided column only."
-            if refiner.takes_guidance_scale:
+            if refiner.config.guidance_scale_range is not None:
                 low, high = refiner.config.guidance_scale_range
                 scales = f"takes the guidance scale, from {low:g} to {high:g}: the slider drives the guided and the refined column."
             notes += [refiner.note, f"This refiner {scales}"]

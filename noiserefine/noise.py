@@ -1,5 +1,7 @@
 """The initial noise x_T and the conditioning that a prompt becomes, for any Stable Diffusion-family pipeline."""
 
+from typing import Any
+
 import torch
 from diffusers import DiffusionPipeline
 
@@ -72,7 +74,7 @@ def unet_conditioning(pipe: DiffusionPipeline, embeds: dict[str, torch.Tensor], 
     height and width in pixels: SDXL's UNet is told them (its "time ids"), the others' are not.
     """
     prompt_embeds = embeds["prompt_embeds"]
-    conditioning = {"encoder_hidden_states": prompt_embeds}
+    conditioning: dict[str, Any] = {"encoder_hidden_states": prompt_embeds}
     if "pooled_prompt_embeds" in embeds:
         pooled = embeds["pooled_prompt_embeds"]
         time_ids = pipe._get_add_time_ids((height, width), (0, 0), (height, width), dtype=prompt_embeds.dtype,

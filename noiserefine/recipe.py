@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,11 +147,12 @@ class Maker:
         if recipe.strength == 0:
             return x_T.to(self.pipe._execution_device, self.pipe.unet.dtype)
         prompt = recipe.prompt if recipe.refining_prompt is None else recipe.refining_prompt
+        assert self.refiner is not None  # check refuses a strength without one
         return self.refiner(x_T, self.encode(prompt, recipe.negative_prompt), recipe.strength, recipe.refiner_scale)
 
     def sample(self, recipe: Recipe, x_T: torch.Tensor) -> Sample:
         """The image that the recipe makes of an x_T, (1, C, h, w), sampled whether it was made before or not."""
-        embeds = self.encode(recipe.prompt, recipe.negative_prompt)
+        embeds: dict[str, Any] = self.encode(recipe.prompt, recipe.negative_prompt)
         height, width = image_size(self.pipe, recipe.height, recipe.width)
         pipe = with_sampler(self.pipe, recipe.sampler)
         if self.on_step:

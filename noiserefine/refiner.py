@@ -68,7 +68,7 @@ class Refiner:
     """
 
     note = ""  # what to say of a pipeline that is not the base, in a sentence
-    weights_sha256 = None  # of the LoRA's file, which tells one refiner from another
+    weights_sha256: str | None = None  # of the LoRA's file, which tells one refiner from another
     offload_hook = None  # what sends the refining network back to the CPU after its pass; see offload.py
 
     def __init__(self, pipe: DiffusionPipeline, config: RefinerConfig, unet: UNet2DConditionModel):
@@ -158,12 +158,13 @@ class Refiner:
 
     def check_guidance_scale(self, guidance_scale: float | None) -> None:
         """Raises ValueError for a scale that this refiner was not trained for, for one it cannot take, and for a missing one."""
-        if not self.takes_guidance_scale:
+        scales = self.config.guidance_scale_range
+        if scales is None:
             if guidance_scale is not None:
                 raise ValueError("This refiner takes no guidance scale: it was trained for one. --guidance_scale_range of "
                                  "train/train_refiner.py trains one that does.")
             return
-        low, high = self.config.guidance_scale_range
+        low, high = scales
         if guidance_scale is None or not low <= guidance_scale <= high:
             raise ValueError(f"This refiner takes a guidance scale from {low:g} to {high:g}, which it was trained for; got {guidance_scale}.")
 
@@ -184,6 +185,7 @@ class Refiner:
         conditioning = unet_conditioning(self.pipe, embeds, x_T.shape[-2] * factor, x_T.shape[-1] * factor)
         dtype = self.pipe.unet.dtype
         if self.takes_guidance_scale:
+            assert guidance_scale is not None
             embedding = self.pipe.get_guidance_scale_embedding(guidance_scale.float().cpu() - 1, embedding_dim=GUIDANCE_EMBEDDING)
             conditioning["timestep_cond"] = embedding.to(x_T.device, dtype)
         if self.offload_hook:

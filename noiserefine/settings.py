@@ -49,7 +49,7 @@ class Settings:
     seed: float = 7
     backbone: str = DEFAULT
     steps: float = BACKBONES[DEFAULT].steps
-    guidance_scale: float = BACKBONES[DEFAULT].guidance_scale
+    guidance_scale: float = BACKBONES[DEFAULT].guidance_scale or 1.0
     strength: float = 1.0
     sampler: str = BACKBONES[DEFAULT].sampler
     width: float | None = 0
@@ -101,9 +101,10 @@ def number(value: float | None, what: str) -> float:
 
 def whole(value: float | None, what: str) -> int:
     """The number as an int. Raises ValueError where it is no whole number."""
-    if number(value, what) != int(value):
+    plain = number(value, what)
+    if plain != int(plain):
         raise ValueError(f"{what} is a whole number; got {value!r}.")
-    return int(value)
+    return int(plain)
 
 
 def link(settings: Settings) -> str:
@@ -123,7 +124,7 @@ def restored(values: dict) -> list:
         if value is None:
             updates.append(None if field.name == "prompt" else default)
         elif isinstance(default, str):
-            updates.append(text(value, f"{field.name} of the file or link"))
+            updates.append(text(value, field.name))
         else:
             try:
                 plain = float(value)

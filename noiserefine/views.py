@@ -5,7 +5,6 @@ Each function works on a Job and reports updates by the names of the page's outp
 
 import re
 import secrets
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -23,12 +22,12 @@ from noiserefine.noise import MAX_SEED
 from noiserefine.recipe import MAX_STEPS, Maker, Recipe, Sample
 from noiserefine.settings import ZERO_GPU, Model, Settings, guided, number, text, whole
 from noiserefine.spectrum import LOW_FREQUENCY, energy_below, heat_map, low_frequency_difference
-from noiserefine.stream import stream
+from noiserefine.stream import Worker, stream
 from noiserefine.trajectory import FRAMES, evenly, trajectory
 
 MOST_IMAGES = 96  # of one view
 PREVIEW_SECONDS = 0.15  # between two looks at an unfinished image
-MODELS, WORK = Models(keep_all=ZERO_GPU), threading.Lock()
+MODELS, WORKER = Models(keep_all=ZERO_GPU), Worker()  # a view that was left ends at its next step; until then the models are its own
 
 
 @dataclass
@@ -45,7 +44,7 @@ class Job:
         """The recipes of the columns that this model has, by name; changes: fields of the recipe."""
         return columns(replace(self.recipe, **changes), self.guided, self.loaded.refiner is not None)
 
-    def show(self, images: explore.Images, columns: int | None = None) -> None:
+    def show(self, images: Iterator[tuple[str, Sample | Image.Image]], columns: int | None = None) -> None:
         """Reports images, (caption, Sample or picture), as they come; columns: how many are side by side, where the view's own number doesn't fit."""
         shown = []
         for image in images:
@@ -157,7 +156,7 @@ def show_guided_from_refined(job: Job) -> None:
 
 
 def show_attention(job: Job, word: str) -> None:
-    def images() -> explore.Images:
+    def images() -> Iterator[tuple[str, Image.Image]]:
         for name, recipe in job.columns().items():
             maps, sample = attention(job.make, recipe, text(word, "The word"))
             for i in evenly(len(maps), FRAMES):
@@ -200,7 +199,7 @@ def make_noise(job: Job) -> None:
     job.report({"noise": save({"x_T": job.noise(job.recipe.gaussian), "refined": job.noise(job.recipe.refined)})})
 
 
-VIEWS = {
+VIEWS: dict[str, Callable[..., None]] = {
     "compare": show_columns, "refine": make_noise, "strength": show_strengths, "guidance_scale": show_guidance_scales, "samplers": show_samplers,
     "frequencies": show_frequencies, "trajectory": show_trajectory, "two_prompts": show_two_prompts, "interpolation": show_interpolation,
     "guided_from_refined": show_guided_from_refined, "attention": show_attention, "blind": show_blind, "many": show_many,
@@ -214,6 +213,7 @@ IMAGES = {  # of a view, a guided one counting as two
 def seconds_of_gpu(view: str, settings: Settings, extras: tuple) -> int:
     """What a view may take on ZeroGPU, generously; 18 s for the comparison at SD2.1's defaults."""
     steps = settings.steps if isinstance(settings.steps, (int, float)) and 1 <= settings.steps <= MAX_STEPS else 1  # others are refused
+    images: float
     if view == "samplers":
         images, steps = 12, sum(explore.STEPS)  # five samplers, one of which takes two forwards a step, from two noises
     elif view == "many":
@@ -227,11 +227,12 @@ def seconds_of_gpu(view: str, settings: Settings, extras: tuple) -> int:
 
 def recipe_of(settings: Settings) -> Recipe:
     """Raises ValueError for what no model can make an image from."""
-    size = {name: None if side in (0, None) else whole(side, f"The {name}") for name, side in (("width", settings.width), ("height", settings.height))}
+    width, height = (None if side in (0, None) else whole(side, f"The {name}")
+                     for name, side in (("width", settings.width), ("height", settings.height)))
     recipe = Recipe(text(settings.prompt, "The prompt"), whole(settings.seed, "The seed"), whole(settings.steps, "The number of steps"),
                     text(settings.sampler, "The sampler"),
                     number(settings.guidance_scale, "The guidance scale"), number(settings.strength, "The refinement strength"),
-                    negative_prompt=text(settings.negative_prompt, "The negative prompt"), **size)
+                    negative_prompt=text(settings.negative_prompt, "The negative prompt"), width=width, height=height)
     recipe.check()
     return recipe
 
@@ -249,18 +250,17 @@ def work(view: str, settings: Settings, extras: tuple, last: dict[tuple[Model, R
         on_load(f"Loading {model.title} …")
 
     def show(report: Callable[[dict], None]) -> None:
-        with WORK:  # a view that was left ends at its next step; until then the models are its own
-            loaded = MODELS.get(model)
-            scale = loaded.refiner.scale_input(asked.guidance_scale) if loaded.refiner else None
-            recipe = replace(asked, refiner_scale=scale, guidance_scale=asked.guidance_scale if guided(model) else 1.0)
-            make = Maker(loaded.pipe, loaded.refiner, {recipe: sample for (of, recipe), sample in last.items() if of == maker_of(model, recipe)},
-                         on_made=lambda sample: report({"made": {(maker_of(model, sample.recipe), sample.recipe): sample}}), on_step=lambda *_: report({}))
-            make.check(recipe if loaded.refiner else recipe.guided)
-            report({"about": {"backbone": model.backbone, "revision": loaded.revision, "refiner_sha256": loaded.refiner and loaded.refiner.weights_sha256}})
-            VIEWS[view](Job(loaded, make, recipe, guided(model), report), *extras)
+        loaded = MODELS.get(model)
+        scale = loaded.refiner.scale_input(asked.guidance_scale) if loaded.refiner else None
+        recipe = replace(asked, refiner_scale=scale, guidance_scale=asked.guidance_scale if guided(model) else 1.0)
+        make = Maker(loaded.pipe, loaded.refiner, {recipe: sample for (of, recipe), sample in last.items() if of == maker_of(model, recipe)},
+                     on_made=lambda sample: report({"made": {(maker_of(model, sample.recipe), sample.recipe): sample}}), on_step=lambda *_: report({}))
+        make.check(recipe if loaded.refiner else recipe.guided)
+        report({"about": {"backbone": model.backbone, "revision": loaded.revision, "refiner_sha256": loaded.refiner and loaded.refiner.weights_sha256}})
+        VIEWS[view](Job(loaded, make, recipe, guided(model), report), *extras)
 
     try:
-        for updates in stream(show, PREVIEW_SECONDS):
+        for updates in stream(WORKER, show, PREVIEW_SECONDS):
             made = {key: sample for update in updates for key, sample in update.get("made", {}).items()}
             yield {name: value for update in updates for name, value in update.items()} | {"made": made}
     except RuntimeError as error:

@@ -32,6 +32,7 @@ from noiserefine.catalogue import BACKBONES
 from noiserefine.recipe import Maker, Recipe, Sample
 from noiserefine.record import read_png, save_png
 from noiserefine.settings import Model, Settings, any_model_allowed, restored
+from noiserefine.stream import stream
 from train.architectures import random_pipeline
 
 PROMPT = "a red apple on a blue background"
@@ -207,8 +208,7 @@ def test_stop_leaves_everything_as_it_was():
         for _ in range(updates):
             next(running)
         running.close()
-        with views.WORK:  # free after the next step
-            pass
+        list(stream(views.WORKER, lambda report: None))  # free after the next step
     assert all(same(before, shown(*GOOD)))
 
 
@@ -236,6 +236,9 @@ def test_the_newest_images_are_kept(monkeypatch):
     monkeypatch.setattr(app, "KEPT_PIXELS", 2 * 64 * 64)
     app.keep_newest(made)
     assert list(made) == names[1:]
+    monkeypatch.setattr(app, "KEPT_IMAGES", 1)
+    app.keep_newest(made)
+    assert list(made) == names[2:]
 
 
 def test_unfinished_images_are_shown():

@@ -21,7 +21,7 @@ from noiserefine.noise import slerp
 from noiserefine.recipe import Maker, Recipe
 from noiserefine.record import KEY, contact_sheet, read_png, save_png
 from noiserefine.samplers import SAMPLERS, make_scheduler, predicted_x0
-from noiserefine.stream import stream
+from noiserefine.stream import Worker, stream
 from noiserefine.trajectory import evenly, trajectory
 
 PROMPT = "a red apple on a blue background"
@@ -287,8 +287,8 @@ def test_stream_passes_everything_on():
         for i in range(100):
             report(i)
 
-    assert [value for values in stream(work) for value in values] == list(range(100))
-    lists = list(stream(work, every=0.05))
+    assert [value for values in stream(Worker(), work) for value in values] == list(range(100))
+    lists = list(stream(Worker(), work, every=0.05))
     assert [value for values in lists for value in values] == list(range(100)) and len(lists) < 20, "collected, not one by one"
 
 
@@ -299,7 +299,7 @@ def test_stream_raises_what_the_work_raises():
 
     seen = []
     with pytest.raises(ValueError, match="broken"):
-        for values in stream(work):
+        for values in stream(Worker(), work):
             seen += values
     assert seen == [1]
 
@@ -314,7 +314,7 @@ def test_a_stream_that_is_left_stops_its_work():
         finally:
             ended.set()
 
-    running = stream(work)
+    running = stream(Worker(), work)
     next(running)
     running.close()
     assert ended.wait(10)

@@ -6,6 +6,7 @@ hundredth of the width.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -21,12 +22,12 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 TOKENIZER = Path(__file__).resolve().parent.parent / "assets" / "emoji" / "tokenizer"  # any will do for random weights
-SD2 = dict(
+SD2: dict[str, Any] = dict(
     in_channels=4, out_channels=4, layers_per_block=2, norm_num_groups=32, block_out_channels=(320, 640, 1280, 1280),
     down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True)
-SDXL = dict(
+SDXL: dict[str, Any] = dict(
     in_channels=4, out_channels=4, layers_per_block=2, norm_num_groups=32, block_out_channels=(320, 640, 1280),
     down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=(1, 2, 10),

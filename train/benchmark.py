@@ -72,7 +72,8 @@ def measure(pipe: DiffusionPipeline, refiner: Refiner, args: argparse.Namespace)
     scale = refiner.config.guidance_scale_range[1] if refiner.takes_guidance_scale else None
     prompts, settings = [PROMPT] * args.batch_size, {"num_inference_steps": args.steps}
     arms = ("unguided", "guided", "refined")
-    seconds, forwards, peaks = {name: [] for name in arms}, {}, {}
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    forwards, peaks = {}, {}
     pipe = with_sampler(pipe, args.sampler)
     for round in range(args.rounds + args.warmup):
         for name in arms:

@@ -10,8 +10,10 @@ without data, at the model's native size in float16; network evaluations are tho
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root, when run as a script
@@ -23,8 +25,9 @@ from train.train_refiner import parse, plan
 MAX_SIDE = 128  # of a feature map; what is square and larger is queries by keys
 
 
-def forward(unet: torch.nn.Module, batch_size: int) -> torch.Tensor:
-    config, like = unet.config, {"device": "meta", "dtype": torch.float16}
+def forward(unet: UNet2DConditionModel, batch_size: int) -> torch.Tensor:
+    config = unet.config
+    like: dict[str, Any] = {"device": "meta", "dtype": torch.float16}
     x = torch.empty(batch_size, config.in_channels, config.sample_size, config.sample_size, **like)
     text = torch.empty(batch_size, 77, config.cross_attention_dim, **like)
     added = {"text_embeds": torch.empty(batch_size, 1280, **like), "time_ids": torch.empty(batch_size, 6, **like)} if config.addition_embed_type else None
@@ -44,7 +47,8 @@ def main() -> None:
             refining = with_lora(unet, RefinerConfig(options.rank, options.rank, "", {}, "", [])).half()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             forward(unet, 1)
-        kept, weights = {}, {id(p.untyped_storage()) for p in refining.parameters()}
+        kept: dict[int, tuple[torch.Tensor, int]] = {}
+        weights = {id(p.untyped_storage()) for p in refining.parameters()}
 
         def keep(tensor: torch.Tensor, kept=kept, weights=weights) -> torch.Tensor:
             attention_map = tensor.ndim >= 3 and tensor.shape[-1] == tensor.shape[-2] > MAX_SIDE  # a fused kernel keeps none

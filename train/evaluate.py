@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,12 +87,12 @@ def main() -> None:
 
     pairs, prompts = held_out_prompts(args.n)
     correct = {arm: np.zeros((args.n, 2)) for arm in ARMS}
-    features = {arm: [] for arm in ARMS}
+    parts: dict[str, list[np.ndarray]] = {arm: [] for arm in ARMS}
     cost = {arm: [0, 0.0] for arm in ARMS}
     for start in tqdm(range(0, args.n, args.batch_size)):
         chosen = slice(start, min(start + args.batch_size, args.n))
         x_T = draw_noise(pipe, FIRST_SEED + start, chosen.stop - start).to(pipe.device)
-        embeds = encode_prompt(pipe, prompts[chosen])
+        embeds: dict[str, Any] = encode_prompt(pipe, prompts[chosen])
         for arm in ARMS:
             began, counter = time.perf_counter(), ForwardCounter()
             with counter.watch(pipe.unet, refiner.unet):
@@ -102,11 +103,11 @@ def main() -> None:
             cost[arm][1] += time.perf_counter() - began
             thing, colour, batch_features = judge.judge(images)
             correct[arm][chosen] = np.stack([thing, colour], 1) == pairs[chosen]
-            features[arm].append(batch_features)
+            parts[arm].append(batch_features)
             if args.images and start < 100:
                 write(images[: 100 - start], args.images / arm, start)
 
-    features = {arm: np.concatenate(parts) for arm, parts in features.items()}
+    features = {arm: np.concatenate(of_arm) for arm, of_arm in parts.items()}
     real = judge.real_mean.double().numpy(), judge.real_covariance.double().numpy()
     rng = np.random.default_rng(0)
     resamples = [np.arange(args.n), *rng.integers(args.n, size=(args.bootstrap, args.n))]  # the first is the sample itself

@@ -33,7 +33,7 @@ def main() -> None:
     sheet = Image.new("RGB", (args.columns * (args.side + gap) - gap, 3 * (args.side + gap) - gap), "white")
     for column in range(args.columns):
         prompt = prompts[column * len(prompts) // args.columns]
-        recipe = Recipe(prompt, args.seed + column, steps=backbone.steps, guidance_scale=backbone.guidance_scale, strength=1.0)
+        recipe = Recipe(prompt, args.seed + column, steps=backbone.steps, guidance_scale=backbone.guidance_scale or 1.0, strength=1.0)
         for row, (_, arm) in enumerate(compare(make, recipe)):
             image = arm.image.resize((args.side, args.side), Image.Resampling.BICUBIC)
             sheet.paste(image, (column * (args.side + gap), row * (args.side + gap)))

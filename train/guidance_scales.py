@@ -45,7 +45,7 @@ def main() -> None:
         refiner.check_guidance_scale(scale)
     judge, pipe = Judge.from_pretrained(Path(__file__).parent / "emoji" / "classifier.safetensors"), with_sampler(pipe, "DDIM")
     pairs, prompts = held_out_prompts(args.n)
-    recognised = {arm: [[] for _ in args.scales] for arm in ("guided", "refined")}
+    recognised: dict[str, list[list[np.bool_]]] = {arm: [[] for _ in args.scales] for arm in ("guided", "refined")}
     distances = []
     for start in tqdm(range(0, args.n, args.batch_size)):
         chosen = slice(start, min(start + args.batch_size, args.n))
@@ -58,10 +58,10 @@ def main() -> None:
                 recognised[arm][i].extend(judge.judge(decode(pipe, of_scale))[0] == pairs[chosen, 0])
         guided = torch.stack(x0["guided"]).float()
         distances.append(torch.stack([(guided - refined.float()).pow(2).mean((2, 3, 4)) for refined in x0["refined"]]))
-    distances = torch.cat(distances, 2)  # (refined scales, guided scales, images)
+    distance = torch.cat(distances, 2)  # (refined scales, guided scales, images)
     resamples = [np.arange(args.n), *np.random.default_rng(0).integers(args.n, size=(300, args.n))]
     result = {"n": args.n, "first_seed": FIRST_SEED, "steps": args.steps, "scales": args.scales, "refiner": args.refiner,
-              "distance_of_refined_to_guided": distances.mean(2).tolist()}
+              "distance_of_refined_to_guided": distance.mean(2).tolist()}
     for arm, rows in recognised.items():
         accuracies = [np.array([np.array(row)[r].mean() for r in resamples]) for row in rows]
         result[arm] = [{"object_accuracy": float(values[0]), "object_accuracy_interval": interval(values, "object_accuracy")} for values in accuracies]

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,7 +57,7 @@ def main() -> None:
     pipe.unet.requires_grad_(False)
     sampling_pipe = with_sampler(pipe, "DDIM")
     x_T = draw_noise(pipe, 0, args.batch_size).to(pipe.device)
-    embeds = encode_prompt(pipe, ["a cat"] * args.batch_size)
+    embeds: dict[str, Any] = encode_prompt(pipe, ["a cat"] * args.batch_size)
     target = torch.zeros_like(x_T)
 
     def loss(steps: int) -> torch.Tensor:

@@ -43,7 +43,7 @@ def choose(captions: list[str], count: int, taken: list[str], fits, rng: random.
     before = set(taken)
     unique = [caption for caption in unique if caption not in before]
     rng.shuffle(unique)
-    chosen = []
+    chosen: list[str] = []
     for caption in unique:
         if len(chosen) == count:
             break

@@ -265,7 +265,7 @@ def latents_from(pipe: DiffusionPipeline, x_T: torch.Tensor, embeds: dict[str, t
     """x0 latents, (B, C, h, w), without gradient; unguided by default. The seed matters to stochastic samplers only."""
     height, width = (side * pipe.vae_scale_factor for side in x_T.shape[-2:])
     return sample(pipe, num_inference_steps=steps, latents=x_T.detach().to(pipe.device, pipe.unet.dtype), height=height, width=width,
-                  output_type="latent", generator=torch.Generator().manual_seed(seed), **embeds, **guidance).images
+                  output_type="latent", generator=torch.Generator().manual_seed(seed), **guidance | embeds).images
 
 
 class Correction(nn.Module):

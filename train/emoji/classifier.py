@@ -27,6 +27,9 @@ FEATURES = 128
 class Judge(nn.Module):
     """(N, 3, 64, 64) pixels in [-1, 1] -> object logits (N, objects), background logits (N, 12), features (N, 128)."""
 
+    real_mean: torch.Tensor  # of the features of held-out renders
+    real_covariance: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         widths, layers = (3, 32, 48, 64, 96, 96, FEATURES), []

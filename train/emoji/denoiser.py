@@ -61,7 +61,7 @@ def main() -> None:
     def loss(generator: torch.Generator) -> torch.Tensor:
         chosen = torch.randint(len(latents), (args.batch_size,), generator=generator)
         rng = random.Random(generator.initial_seed())
-        captions = [caption(*classes[i], rng)[0] for i in chosen.tolist()]
+        captions = [caption(thing, colour, rng)[0] for thing, colour in classes[chosen.tolist()]]
         tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         with torch.no_grad():
             prompt_embeds = text_encoder(tokens).last_hidden_state

@@ -83,10 +83,10 @@ def picture(sprite: Image.Image, colour: tuple[int, int, int], rng: np.random.Ge
     sprite = sprite.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
     scale = rng.uniform(0.65, 0.9) * SIZE / max(sprite.size)
     sprite = sprite.resize([max(1, round(side * scale)) for side in sprite.size], Image.Resampling.LANCZOS)
-    place = [int(rng.integers(0, SIZE - side + 1)) for side in sprite.size]
+    left, top = (int(rng.integers(0, SIZE - side + 1)) for side in sprite.size)
 
     layer = Image.new("RGBA", base.size)
-    layer.paste(sprite, tuple(place))
+    layer.paste(sprite, (left, top))
     alpha = layer.getchannel("A")
     shadow = Image.new("L", base.size)
     shadow.paste(alpha, (1, 2))

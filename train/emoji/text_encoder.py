@@ -46,10 +46,10 @@ def main() -> None:
     def errors(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy over the positions after the words, and which captions are understood at the first of them."""
         rng = random.Random(generator.initial_seed())
-        captions, classes = zip(*(caption(*rng.choice(pairs), rng) for _ in range(64)))
+        captions, classes = zip(*(caption(thing, colour, rng) for thing, colour in (rng.choice(pairs) for _ in range(64))))
         tokens = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
         hidden, ended = text_encoder(tokens).last_hidden_state, tokens == tokenizer.eos_token_id
-        cross_entropy, understood = 0, True
+        cross_entropy, understood = torch.tensor(0.0), torch.tensor(True)
         for head, truth in zip(heads, torch.tensor(classes).T):
             logits = head(hidden[ended])
             cross_entropy = cross_entropy + F.cross_entropy(logits, truth[:, None].expand(tokens.shape)[ended])

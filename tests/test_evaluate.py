@@ -1,12 +1,15 @@
 import argparse
 import json
+import os
 
 import numpy as np
 import pytest
+from accelerate import PartialState
 from conftest import EMOJI, EMOJI_REFINER, perturbed, script
 from PIL import Image
 
 from noiserefine import Refiner
+from train import evaluate
 from train.benchmark import measure
 from train.emoji.captions import build_tokenizer
 from train.emoji.render import BACKGROUNDS, held_out_pairs, objects, prompt
@@ -21,21 +24,61 @@ def test_frechet_distance():
     assert frechet_distance(x, np.zeros(3), np.diag([1.0, 1.0, 1.0])) == pytest.approx(1 + 1 + 4, rel=0.05)
 
 
-def test_evaluate_and_benchmark_run(tmp_path):
-    with script("train/evaluate.py", "--backbone", EMOJI, "--refiner", EMOJI_REFINER, "--n", "12", "--batch_size", "6", "--steps", "4",
-                "--bootstrap", "20", "--output", tmp_path / "results.json", "--images", tmp_path / "images") as process:
-        assert process.wait() == 0, process.stdout.read()
-    result = json.loads((tmp_path / "results.json").read_text())
-    assert [result["arms"][arm]["forwards"] for arm in ("gaussian", "guided", "refined")] == [4, 8, 5]
-    for arm in result["arms"].values():
-        for name in ("object_accuracy", "background_accuracy"):
-            low, high = arm[f"{name}_interval"]
-            assert low <= arm[name] <= high, name
+EVALUATE = ["train/evaluate.py", "--backbone", EMOJI, "--refiner", EMOJI_REFINER, "--n", "12", "--batch_size", "6", "--steps", "4", "--bootstrap", "20"]
+
+
+def run(*arguments, **kwargs) -> str:
+    with script(*arguments, **kwargs) as process:
+        said = process.communicate()[0]
+    assert process.returncode == 0, said
+    return said
+
+
+def test_evaluate_runs_and_goes_on(tmp_path):
+    """Every arm with its forwards and intervals; a second run measures only what is missing, and two processes measure the same."""
+    forwards = {"gaussian": 4, "guided": 8, "pag": 8, "guided_pag": 12, "refined": 5, "refined_guided": 9}
+    said = run(*EVALUATE, "--arms", *forwards, "--images", tmp_path / "images", "--output", tmp_path / "all.json")
+    result = json.loads((tmp_path / "all.json").read_text())
+    assert {name: arm["forwards"] for name, arm in result["arms"].items()} == forwards
+    for name, arm in result["arms"].items():
+        assert f"| {name} | {arm['object_accuracy']:.3f} [" in said and arm["seconds"] > 0 and arm["frechet_distance"] > 0
+        for metric in ("object_accuracy", "background_accuracy"):
+            low, high = arm[f"{metric}_interval"]
+            assert 0 <= low <= arm[metric] <= high <= 1, metric
         # The Frechet distance of few images is biased upwards; its interval, which takes the bias off, may lie below it.
         assert arm["frechet_distance_interval"][0] < arm["frechet_distance_interval"][1]
-        assert 0 <= arm["object_accuracy"] <= 1 and arm["frechet_distance"] > 0
-        assert arm["seconds"] > 0
+    assert result["differences"]["refined"]["object_accuracy"] == pytest.approx(
+        result["arms"]["refined"]["object_accuracy"] - result["arms"]["guided"]["object_accuracy"])
     assert Image.open(tmp_path / "images" / "refined" / "00011.png").size == (64, 64)
+
+    (tmp_path / "all" / "refined-000006.npz").unlink()
+    untouched = (tmp_path / "all" / "refined-000000.npz").stat().st_mtime_ns
+    two = os.environ | {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29518"}  # as accelerate launch does
+    with script(*EVALUATE, "--output", tmp_path / "all.json", env=two | {"RANK": "1", "LOCAL_RANK": "1"}):
+        run(*EVALUATE, "--output", tmp_path / "all.json", env=two | {"RANK": "0", "LOCAL_RANK": "0"})
+    again = json.loads((tmp_path / "all.json").read_text())
+    assert again["arms"].keys() == {"gaussian", "guided", "refined"} and (tmp_path / "all" / "refined-000000.npz").stat().st_mtime_ns == untouched
+    for metric in ("object_accuracy", "frechet_distance_interval"):
+        assert again["arms"]["refined"][metric] == pytest.approx(result["arms"]["refined"][metric])
+    with script(*EVALUATE, "--strength", "0.5", "--output", tmp_path / "all.json") as process:
+        assert "holds measurements of other settings" in process.communicate()[0] and process.returncode == 1
+
+
+def test_intervals_resample_prompts(tmp_path, monkeypatch):
+    """Images of one prompt are not independent: with all of them alike, the interval is that of the prompts."""
+    pairs = np.repeat(np.array([[0, 0], [1, 0], [2, 0], [3, 0]]), 50, 0)
+    monkeypatch.setattr(evaluate, "held_out_prompts", lambda n: (pairs, ["x"] * n))
+    args = argparse.Namespace(output=tmp_path / "r.json", n=200, batch_size=200, arms=["gaussian"], bootstrap=400)
+    measurement, rng = evaluate.Measurement(args, PartialState()), np.random.default_rng(0)
+    measurement.begin()
+    right = np.repeat([1.0, 0.0, 1.0, 0.0], 50)
+    np.savez(measurement.file("gaussian", 0), features=rng.normal(size=(200, 128)) * 2, correct=np.stack([right, right], 1), forwards=200, seconds=1.0)
+    arm = measurement.results(evaluate.Judge())["arms"]["gaussian"]
+    assert arm["object_accuracy"] == 0.5 and arm["object_accuracy_interval"] == [0, 1], "0.43 to 0.57 if images were drawn one by one"
+    assert arm["feature_variance"] == pytest.approx(4 * 128, rel=0.1) and arm["forwards"] == 1
+
+
+def test_benchmark_runs(tmp_path):
     with script("train/benchmark.py", "--backbone", EMOJI, "--refiner", EMOJI_REFINER, "--rounds", "1", "--steps", "3",
                 "--json", tmp_path / "benchmark.json") as process:
         assert process.wait() == 0, process.stdout.read()

@@ -111,10 +111,13 @@ class Maker:
                  on_made: Callable[[Sample], None] = lambda sample: None, on_step: Callable[[Recipe, torch.Tensor], None] | None = None):
         self.pipe, self.refiner, self.on_made, self.on_step = pipe, refiner, on_made, on_step
         self.known = dict(known or {})
-        self.encode = functools.cache(self._encode)
+        self.embeds: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
 
-    def _encode(self, prompt: str, negative_prompt: str) -> dict[str, torch.Tensor]:
-        return encode_prompt(self.pipe, prompt, negative_prompt=negative_prompt)
+    def encode(self, prompt: str, negative_prompt: str) -> dict[str, torch.Tensor]:
+        """What `encode_prompt` returns for guided sampling, once for each pair of prompts."""
+        if (prompt, negative_prompt) not in self.embeds:
+            self.embeds[prompt, negative_prompt] = encode_prompt(self.pipe, prompt, negative_prompt=negative_prompt)
+        return self.embeds[prompt, negative_prompt]
 
     def check(self, recipe: Recipe) -> None:
         """Raises ValueError for what these models cannot make, without a forward."""
@@ -155,10 +158,9 @@ class Maker:
         embeds: dict[str, Any] = self.encode(recipe.prompt, recipe.negative_prompt)
         height, width = image_size(self.pipe, recipe.height, recipe.width)
         pipe = with_sampler(self.pipe, recipe.sampler)
-        if self.on_step:
-            watch_x0(pipe.scheduler, functools.partial(self.on_step, recipe))
+        watched = watch_x0(pipe.scheduler, functools.partial(self.on_step, recipe)) if self.on_step else contextlib.nullcontext()
         began, counter = time.perf_counter(), ForwardCounter()
-        with counter.watch(pipe.unet, *([self.refiner.unet] if self.refiner else [])):
+        with watched, counter.watch(pipe.unet, *([self.refiner.unet] if self.refiner else [])):
             latents = self.refine(recipe, x_T)
             # Stochastic samplers draw from the seed too, so that the arms differ in one thing only.
             image = sample(pipe, guidance_scale=recipe.guidance_scale, latents=latents, num_inference_steps=recipe.steps, height=height,

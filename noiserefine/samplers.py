@@ -1,8 +1,9 @@
 """The samplers people know by name, as diffusers schedulers (paper, appendix A.10)."""
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import diffusers
 import torch
@@ -53,8 +54,9 @@ def predicted_x0(scheduler: SchedulerMixin, model_output: torch.Tensor, timestep
     return (x - noise * model_output) / signal
 
 
-def watch_x0(scheduler: SchedulerMixin, on_x0: Callable[[torch.Tensor], None]) -> None:
-    """Has the scheduler, one of the caller's own, call on_x0 with the predicted x0 before every step."""
+@contextlib.contextmanager
+def watch_x0(scheduler: SchedulerMixin, on_x0: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """While open, the scheduler, one of the caller's own, calls on_x0 with the predicted x0 before every step."""
     step = scheduler.step
 
     @functools.wraps(step)  # pipelines read from the signature what the sampler takes
@@ -63,3 +65,7 @@ def watch_x0(scheduler: SchedulerMixin, on_x0: Callable[[torch.Tensor], None]) -
         return step(model_output, timestep, sample, *args, **kwargs)
 
     scheduler.step = watched
+    try:
+        yield
+    finally:
+        del scheduler.step  # it holds the scheduler, which would live on until the next full garbage collection

@@ -70,11 +70,11 @@ class Job:
 
 def show_columns(job: Job) -> None:
     """The three columns, the change of the noise, and files to keep."""
-    preview, done = job.loaded.preview, {}  # fitted before the clock runs
+    preview, report, done = job.loaded.preview, job.report, {}  # the preview is fitted before the clock runs
     if not job.guided:
         job.report({"guided_cost": "**Not applicable**: this model is distilled to be sampled without guidance."})
     for name, recipe in job.columns().items():
-        job.make.on_step = lambda _, x0, name=name: job.report({name: preview(x0)})
+        job.make.on_step = lambda _, x0, name=name: report({name: preview(x0)})
         done[name] = job.make(recipe)
         job.report({name: done[name]} | {f"{each}_cost": cost(sample, done.get("guided")) for each, sample in done.items()})
     job.report({"keep": done, "says": job.loaded.says})

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import functools
+import gc
 import io
 import pickle
 import re
@@ -210,6 +211,19 @@ def test_stop_leaves_everything_as_it_was():
         running.close()
         list(stream(views.WORKER, lambda report: None))  # free after the next step
     assert all(same(before, shown(*GOOD)))
+
+
+def test_a_view_leaves_nothing_to_the_garbage_collector():
+    """A full collection comes rarely in a process this large: what waits for it, tensors too, would pile up."""
+    gc.collect()
+    gc.disable()
+    try:
+        for view in ("compare", "strength", "trajectory"):
+            shown(*GOOD, view=view)
+        list(stream(views.WORKER, lambda report: None))  # the last job's frame is gone
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, (Maker, views.Job))]
+    finally:
+        gc.enable()
 
 
 def test_two_at_once_do_not_disturb_each_other():

@@ -119,12 +119,12 @@ def base(count: Callable[[int], int]) -> Iterator[Figure]:
         extras = {"two_prompts": ("a panda",), "attention": ("apple",)}
         for _ in range(count(500)):
             last: dict = {}
+            model = {} if chance.random() < 0.8 else chance.choice([{"backbone": f"{folder}/other"}, {"refiner": f"{EMOJI_REFINER}-scales"}, {"lora": f"{folder}/lora"}])
             for _ in range(chance.randint(1, 4)):
                 view = chance.choice(quick)
-                values = asdict(Settings(chance.choice([PROMPT, "an apple"]), chance.randrange(9), chance.choice(["emoji"] * 8 + [f"{folder}/other"]),
-                                         chance.choice([1, 2, 3]), chance.choice([2.5, 1.0]), chance.choice([1.0, 0.0, 0.5]), chance.choice([*SAMPLERS]),
-                                         chance.choice([0, 0, 72]), 0, chance.choice([""] * 4 + [f"{EMOJI_REFINER}-scales"]),
-                                         chance.choice([""] * 3 + [f"{folder}/lora"]), chance.choice([1.0, 0.5]), chance.choice(["", "blurry"])))
+                values = asdict(Settings(chance.choice([PROMPT, "an apple"]), chance.randrange(9), "emoji", chance.choice([1, 2, 3]), chance.choice([2.5, 1.0]),
+                                         chance.choice([1.0, 0.0, 0.5]), chance.choice([*SAMPLERS]), chance.choice([0, 0, 72]),
+                                         lora_weight=chance.choice([1.0, 0.5]), negative_prompt=chance.choice(["", "blurry"]))) | model
                 if chance.random() < 0.2:
                     values |= chance.choice([{"prompt": ""}, {"backbone": "nonsense"}, {"strength": float("nan")}, {"width": 65}, {"sampler": "nonsense"},
                                              {"refiner": "nonsense"}, {"lora": "nonsense"}, {"guidance_scale": 99.0}])

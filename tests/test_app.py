@@ -531,6 +531,8 @@ def test_in_a_browser(url, tmp_path, width, height):
         page.goto(url)
         prompt = page.get_by_label("Prompt", exact=True)
         prompt.fill("a panda on a pink background")
+        page.locator("#restore input[type=file]").wait_for(state="attached")  # Gradio puts its parts into the page one by one
+        page.wait_for_function("[...document.querySelectorAll('#arms .picture, #noise .picture')].filter(each => each.clientHeight > 50).length == 5")
         page.evaluate("""() => {
             window.shift = 0;
             new PerformanceObserver(list => list.getEntries().forEach(entry => window.shift += entry.hadRecentInput ? 0 : entry.value))

@@ -544,6 +544,8 @@ def test_in_a_browser(url, tmp_path, width, height):
         boxes = [page.locator("#arms img").nth(i).bounding_box() for i in range(3)]
         assert boxes[0]["x"] < boxes[1]["x"] < boxes[2]["x"] and len({round(box["y"]) for box in boxes}) == 1, "three side by side"
         assert re.search(r"21\s+UNet forwards", page.locator("#arms").inner_text())
+        assert page.evaluate("""[...document.querySelectorAll('.card')].every(card => [...card.children].every(
+            part => part.getBoundingClientRect().right <= card.getBoundingClientRect().right))"""), "nothing sticks out of a card"
         assert page.evaluate("shift") < 0.1, "what web.dev calls good"
         seed = page.get_by_label("Seed", exact=True)
         before = seed.input_value()

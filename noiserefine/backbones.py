@@ -1,6 +1,7 @@
 """How a model becomes a diffusers pipeline: the catalogue's, fine-tunes, users' LoRAs."""
 
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -205,7 +206,7 @@ def add_lora(pipe: DiffusionPipeline, name_or_path: str) -> str:
         raise FileNotFoundError(no_lora(name_or_path)) from error
     except (SafetensorError, ValueError, KeyError, RuntimeError, TypeError, IndexError) as error:  # RuntimeError: shapes of another model
         pipe.unload_lora_weights()
-        if HF_HUB_OFFLINE and not path.exists():
+        if HF_HUB_OFFLINE and not os.path.exists(path):  # False too for a name longer than file systems take
             raise FileNotFoundError(no_lora(name_or_path)) from error
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"The LoRA {name_or_path} belongs to another model or is damaged: {reason}") from error

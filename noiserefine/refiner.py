@@ -362,12 +362,12 @@ def check_tensors(path: Path, state: dict[str, torch.Tensor], expected: dict[str
 def resolve(name_or_path: str | Path) -> Path:
     """The local folder of a refiner, downloaded where it is a hub id. Raises FileNotFoundError where there is none."""
     folder = Path(name_or_path)
-    if not folder.is_dir():
-        try:
+    try:
+        if not folder.is_dir():  # which itself fails for a name longer than file systems take
             folder = Path(snapshot_download(str(name_or_path), allow_patterns=[CONFIG_NAME, WEIGHTS_NAME, GUIDANCE_NAME]))
-        except HUB_ERRORS as error:
-            raise FileNotFoundError(f"There is no refiner at {name_or_path}: it is neither a folder nor a hub repository that "
-                                    "can be reached.") from error
+    except HUB_ERRORS as error:
+        raise FileNotFoundError(f"There is no refiner at {str(name_or_path)[:100]}: it is neither a folder nor a hub repository that "
+                                "can be reached.") from error
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{name_or_path} is not a refiner: it holds no {name}. train/train_refiner.py writes one.")

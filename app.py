@@ -249,7 +249,7 @@ def build() -> gr.Blocks:
                 shown["keep"] = gr.File(label="Images, which hold their settings", file_count="multiple", interactive=False, height=150)
                 dropped = gr.File(label="Drop an image to restore settings", file_types=[".png"], height=150, elem_id="restore")
             shown["link"] = gr.Markdown("", show_label=False)
-        last = gr.State({}, time_to_live=3600)  # changed in place: what is made before a Stop stays in it, and tools of MCP can't have a state as output
+        last = gr.State({})  # changed in place: what is made before a Stop stays in it, and tools of MCP can't have a state as output
 
         def on(listen: Callable, view: str, outputs: dict, controls: dict | None = None, **kwargs) -> gr.events.Dependency:
             """Has a view worked on when the listener hears of its event."""

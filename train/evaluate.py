@@ -134,10 +134,13 @@ class Measurement:
         refiner_scale = refiner.scale_input(args.guidance_scale)
         sampling_pipe = with_sampler(pipe, args.sampler)
         for start in tqdm(self.starts[self.process.process_index::self.process.num_processes], disable=not self.process.is_local_main_process):
+            missing = [name for name in args.arms if not self.file(name, start).exists()]
+            if not missing:
+                continue
             chosen = slice(start, min(start + args.batch_size, args.n))
             x_T = draw_noise(pipe, FIRST_SEED + start, chosen.stop - start).to(pipe.device)
             embeds: dict[str, Any] = encode_prompt(pipe, self.prompts[chosen])
-            for name in (name for name in args.arms if not self.file(name, start).exists()):
+            for name in missing:
                 arm, began, counter = ARMS[name], time.perf_counter(), ForwardCounter()
                 with counter.watch(pipe.unet, refiner.unet):
                     latents = refiner(x_T, embeds, args.strength, refiner_scale) if arm.refined else x_T.to(pipe.unet.dtype)

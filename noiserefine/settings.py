@@ -13,7 +13,7 @@ except ImportError:  # it matters on Hugging Face's ZeroGPU only
     ZERO_GPU = False
 
 DEFAULT = "emoji"
-MAX_TEXT = 4000  # characters of a prompt list, the longest of the texts
+MAX_TEXT = 2000  # characters
 
 
 def any_model_allowed() -> bool:
@@ -83,12 +83,12 @@ def guided(model: Model) -> bool:
     return model.backbone not in BACKBONES or BACKBONES[model.backbone].guidance_scale is not None
 
 
-def text(value: str | None, what: str) -> str:
+def text(value: str | None, what: str, most: int = MAX_TEXT) -> str:
     """The value itself, "" for None. Raises ValueError where it is no text of Unicode characters, or a very long one."""
     if value is None:
         return ""
-    if not isinstance(value, str) or len(value) > MAX_TEXT or value.encode(errors="ignore").decode() != value:  # halves of characters
-        raise ValueError(f"{what} is a text of at most {MAX_TEXT} characters; got {ascii(value)[:40]}.")
+    if not isinstance(value, str) or len(value) > most or value.encode(errors="ignore").decode() != value:  # halves of characters
+        raise ValueError(f"{what} is a text of at most {most} characters; got {ascii(value)[:40]}.")
     return value
 
 

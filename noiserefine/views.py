@@ -20,7 +20,7 @@ from noiserefine.figures import difference_histogram, radial_spectrum
 from noiserefine.models import Loaded, Models
 from noiserefine.noise import MAX_SEED
 from noiserefine.recipe import MAX_STEPS, Maker, Recipe, Sample
-from noiserefine.settings import ZERO_GPU, Model, Settings, guided, number, text, whole
+from noiserefine.settings import MAX_TEXT, ZERO_GPU, Model, Settings, guided, number, text, whole
 from noiserefine.spectrum import LOW_FREQUENCY, energy_below, heat_map, low_frequency_difference
 from noiserefine.stream import Worker, stream
 from noiserefine.trajectory import FRAMES, evenly, trajectory
@@ -179,7 +179,7 @@ def show_blind(job: Job, opponent: str) -> None:
 
 
 def show_many(job: Job, prompts: str, count: float) -> None:
-    lines = [line.strip() for line in text(prompts, "The list of prompts").splitlines() if line.strip()] or [job.recipe.prompt]
+    lines = [line.strip() for line in text(prompts, "The list of prompts", 2 * MAX_TEXT).splitlines() if line.strip()] or [job.recipe.prompt]
     count = whole(count, "The number of images a prompt")
     recipes = {(prompt, seed): job.columns(prompt=prompt, seed=seed)
                for prompt in lines for seed in range(job.recipe.seed, job.recipe.seed + count)}

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import EMOJI, EMOJI_REFINER, output, perturbed
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
+from single_file import single_file
+from transformers import CLIPTextConfig
 
 from noiserefine import Refiner, backbones, draw_noise
 from noiserefine.backbones import BACKBONES, add_lora, check_weights, family_of, load_pipeline, refiner_for, training_command
@@ -236,6 +238,38 @@ def test_single_files(tmp_path, width, architecture, family):
         load_pipeline(str(path), "cpu")
     with pytest.raises(FileNotFoundError, match="no file"):
         load_pipeline(str(tmp_path / "nothing.safetensors"), "cpu")
+
+
+def of_original_width(name):
+    """A small pipeline with the text encoders' real widths, by which a checkpoint's family is told."""
+    torch.manual_seed(0)
+    pipe = random_pipeline(name, small=True)
+    widths = {"text_encoder": 768, "text_encoder_2": 1280} if name == "sdxl" else {"text_encoder": 1024}
+    for part, width in widths.items():
+        config = CLIPTextConfig(vocab_size=len(pipe.tokenizer), hidden_size=width, intermediate_size=16, num_hidden_layers=2, num_attention_heads=width // 64,
+                                projection_dim=width, max_position_embeddings=77, eos_token_id=pipe.tokenizer.eos_token_id)
+        setattr(pipe, part, type(getattr(pipe, part))(config).eval())
+        pipe.register_to_config(**{part: ("transformers", type(getattr(pipe, part)).__name__)})
+    added = {"projection_class_embeddings_input_dim": 6 * 8 + 1280} if name == "sdxl" else {}
+    pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config, cross_attention_dim=sum(widths.values()), **added).eval()
+    return pipe
+
+
+@pytest.mark.parametrize("name, architecture", [("sd21", "stable-diffusion-v2-768-v"), ("sd21-base", "stable-diffusion-v2-512"), ("sdxl", "")])
+def test_a_single_file_is_the_model_it_holds(tmp_path, monkeypatch, name, architecture):
+    """A fine-tune in one file, with the names of the original code, makes the images that its parts in a folder make, and takes a refiner."""
+    pipe = of_original_width(name)
+    pipe.save_pretrained(tmp_path / "base")
+    path = tmp_path / "fine-tune.safetensors"
+    save_file({key: value.contiguous().clone() for key, value in single_file(pipe).items()}, path, {"modelspec.architecture": architecture})
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda source, **_: str(tmp_path / "base") if source == BACKBONES[name].source else None)
+    loaded = load_pipeline(str(path), "cpu")
+    assert loaded.scheduler.config.prediction_type == BACKBONES[name].prediction_type
+    x_T = draw_noise(pipe, 0)
+    images = [p(PROMPT, latents=x_T, num_inference_steps=2, guidance_scale=1.0, output_type="pt").images for p in (pipe, loaded)]
+    torch.testing.assert_close(*images, rtol=0, atol=1e-5)
+    perturbed(pipe).save_pretrained(tmp_path / "refiner")
+    assert Refiner.from_pretrained(tmp_path / "refiner", loaded).note == ""
 
 
 @pytest.mark.parametrize("damage, says", [

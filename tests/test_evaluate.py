@@ -1,19 +1,33 @@
 import argparse
+import functools
 import json
 import os
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from accelerate import PartialState
 from conftest import EMOJI, EMOJI_REFINER, perturbed, script
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from noiserefine import Refiner
 from train import evaluate
 from train.benchmark import measure
 from train.emoji.captions import build_tokenizer
 from train.emoji.render import BACKGROUNDS, held_out_pairs, objects, prompt
-from train.evaluate import frechet_distance
+from train.metrics import METRICS, frechet_distance, load_metrics
 
 
 def test_frechet_distance():
@@ -27,11 +41,14 @@ def test_frechet_distance():
 EVALUATE = ["train/evaluate.py", "--backbone", EMOJI, "--refiner", EMOJI_REFINER, "--n", "12", "--batch_size", "6", "--steps", "4", "--bootstrap", "20"]
 
 
-def run(*arguments, **kwargs) -> str:
+def run_expecting(code, *arguments, **kwargs) -> str:
     with script(*arguments, **kwargs) as process:
         said = process.communicate()[0]
-    assert process.returncode == 0, said
+    assert process.returncode == code, said
     return said
+
+
+run = functools.partial(run_expecting, 0)
 
 
 def test_evaluate_runs_and_goes_on(tmp_path):
@@ -45,8 +62,7 @@ def test_evaluate_runs_and_goes_on(tmp_path):
         for metric in ("object_accuracy", "background_accuracy"):
             low, high = arm[f"{metric}_interval"]
             assert 0 <= low <= arm[metric] <= high <= 1, metric
-        # The Frechet distance of few images is biased upwards; its interval, which takes the bias off, may lie below it.
-        assert arm["frechet_distance_interval"][0] < arm["frechet_distance_interval"][1]
+        assert arm["frechet_distance_interval"][0] < arm["frechet_distance"] < arm["frechet_distance_interval"][1]
     assert result["differences"]["refined"]["object_accuracy"] == pytest.approx(
         result["arms"]["refined"]["object_accuracy"] - result["arms"]["guided"]["object_accuracy"])
     assert Image.open(tmp_path / "images" / "refined" / "00011.png").size == (64, 64)
@@ -64,18 +80,114 @@ def test_evaluate_runs_and_goes_on(tmp_path):
         assert "holds measurements of other settings" in process.communicate()[0] and process.returncode == 1
 
 
-def test_intervals_resample_prompts(tmp_path, monkeypatch):
+def test_intervals_resample_prompts(tmp_path):
     """Images of one prompt are not independent: with all of them alike, the interval is that of the prompts."""
-    pairs = np.repeat(np.array([[0, 0], [1, 0], [2, 0], [3, 0]]), 50, 0)
-    monkeypatch.setattr(evaluate, "held_out_prompts", lambda n: (pairs, ["x"] * n))
+    prompts = [text for text in ("a", "b", "c", "d") for _ in range(50)]
     args = argparse.Namespace(output=tmp_path / "r.json", n=200, batch_size=200, arms=["gaussian"], bootstrap=400)
-    measurement, rng = evaluate.Measurement(args, PartialState()), np.random.default_rng(0)
-    measurement.begin()
+    measurement, rng, metrics = evaluate.Measurement(args, PartialState()), np.random.default_rng(0), load_metrics(["judge"], None, torch.device("cpu"))
+    measurement.begin({})
     right = np.repeat([1.0, 0.0, 1.0, 0.0], 50)
     np.savez(measurement.file("gaussian", 0), features=rng.normal(size=(200, 128)) * 2, correct=np.stack([right, right], 1), forwards=200, seconds=1.0)
-    arm = measurement.results(evaluate.Judge())["arms"]["gaussian"]
+    arm = measurement.results(prompts, metrics)["arms"]["gaussian"]
     assert arm["object_accuracy"] == 0.5 and arm["object_accuracy_interval"] == [0, 1], "0.43 to 0.57 if images were drawn one by one"
     assert arm["feature_variance"] == pytest.approx(4 * 128, rel=0.1) and arm["forwards"] == 1
+
+
+def small_clip(folder, tokenizer, head=False):
+    """A CLIP of PickScore's format, or an aesthetic predictor, a thousandth of its size."""
+    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, projection_dim=8,
+                          max_position_embeddings=32, eos_token_id=tokenizer.eos_token_id)
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8, projection_dim=8)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    torch.manual_seed(0)
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    if not head:
+        CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)).save_pretrained(folder)
+        return
+    model = CLIPVisionModelWithProjection(vision)
+    model.save_pretrained(folder)
+    layers = {f"layers.{i}.{name}": torch.randn(shape) for i, b in ((0, 6), (2, 1)) for name, shape in (("weight", (b, 8 if i == 0 else 6)), ("bias", (b,)))}
+    save_file(load_file(folder / "model.safetensors") | layers, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_metrics_of_the_big_models(tmp_path, pipe):
+    """By local models of the hub's format, against the formula on the models themselves."""
+    small_clip(tmp_path / "clip", pipe.tokenizer)
+    small_clip(tmp_path / "aesthetic", pipe.tokenizer, head=True)
+    images = [Image.fromarray(np.random.default_rng(i).integers(256, size=(64, 64, 3), dtype=np.uint8)) for i in range(3)]
+    prompts = ["a cat", "a red apple on a blue background", "sushi"]
+    names = [f"clip_score={tmp_path}/clip", f"pick_score={tmp_path}/clip", f"aesthetic={tmp_path}/aesthetic"]
+    metrics = load_metrics(names, None, torch.device("cpu"))
+    rows = {key: value for metric in metrics for key, value in metric.measure(images, prompts).items()}
+
+    clip, processor = CLIPModel.from_pretrained(tmp_path / "clip").eval(), CLIPProcessor.from_pretrained(tmp_path / "clip")
+    batch = processor(text=prompts, images=images, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        output = clip(**batch)
+        cosines = (output.text_embeds * output.image_embeds).sum(1)
+        scale = clip.logit_scale.exp()
+        theirs = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "aesthetic").eval()(batch.pixel_values).image_embeds
+    state = load_file(tmp_path / "aesthetic" / "model.safetensors")
+    hidden = torch.nn.functional.normalize(theirs, dim=1) @ state["layers.0.weight"].T + state["layers.0.bias"]
+    expected = {"clip_score": 100 * cosines.clamp(min=0), "pick_score": scale * cosines, "aesthetic": (hidden @ state["layers.2.weight"].T + state["layers.2.bias"])[:, 0]}
+    for (name, values), metric in zip(expected.items(), metrics):
+        np.testing.assert_allclose(rows[name], values, rtol=1e-4, atol=1e-4)
+        assert metric.figures(rows, []) == {name: pytest.approx(float(values.mean()), rel=1e-4, abs=1e-4)} and metric.about[name] == f"{tmp_path}/{'aesthetic' if name == 'aesthetic' else 'clip'}"
+    with pytest.raises(ValueError, match="no linear layers"):
+        load_metrics([f"aesthetic={tmp_path}/clip"], None, torch.device("cpu"))
+
+
+class FakeInception(torch.nn.Module):
+    """The interface of torch-fidelity's network, which needs a torchvision that the CPU build of torch does not have."""
+
+    def __init__(self, name, features, feature_extractor_weights_path=None):
+        super().__init__()
+        assert (name, features) == ("inception-v3-compat", ["2048", "logits_unbiased"])
+
+    def forward(self, x):
+        assert x.dtype == torch.uint8 and x.shape[:2] == (1, 3)
+        mean = x.float().mean((2, 3)) / 64
+        return mean, mean.repeat(1, 2)
+
+
+def test_inception(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="pip install torch-fidelity"):
+        load_metrics(["inception"], tmp_path, torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", SimpleNamespace(FeatureExtractorInceptionV3=FakeInception))
+    with pytest.raises(ValueError, match="needs --real_images"):
+        load_metrics(["inception"], tmp_path, torch.device("cpu"))
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(np.full((8, 8, 3), rng.integers(256, size=3), np.uint8)) for _ in range(100)]
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"{i}.png")
+    (metric,) = load_metrics(["inception"], tmp_path, torch.device("cpu"))
+    figures = metric.figures(metric.measure(images, [""] * len(images)), [])
+    assert figures["fid"] == pytest.approx(0, abs=1e-6), "the images are the real ones"
+    colours = np.array([np.asarray(image)[0, 0] for image in images]) / 64
+    p = np.exp(np.tile(colours, 2))
+    p /= p.sum(1, keepdims=True)
+    assert figures["inception_score"] == pytest.approx(np.exp((p * np.log(p / p.mean(0))).sum(1).mean()), rel=1e-5)
+    shifted = [Image.fromarray((np.asarray(image) // 2).astype(np.uint8)) for image in images]
+    assert metric.figures(metric.measure(shifted, [""] * len(shifted)), [])["fid"] > 1
+
+
+@pytest.mark.parametrize("names, says", [(["nonsense"], "no metric 'nonsense'"), (["hpsv2"], "pickled"), (["image_reward"], "does not import"),
+                                         (["clip_score=nowhere/at-all"], "can't be loaded")])
+def test_metrics_that_cannot_run_say_why(names, says):
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        load_metrics(names, None, torch.device("cpu"))
+
+
+def test_prompts_of_files(tmp_path, pipe):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    (tmp_path / "coco.json").write_text(json.dumps({"annotations": [{"image_id": 1, "caption": "a bird"}, {"image_id": 1, "caption": "a second one"},
+                                                                    {"image_id": 2, "caption": "long " * 50}]}))
+    assert sorted(evaluate.chosen_prompts(str(tmp_path / "prompts.txt"), 4, pipe)) == ["a cat", "a cat", "a dog", "a dog"]
+    assert evaluate.chosen_prompts(str(tmp_path / "coco.json"), 2, pipe) == ["a bird", "a bird"]
+    said = run_expecting(1, *EVALUATE, "--prompts", tmp_path / "prompts.txt", "--arms", "gaussian", "--output", tmp_path / "r.json")
+    assert "judge of the embedded model knows prompts such as" in said
+    assert list(METRICS) == ["judge", "inception", "clip_score", "pick_score", "aesthetic"]
 
 
 def test_benchmark_runs(tmp_path):

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import EMOJI, EMOJI_REFINER, ROOT, output, perturbed
+from conftest import EMOJI, EMOJI_REFINER, output, perturbed
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -12,8 +12,8 @@ from noiserefine.backbones import load_pipeline
 from noiserefine.latents import decode
 from noiserefine.noise import encode_prompt
 from noiserefine.recipe import ForwardCounter
-from train.emoji.classifier import Judge
 from train.evaluate import held_out_prompts
+from train.metrics import load_metrics
 
 PROMPTS = ["a red apple on a blue background", "a cat"]
 
@@ -197,14 +197,14 @@ def test_refiner_of_another_backbone(sdxl):
 
 def test_the_shipped_refiner_refines(pipe, refiner):
     """On held-out prompts the refined arm ends nearer to the guided images, and closes half of the gap in objects recognised."""
-    pairs, prompts = held_out_prompts(96)
+    prompts = held_out_prompts(96)
     x_T, embeds = draw_noise(pipe, 10**6, len(prompts)), encode_prompt(pipe, prompts)
-    judge = Judge.from_pretrained(ROOT / "train/emoji/classifier.safetensors")
+    (judge,) = load_metrics(["judge"], None, pipe.device)
 
     def x0(latents, guidance_scale=1.0):
         return pipe(latents=latents, num_inference_steps=10, guidance_scale=guidance_scale, output_type="latent", **embeds).images
 
     gaussian, guided, refined = x0(x_T), x0(x_T, 2.5), x0(refiner(x_T, embeds))
     assert (refined - guided).pow(2).mean() < 0.9 * (gaussian - guided).pow(2).mean()
-    shares = [(judge.judge(decode(pipe, latents))[0] == pairs[:, 0]).mean() for latents in (gaussian, guided, refined)]
+    shares = [judge.measure(decode(pipe, latents), prompts)["correct"][:, 0].mean() for latents in (gaussian, guided, refined)]
     assert shares[0] + 0.5 * (shares[1] - shares[0]) < shares[2] and shares[0] + 0.1 < shares[1]

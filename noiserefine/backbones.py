@@ -37,7 +37,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def load_pipeline(source: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> DiffusionPipeline:
-    """The diffusers text-to-image pipeline of a hub id, a folder or a single .safetensors checkpoint, in safetensors only.
+    """The diffusers text-to-image pipeline of a name of the catalogue, a hub id, a folder or a single .safetensors checkpoint, in safetensors only.
 
     A model of the catalogue comes with the autoencoder and revision that it names there, and is refused where the hub
     serves other weights than the original ones.  device and dtype: the machine's best where None.
@@ -46,6 +46,8 @@ def load_pipeline(source: str, device: torch.device | str | None = None, dtype: 
     """
     device = torch.device(device or default_device())
     dtype = dtype or default_dtype(device)
+    backbone = BACKBONES.get(source) or backbone_of(source)
+    source = backbone.source if backbone else source
     if source.endswith(".safetensors"):
         pipe = load_single_file(Path(source), dtype)
     else:
@@ -53,10 +55,15 @@ def load_pipeline(source: str, device: torch.device | str | None = None, dtype: 
     channels = pipe.unet.config.in_channels
     if channels != pipe.unet.config.out_channels:
         raise ValueError(f"{source} takes {channels} channels: it changes a given picture (inpainting, for one) and makes none from text alone.")
-    backbone = backbone_of(source)
     if backbone and pipe.scheduler.config.prediction_type != backbone.prediction_type:
         raise ValueError(f"{source} predicts “{pipe.scheduler.config.prediction_type}” and not “{backbone.prediction_type}”: "
                          "it is not the model that the catalogue means.")
+    if backbone and backbone.lora:
+        pipe.load_lora_weights(backbone.lora, use_safetensors=True)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    if backbone and backbone.timestep_spacing:
+        pipe.scheduler.register_to_config(timestep_spacing=backbone.timestep_spacing)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

@@ -22,6 +22,8 @@ class Backbone:
     sampler: str = "DDIM"
     revision: str | None = None  # of the hub repository; None for the newest
     vae: str | None = None  # hub id of an autoencoder to use instead of the model's own
+    lora: str | None = None  # folder of the LoRA that, folded into the source's UNet, makes this model
+    timestep_spacing: str | None = None  # of its samplers; None for the source's own
     sha256: dict[str, str] = field(default_factory=dict)  # of files that the hub must serve unchanged
 
 

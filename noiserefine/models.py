@@ -68,14 +68,13 @@ class Models:
 
     def load(self, model: Model) -> Loaded:
         backbone, device = BACKBONES.get(model.backbone), default_device()
-        source = backbone.source if backbone else model.backbone
         by_way_of_cpu = self.keep_all or self.offload != "none"  # where the card is not there yet, or too small
         if device.type == "cuda" and not by_way_of_cpu and backbone:
             there = torch.cuda.get_device_properties(device).total_memory / 2**30
             if there < backbone.memory:
                 raise ValueError(f"{backbone.title} needs about {backbone.memory:g} GiB of GPU memory and this card has {there:.0f}: start the app "
                                  f"with {self.smaller_mode()}.")
-        pipe = load_pipeline(source, "cpu" if by_way_of_cpu else device, default_dtype(device))
+        pipe = load_pipeline(model.backbone, "cpu" if by_way_of_cpu else device, default_dtype(device))
         notes = [add_lora(pipe, model.lora)] if model.lora else []
         folder = model.refiner or refiner_for(pipe, backbone)
         refiner = Refiner.from_pretrained(folder, pipe, merge=True if self.keep_all else None) if folder else None
@@ -85,7 +84,7 @@ class Models:
             pipe.unet.compile_repeated_blocks()  # in place: hooks on the UNet and its weights stay as they are
         if refiner is None:
             notes.append("**No refiner exists for this model yet**, so there is no third column. This trains one:\n\n"
-                         f"`{training_command(pipe, source, backbone)}`")
+                         f"`{training_command(pipe, model.backbone, backbone)}`")
         else:
             scales = "takes no guidance scale: the slider drives the guided column only."
             if refiner.config.guidance_scale_range is not None:

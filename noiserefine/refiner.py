@@ -142,10 +142,8 @@ class Refiner:
             raise ValueError("This refiner was loaded merged: its LoRA is gone. Load it with merge=False to save it.")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        layers = get_peft_model_state_dict(self.unet, adapter_name=ADAPTER)
-        about = self.unet.peft_config[ADAPTER].to_dict() | {"target_modules": TARGET_MODULES}  # there a set, in another order in every process
         with tempfile.TemporaryDirectory(dir=folder) as part:  # nobody reads half a file
-            self.pipe.save_lora_weights(part, unet_lora_layers=layers, unet_lora_adapter_metadata=about)
+            save_lora(self.pipe, self.unet, part)
             if self.takes_guidance_scale:
                 save_file(self.unet.time_embedding.cond_proj.state_dict(), Path(part) / GUIDANCE_NAME)
             (Path(part) / CONFIG_NAME).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
@@ -279,6 +277,12 @@ def with_lora(unet: UNet2DConditionModel, config: RefinerConfig) -> UNet2DCondit
         twin.time_embedding.cond_proj = nn.Linear(GUIDANCE_EMBEDDING, first.in_features, bias=False, device=first.weight.device, dtype=first.weight.dtype)
         nn.init.zeros_(twin.time_embedding.cond_proj.weight)
     return twin
+
+
+def save_lora(pipe: DiffusionPipeline, unet: UNet2DConditionModel, folder: str | Path) -> None:
+    """Writes the LoRA of what `with_lora` returned, in diffusers' format."""
+    about = unet.peft_config[ADAPTER].to_dict() | {"target_modules": TARGET_MODULES}  # there a set, in another order in every process
+    pipe.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(unet, adapter_name=ADAPTER), unet_lora_adapter_metadata=about)
 
 
 @torch.no_grad()

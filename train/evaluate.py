@@ -38,6 +38,7 @@ from noiserefine.record import versions
 from noiserefine.samplers import SAMPLERS, with_sampler
 from train.emoji.render import held_out_pairs, prompt
 from train.metrics import METRICS, Metric, load_metrics
+from train.networks import load_network
 from train.prompts import coco_captions
 from train.train_refiner import atomic, read_prompts
 
@@ -89,7 +90,7 @@ def interval(values: np.ndarray, name: str) -> list[float]:
     return [low + shift, high + shift]
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="assets/emoji", help="folder or hub id of the pipeline")
     parser.add_argument("--refiner", help="folder or hub id of the refiner, for the arms with refined noise")
@@ -108,7 +109,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bootstrap", type=int, default=300, help="resamples for the intervals")
     parser.add_argument("--images", type=Path, help="folder to write the images of each arm to")
     parser.add_argument("--output", type=Path, required=True, help="JSON file of the results")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     check_settings(args.steps, args.guidance_scale, args.strength, args.sampler)
     if args.n < 2 or args.batch_size < 1 or args.bootstrap < 1:
         parser.error("--n must be at least 2, --batch_size and --bootstrap at least 1.")
@@ -231,7 +232,7 @@ def main() -> None:
     pipe = load_pipeline(args.backbone, process.device)
     if args.lora:
         add_lora(pipe, args.lora)
-    refiner = Refiner.from_pretrained(args.refiner, pipe) if args.refiner else None
+    refiner = load_network(args.refiner, pipe) if args.refiner else None
     prompts, metrics = chosen_prompts(args.prompts, args.n, pipe), load_metrics(args.metrics, args.real_images, process.device)
     measurement = Measurement(args, process)
     measurement.begin({name: value for metric in metrics for name, value in metric.about.items()})

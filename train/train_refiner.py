@@ -31,6 +31,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
@@ -49,10 +50,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 from noiserefine import Refiner, draw_noise
 from noiserefine.backbones import load_pipeline
 from noiserefine.guidance import sample
+from noiserefine.inversion import ddim_inversion
 from noiserefine.latents import decode
 from noiserefine.msd import msd_loss, sampler_gain
 from noiserefine.noise import check_prompt_length, encode_prompt, image_size
 from noiserefine.samplers import SAMPLERS, make_scheduler, with_sampler
+from train.networks import NETWORKS
 
 
 def knob(default, help):
@@ -78,7 +81,10 @@ class Options:
     height: int = knob(None, "pixels; the model's native size if not given")
     width: int = knob(None, "pixels; the model's native size if not given")
     # The refiner and its loss
+    network: str = knob("lora", "the refiner, lora; or one to compare it with: raw, difference, scratch, mlp (train/networks.py)")
     rank: int = knob(128, "rank of the LoRA")
+    loss: str = knob("msd", "msd (eq. 4); or noise, to compare it with: the distance to the DDIM inversion of the target (section 3.1)")
+    inversion_steps: int = knob(50, "steps of the inversion, for --loss noise")
     sampler: str = knob("DDIM", "sampler of targets and training, a name of noiserefine.samplers")
     steps: int = knob(10, "N, unguided sampling steps in the loss (eq. 4)")
     # Optimisation
@@ -125,11 +131,11 @@ def parse(arguments: list[str] | None = None) -> Options:
     for name in ("output_dir", "prompts"):
         if not getattr(options, name):
             raise ValueError(f"--{name} is missing.")
-    for name in ("num_targets", "target_steps", "target_batch_size", "rank", "steps", "epochs", "batch_size", "num_validation",
+    for name in ("num_targets", "target_steps", "target_batch_size", "rank", "steps", "epochs", "batch_size", "num_validation", "inversion_steps",
                  "gradient_accumulation_steps", "lr", "max_grad_norm", "save_every", "validate_every"):
         if not getattr(options, name) > 0:
             raise ValueError(f"--{name} must be above 0; got {getattr(options, name)}.")
-    for name, choices in (("sampler", list(SAMPLERS)), ("lr_schedule", [kind.value for kind in SchedulerType]), ("mixed_precision", list(DTYPES))):
+    for name, choices in (("sampler", list(SAMPLERS)), ("network", list(NETWORKS)), ("loss", ["msd", "noise"]), ("lr_schedule", [kind.value for kind in SchedulerType]), ("mixed_precision", list(DTYPES))):
         if getattr(options, name) not in choices:
             raise ValueError(f"There is no {name} {getattr(options, name)!r}; choose one of {', '.join(choices)}.")
     if options.compile and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
@@ -225,6 +231,8 @@ class Targets:
             x0 = latents_from(pipe, self.noise(indices), encode_prompt(pipe, prompts), o.target_steps, o.seed + start,
                               guidance_scale=self.scale(start), pag_scale=o.pag_scale)
             tensors = {"x0": x0.cpu().contiguous(), "seeds": torch.tensor([o.seed + i for i in indices])}
+            if o.loss == "noise":
+                tensors["inverted"] = ddim_inversion(self.pipe, x0, encode_prompt(pipe, prompts, guided=False), o.inversion_steps).cpu().contiguous()
             if self.score:
                 tensors["scores"] = torch.tensor([float(value) for value in self.score(decode(pipe, x0), prompts)])
             with atomic(self.file(start)) as part:
@@ -241,12 +249,12 @@ class Targets:
         scores = [load_file(self.file(s))["scores"] for s in range(0, self.options.num_targets, self.options.target_batch_size)]
         return torch.cat(scores).topk(self.options.keep_top).indices.sort().values.tolist()
 
-    def x0(self, indices: list[int]) -> torch.Tensor:
-        """The guided latents of some items, read from disk: (len(indices), C, h, w)."""
+    def read(self, indices: list[int], what: str = "x0") -> torch.Tensor:
+        """The guided latents of some items, or their inversions, from disk: (len(indices), C, h, w)."""
         size, rows = self.options.target_batch_size, []
         for i in indices:
             with safe_open(self.file(i - i % size), "pt") as file:
-                rows.append(file.get_slice("x0")[i % size])
+                rows.append(file.get_slice(what)[i % size])
         return torch.stack(rows)
 
 
@@ -314,8 +322,8 @@ def plan(options: Options, world: int) -> tuple[int, dict[str, int]]:
     o, kept = options, options.keep_top or options.num_targets
     steps = max(1, round(o.epochs * kept / (o.batch_size * o.gradient_accumulation_steps * world)))
     seen = steps * o.batch_size * o.gradient_accumulation_steps * world
-    passes = 1 + (o.guidance_scale > 1) + (o.pag_scale > 0)
-    return steps, {"targets": passes * o.target_steps * o.num_targets, "training": (1 + o.steps + 1) * seen}
+    passes = (1 + (o.guidance_scale > 1) + (o.pag_scale > 0)) * o.target_steps + (o.inversion_steps if o.loss == "noise" else 0)
+    return steps, {"targets": passes * o.num_targets, "training": (1 + (o.steps if o.loss == "msd" else 0) + 1) * seen}
 
 
 def train(options: Options, accelerator: Accelerator, pipe: DiffusionPipeline, targets: Targets, refiner: Refiner,
@@ -363,8 +371,11 @@ def train(options: Options, accelerator: Accelerator, pipe: DiffusionPipeline, t
             last = micro == o.gradient_accumulation_steps - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(correction):
                 x_hat = x_T + correction(x_T, embeds, scales)
-                x0 = latents_from(sampling_pipe, x_hat, embeds, o.steps, o.seed + first)
-                loss = msd_loss(x0.float(), x_hat, targets.x0(indices).to(accelerator.device).float(), gain)
+                if o.loss == "msd":
+                    x0 = latents_from(sampling_pipe, x_hat, embeds, o.steps, o.seed + first)
+                    loss = msd_loss(x0.float(), x_hat, targets.read(indices).to(accelerator.device).float(), gain)
+                else:
+                    loss = F.mse_loss(x_hat, targets.read(indices, "inverted").to(accelerator.device).float())
                 accelerator.backward(loss / o.gradient_accumulation_steps)
             losses.append(loss.detach())
         norm, lr = float(accelerator.clip_grad_norm_(parameters, o.max_grad_norm)), schedule.get_last_lr()[0]
@@ -430,7 +441,7 @@ def main(arguments: list[str] | None = None) -> None:
     height, width = image_size(pipe, options.height, options.width)
     gain = sampler_gain(make_scheduler(options.sampler, pipe), options.steps)
     targets = Targets(options, pipe, prompts)
-    refiner = Refiner.create(pipe, options.rank, guidance_scale_range=options.guidance_scale_range)
+    refiner = NETWORKS[options.network].create(pipe, options.rank, guidance_scale_range=options.guidance_scale_range)
     pipe.unet.requires_grad_(False)
     cast_training_params(refiner.unet)
     if options.gradient_checkpointing:
@@ -466,7 +477,7 @@ def main(arguments: list[str] | None = None) -> None:
     with interruptible() as stop:
         train(options, accelerator, pipe, targets, refiner, gain, total_steps, validation, stop)
     if accelerator.is_main_process:
-        keys = ("guidance_scale", "guidance_scale_range", "pag_scale", "target_steps", "sampler", "steps", "num_targets", "epochs", "height", "width", "prompts")
+        keys = ("network", "loss", "guidance_scale", "guidance_scale_range", "pag_scale", "target_steps", "sampler", "steps", "num_targets", "epochs", "height", "width", "prompts")
         refiner.config.training = {key: settings[key] for key in keys} | {"optimizer_steps": total_steps}
         refiner.config.results = results(folder)
         refiner.save_pretrained(folder)

@@ -9,12 +9,13 @@ single), in shards below 10 MB.
 
 import argparse
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, SchedulerMixin, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from train.emoji.captions import caption
@@ -34,6 +35,25 @@ def build_unet(channels: int, sample_size: int, embedding: int) -> UNet2DConditi
 def build_scheduler() -> DDIMScheduler:
     return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
                          set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction", timestep_spacing="leading")
+
+
+def denoising_loss(denoise: Callable, scheduler: SchedulerMixin, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, latents: torch.Tensor,
+                   classes: np.ndarray, batch_size: int, scaling_factor: float) -> Callable[[torch.Generator], torch.Tensor]:
+    """The loss of `fit`: how well denoise(x_t, t, prompt_embeds) predicts v of latents (N, C, h, w) whose objects and backgrounds are classes (N, 2)."""
+    def loss(generator: torch.Generator) -> torch.Tensor:
+        chosen = torch.randint(len(latents), (batch_size,), generator=generator)
+        rng = random.Random(generator.initial_seed())
+        captions = [caption(thing, colour, rng)[0] for thing, colour in classes[chosen.tolist()]]
+        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        with torch.no_grad():
+            prompt_embeds = text_encoder(tokens).last_hidden_state
+        x = latents[chosen].float() * scaling_factor
+        noise = torch.randn(x.shape, generator=generator)
+        # Shapes form at high noise, and the decoder forgives what is left at low noise: the density of t rises linearly.
+        t = (scheduler.config.num_train_timesteps * torch.rand(len(x), generator=generator).sqrt()).long()
+        return F.mse_loss(denoise(scheduler.add_noise(x, noise, t), t, prompt_embeds).sample, scheduler.get_velocity(x, noise, t))
+
+    return loss
 
 
 def main() -> None:
@@ -58,20 +78,7 @@ def main() -> None:
         unet.load_state_dict(UNet2DConditionModel.from_pretrained(args.start_from, subfolder="unet", dtype=torch.float32).state_dict())
     denoise = torch.compile(unet) if args.compile else unet
 
-    def loss(generator: torch.Generator) -> torch.Tensor:
-        chosen = torch.randint(len(latents), (args.batch_size,), generator=generator)
-        rng = random.Random(generator.initial_seed())
-        captions = [caption(thing, colour, rng)[0] for thing, colour in classes[chosen.tolist()]]
-        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        with torch.no_grad():
-            prompt_embeds = text_encoder(tokens).last_hidden_state
-        x = latents[chosen].float() * vae.config.scaling_factor
-        noise = torch.randn(x.shape, generator=generator)
-        # Shapes form at high noise, and the decoder forgives what is left at low noise: the density of t rises linearly.
-        t = (scheduler.config.num_train_timesteps * torch.rand(len(x), generator=generator).sqrt()).long()
-        prediction = denoise(scheduler.add_noise(x, noise, t), t, prompt_embeds).sample
-        return F.mse_loss(prediction, scheduler.get_velocity(x, noise, t))
-
+    loss = denoising_loss(denoise, scheduler, tokenizer, text_encoder, latents, classes, args.batch_size, vae.config.scaling_factor)
     fit(unet, loss, args.work_dir / "denoiser.pt", steps=args.steps, lr=args.lr)
     tokenizer = CLIPTokenizer.from_pretrained(args.work_dir / "tokenizer")  # the other one keeps the padding of its last call
     pipe = StableDiffusionPipeline(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,

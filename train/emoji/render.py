@@ -1,21 +1,23 @@
 """Renders the pictures that the embedded backbone learns from: one emoji on a coloured background.
 
     python -m train.emoji.render --output_dir runs/emoji/pictures
+    python -m train.emoji.render --style clay --artwork package/assets --per_object 60 --output_dir runs/clay/pictures    # for a fine-tune
 
 A picture is a soft gradient of one of 12 named colours and one of the objects in objects.txt, at
-65-90 % of the frame, anywhere that it fits, turned by up to 8 degrees, over a faint shadow.  One in ten (object, background) pairs is held out: the model never sees it, and
-the heldout pictures measure it.  The judge pictures are other renders of the same pairs, for the
+65-90 % of the frame, anywhere that it fits, turned by up to 8 degrees, over a faint shadow.  One in ten (object, background) pairs is held out:
+the model never sees it, and the heldout pictures measure it.  The judge pictures are other renders of the same pairs, for the
 classifier, which would otherwise learn that these pairs do not exist.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from multiprocessing import Pool
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 SIZE = 64  # pixels
 SEED = 0
@@ -66,11 +68,37 @@ def article(name: str) -> str:
     return name if plural else f"{'an' if name[0] in 'aeio' else 'a'} {name}"
 
 
-def sprite(emoji: str, font: str = FONT) -> Image.Image:
+def sprite(emoji: str, artwork: Path | None = None) -> Image.Image:
     """The emoji as RGBA, cropped to its painted part.  The font's bitmaps exist at size 109 only."""
     canvas = Image.new("RGBA", (160, 160))
-    ImageDraw.Draw(canvas).text((80, 80), emoji, font=ImageFont.truetype(font, 109), embedded_color=True, anchor="mm")
+    ImageDraw.Draw(canvas).text((80, 80), emoji, font=ImageFont.truetype(FONT, 109), embedded_color=True, anchor="mm")
     return canvas.crop(canvas.getbbox())
+
+
+def clay(emoji: str, artwork: Path | None) -> Image.Image:
+    """Fluent Emoji 3D's, from a folder of images named after code points, which look as if they were made of clay."""
+    if artwork is None or not artwork.is_dir():
+        raise FileNotFoundError(f"There is no folder {artwork}: --artwork takes assets/ of the npm package @lobehub/fluent-emoji-3d.")
+    codes = [f"{ord(character):x}" for character in emoji]
+    found = next(path for names in (codes, [code for code in codes if code != "fe0f"]) if (path := artwork / f"{'-'.join(names)}.webp").exists())
+    with Image.open(found) as image:
+        picture = image.convert("RGBA")
+    return picture.crop(picture.getchannel("A").getbbox())
+
+
+def ink(emoji: str, artwork: Path | None = None) -> Image.Image:
+    """The font's emoji redrawn in few flat colours with black outlines."""
+    plain = sprite(emoji)
+    alpha, grey = plain.getchannel("A"), plain.convert("L").filter(ImageFilter.SMOOTH)
+    outline = ImageChops.lighter(grey.filter(ImageFilter.FIND_EDGES).point(lambda edge: 255 if edge > 40 else 0), ImageChops.subtract(
+        alpha, alpha.filter(ImageFilter.MinFilter(9))))
+    flat = ImageOps.posterize(plain.convert("RGB"), 2).convert("RGBA")
+    flat.paste((16, 16, 20), mask=outline)
+    flat.putalpha(alpha)
+    return flat
+
+
+STYLES: dict[str, Callable[[str, Path | None], Image.Image]] = {"noto": sprite, "clay": clay, "ink": ink}
 
 
 def picture(sprite: Image.Image, colour: tuple[int, int, int], rng: np.random.Generator) -> np.ndarray:
@@ -95,10 +123,10 @@ def picture(sprite: Image.Image, colour: tuple[int, int, int], rng: np.random.Ge
     return np.asarray(Image.alpha_composite(base, layer).convert("RGB"))
 
 
-def render_object(task: tuple[int, np.ndarray, int]) -> tuple[np.ndarray, np.ndarray]:
+def render_object(task: tuple[int, np.ndarray, int], style: str, artwork: Path | None) -> tuple[np.ndarray, np.ndarray]:
     """The pictures of one object on the given backgrounds: (N, SIZE, SIZE, 3) uint8 and (N, 2) class indices."""
     index, backgrounds, seed = task
-    rng, image = np.random.default_rng([SEED, seed, index]), sprite(objects()[index].emoji)
+    rng, image = np.random.default_rng([SEED, seed, index]), STYLES[style](objects()[index].emoji, artwork)
     colours = list(BACKGROUNDS.values())
     return (np.stack([picture(image, colours[b], rng) for b in backgrounds]),
             np.stack([np.full(len(backgrounds), index), backgrounds], 1))
@@ -108,6 +136,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--per_object", type=int, default=300, help="training pictures of each object")
+    parser.add_argument("--style", choices=STYLES, default="noto", help="noto: what the model learns; the others: what its fine-tunes learn")
+    parser.add_argument("--artwork", type=Path, help="for the style clay: assets/ of the npm package @lobehub/fluent-emoji-3d")
     parser.add_argument("--held_out_per_pair", type=int, default=16, help="pictures of each held-out pair")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -117,7 +147,7 @@ def main() -> None:
                                      ("judge", 2, held_out, lambda n: args.per_object // len(BACKGROUNDS) * n)):
         tasks = [(i, np.resize(np.flatnonzero(row), count(row.sum())), seed) for i, row in enumerate(pairs) if row.any()]
         with Pool() as pool:
-            pictures, classes = zip(*pool.map(render_object, tasks, chunksize=4))
+            pictures, classes = zip(*pool.map(partial(render_object, style=args.style, artwork=args.artwork), tasks, chunksize=4))
         pictures, classes = np.concatenate(pictures), np.concatenate(classes)
         np.save(args.output_dir / f"{name}_pictures.npy", pictures)
         np.save(args.output_dir / f"{name}_classes.npy", classes)

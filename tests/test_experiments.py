@@ -1,0 +1,269 @@
+"""The experiments beside the refiner: other networks and losses, LoRAs on the denoiser, gradients, and the report of all of them."""
+
+import json
+import shutil
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import EMOJI, EMOJI_REFINER, ROOT, output
+from PIL import Image
+from safetensors.torch import load_file
+
+from noiserefine import Refiner, backbones, draw_noise
+from noiserefine.backbones import add_lora, load_pipeline
+from noiserefine.inversion import ddim_inversion
+from noiserefine.noise import encode_prompt
+from noiserefine.samplers import with_sampler
+from train import denoiser_lora, evaluate, inversion_error, noise_gradients, novelty, report, reproduce, train_refiner
+from train.denoiser_lora import Trajectories, read_targets
+from train.emoji import style
+from train.emoji.render import clay
+from train.networks import NETWORKS, Difference, load_network
+from train.noise_gradients import sample_with_gradient
+from train.train_refiner import latents_from
+
+TINY = ["--preset", "emoji", "--backbone", EMOJI, "--prompts", str(ROOT / "assets/prompts/emoji.txt"), "--validation_prompts", "", "--num_targets", "8",
+        "--target_steps", "2", "--steps", "2", "--batch_size", "8", "--epochs", "1", "--warmup_steps", "0"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate allows a process one precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of the trainer on inverted noise: its targets hold what every experiment here needs."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = tmp_path_factory.mktemp("run")
+    train_refiner.main([*TINY, "--loss", "noise", "--inversion_steps", "10", "--output_dir", str(folder)])
+    return folder
+
+
+def test_the_loss_in_noise_space_is_the_distance_to_the_inversion(run, pipe):
+    """The refiner starts as the identity: the first loss is that of x_T itself."""
+    state = load_file(next((run / "targets").iterdir()))
+    first = json.loads((run / "stats.jsonl").read_text().splitlines()[0])["loss"]
+    assert first == pytest.approx((draw_noise(pipe, 0, 8) - state["inverted"]).pow(2).mean().item(), rel=1e-3)
+    assert train_refiner.plan(train_refiner.parse([*TINY, "--loss", "noise", "--output_dir", "x"]), 1)[1] == {"targets": (2 * 2 + 50) * 8, "training": 2 * 8}
+
+
+def test_inversion_is_undone_by_sampling(pipe):
+    """Better the more steps there are; not perfectly (appendix A.11)."""
+    ddim, embeds = with_sampler(pipe, "DDIM"), encode_prompt(pipe, ["a red apple on a blue background", "a panda on a pink background"], guided=False)
+    x0 = latents_from(ddim, draw_noise(pipe, 3, 2), embeds, 20, 0)
+    errors = [(latents_from(ddim, ddim_inversion(pipe, x0, embeds, steps), embeds, steps, 0) - x0).pow(2).mean() for steps in (5, 40)]
+    assert errors[1] < 0.5 * errors[0] and errors[1] < 0.2 * x0.var()
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler"
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "lora"])
+def test_other_networks(name, pipe, tmp_path):
+    before, x_T = output(pipe), draw_noise(pipe, 0, 2)
+    torch.manual_seed(0)
+    network = NETWORKS[name].create(pipe, 8)
+    start = network(x_T, ["a cat", "a dog"])
+    assert ((start - x_T).abs().max() < 1e-5) == (name != "raw"), "raw alone does not start at x_T"
+    pipe.unet.requires_grad_(False)
+    trained = [parameter for parameter in network.unet.parameters() if parameter.requires_grad]
+    assert len(trained) == len(network.trained()) > 0
+    for parameter in trained:
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    refined = network(x_T, ["a cat", "a dog"])
+    assert (refined - start).abs().mean() > 1e-3
+    network.save_pretrained(tmp_path)
+    again = load_network(tmp_path, pipe)
+    assert type(again) is NETWORKS[name] and torch.equal(again(x_T, ["a cat", "a dog"]), refined)
+    assert torch.equal(output(pipe), before)
+    with pytest.raises(ValueError, match="takes no guidance scale"):
+        NETWORKS[name].create(pipe, 8, guidance_scale_range=[1, 2])
+    with pytest.raises(FileNotFoundError, match="is not a refiner"):
+        Refiner.from_pretrained(tmp_path, pipe)
+
+
+def test_difference_takes_two_forwards(pipe):
+    network, count = Difference.create(pipe, 8), []
+    handles = [unet.register_forward_pre_hook(lambda module, inputs: count.append(1)) for unet in (pipe.unet, network.unet)]
+    network(draw_noise(pipe, 0), "a cat")
+    for handle in handles:
+        handle.remove()
+    assert len(count) == 2
+
+
+def test_a_network_is_trained_in_the_refiners_place(tmp_path, pipe):
+    train_refiner.main([*TINY, "--network", "mlp", "--epochs", "3", "--output_dir", str(tmp_path)])
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    x_T = draw_noise(pipe, 0)
+    assert type(network := load_network(tmp_path, pipe)) is NETWORKS["mlp"] and not torch.equal(network(x_T, "a cat"), x_T)
+    assert load_network(EMOJI_REFINER, pipe).config.parametrisation == "cancelled head"
+
+
+def test_trajectories(pipe, sdxl):
+    for each in (pipe, sdxl):  # v and epsilon
+        path, (x0, noise) = Trajectories(each), torch.randn(2, 3, 4, 8, 8)
+        t = torch.tensor([999, 500, 1])
+        found = path.x0_and_noise(t, path.at(t, x0, noise), path.truth(t, x0, noise))
+        torch.testing.assert_close(found[0], x0, rtol=0, atol=1e-3)
+        torch.testing.assert_close(found[1], noise, rtol=0, atol=1e-3)
+        assert torch.equal(path.at(torch.tensor([-1, -1, -1]), x0, noise), x0)
+
+
+@pytest.mark.parametrize("loss", denoiser_lora.EVALUATIONS)
+def test_loras_on_the_denoiser(loss, run, tmp_path):
+    denoiser_lora.main(["--loss", loss, "--targets", str(run), "--steps", "3", "--batch_size", "4", "--rank", "8", "--output_dir", str(tmp_path)])
+    pipe = load_pipeline(EMOJI, "cpu")
+    before = output(pipe)
+    assert add_lora(pipe, str(tmp_path)) == "" and not torch.equal(output(pipe), before)
+
+
+def test_guidance_distillation_learns(run, tmp_path):
+    """Unguided, the student comes nearer to what its teacher predicts guided."""
+    pipe, (latents, prompts) = load_pipeline(EMOJI, "cpu"), read_targets(run)
+    embeds, path = encode_prompt(pipe, prompts), Trajectories(pipe)
+    t = torch.full((len(latents),), 800)
+    x = path.at(t, latents, torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)))
+
+    @torch.no_grad()
+    def predict(name):
+        return pipe.unet(x, t, embeds[name]).sample
+
+    teacher = predict("negative_prompt_embeds") + 2.5 * (predict("prompt_embeds") - predict("negative_prompt_embeds"))
+    unguided = (predict("prompt_embeds") - teacher).pow(2).mean()
+    denoiser_lora.main(["--loss", "guidance", "--targets", str(run), "--steps", "25", "--batch_size", "8", "--output_dir", str(tmp_path)])
+    add_lora(pipe, str(tmp_path))
+    assert (predict("prompt_embeds") - teacher).pow(2).mean() < 0.9 * unguided
+
+
+def test_denoiser_lora_refuses(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no targets"):
+        denoiser_lora.main(["--loss", "images", "--targets", str(tmp_path), "--steps", "1", "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        denoiser_lora.main(["--loss", "images", "--targets", str(tmp_path), "--output_dir", str(tmp_path)])
+
+
+def test_the_full_gradient_goes_through_every_step(pipe):
+    """Its x0 is the pipeline's, and its gradient that of finite differences."""
+    ddim, embeds = with_sampler(pipe, "DDIM"), encode_prompt(pipe, "a cat", guided=False)
+    x = draw_noise(pipe, 0).requires_grad_(True)
+    x0, passed = sample_with_gradient(ddim, x, embeds, 3)
+    torch.testing.assert_close(x0, latents_from(ddim, x, embeds, 3, 0), rtol=0, atol=1e-5)
+    assert len(passed) == 3
+    x0.pow(2).sum().backward()
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    sides = [latents_from(ddim, x.detach() + step * direction, embeds, 3, 0).double().pow(2).sum() for step in (-1e-2, 1e-2)]
+    assert (x.grad * direction).sum().item() == pytest.approx(((sides[1] - sides[0]) / 2e-2).item(), rel=0.02)
+
+
+def test_scripts_write_their_figures(tmp_path, capsys):
+    noise_gradients.main(["--backbone", EMOJI, "--n", "2", "--steps", "2", "--iterations", "8", "--rows", "8", "--lr", "0.05", "--output", str(tmp_path / "g.json"),
+                          "--plot", str(tmp_path / "g.png")])
+    result = json.loads((tmp_path / "g.json").read_text())
+    for name in ("msd", "full"):
+        assert np.mean(result[name]["loss"][-1]) < np.mean(result[name]["loss"][0]), "both gradients lead downhill"
+    assert len(result["jacobian"]) == 2 and all(row["diagonal"] > 10 * row["off_diagonal"] for row in result["jacobian"])
+    assert Image.open(tmp_path / "g.png").width > 500
+    inversion_error.main(["--backbone", EMOJI, "--n", "2", "--steps", "3", "20", "--output", str(tmp_path / "i.json")])
+    steps = json.loads((tmp_path / "i.json").read_text())["steps"]
+    assert steps["20"]["psnr"] > steps["3"]["psnr"] > 0
+    assert "| full |" in capsys.readouterr().out
+
+
+def test_novelty_finds_a_copy(tmp_path):
+    """Images whose features are a training picture's are at distance 0 of it."""
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 110), ("heldout", 6)):
+        np.save(tmp_path / f"{name}_pictures.npy", rng.integers(256, size=(count, 64, 64, 3), dtype=np.uint8))
+    judge = evaluate.load_metrics(["judge"], None, torch.device("cpu"))[0].judge
+    copies = judge.judge([Image.fromarray(picture) for picture in np.load(tmp_path / "train_pictures.npy")[:4]])[2]
+    (tmp_path / "measured").mkdir()
+    np.savez(tmp_path / "measured" / "copied-000000.npz", features=copies)
+    np.savez(tmp_path / "measured" / "other-000000.npz", features=copies + 1)
+    novelty.main(["--pictures", str(tmp_path), "--measured", str(tmp_path / "measured"), "--output", str(tmp_path / "n.json")])
+    result = json.loads((tmp_path / "n.json").read_text())
+    assert result["copied"]["distance"] == pytest.approx(0, abs=1e-2) and result["other"]["distance"] > 1 and result["held-out renders"]["distance"] > 0.1
+
+
+def test_a_style_is_learnt(tmp_path):
+    """From pictures to a LoRA that the pipeline takes; the artwork of one is a folder of images named after code points."""
+    Image.new("RGBA", (8, 8), "red").save(tmp_path / "1f34e.webp")
+    assert clay("🍎", tmp_path).size == (8, 8)
+    with pytest.raises(FileNotFoundError, match="fluent-emoji-3d"):
+        clay("🍎", tmp_path / "nothing")
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "train_pictures.npy", rng.integers(256, size=(64, 64, 64, 3), dtype=np.uint8))
+    np.save(tmp_path / "train_classes.npy", np.stack([rng.integers(184, size=64), rng.integers(12, size=64)], 1))
+    style.main(["--pictures", str(tmp_path), "--output_dir", str(tmp_path / "lora"), "--steps", "2", "--batch_size", "4", "--rank", "8"])
+    pipe = load_pipeline(EMOJI, "cpu")
+    before = output(pipe)
+    assert add_lora(pipe, str(tmp_path / "lora")) == "" and not torch.equal(output(pipe), before)
+
+
+def test_a_model_of_the_catalogue_may_be_a_lora(run, tmp_path, monkeypatch):
+    """It is folded into the UNet, which then has no adapter, and takes the base's refiner and the sampler's spacing."""
+    denoiser_lora.main(["--loss", "consistency", "--targets", str(run), "--steps", "2", "--batch_size", "4", "--rank", "8", "--output_dir", str(tmp_path)])
+    entry = replace(backbones.BACKBONES["emoji"], lora=str(tmp_path), timestep_spacing="trailing")
+    monkeypatch.setitem(backbones.BACKBONES, "fast", entry)
+    pipe, plain = load_pipeline("fast", "cpu"), load_pipeline("emoji", "cpu")
+    add_lora(plain, str(tmp_path))
+    plain.scheduler.register_to_config(timestep_spacing="trailing")
+    torch.testing.assert_close(output(pipe), output(plain), rtol=0, atol=1e-4)
+    assert not list(backbones.adapter_layers(pipe, "default_0")) and with_sampler(pipe, "Euler").scheduler.config.timestep_spacing == "trailing"
+    with pytest.warns(UserWarning, match="fine-tune"):
+        Refiner.from_pretrained(EMOJI_REFINER, pipe)
+
+
+def test_every_experiment_is_a_command_that_its_script_takes(tmp_path):
+    for name, commands in reproduce.experiments(tmp_path).items():
+        for command in commands:
+            assert (ROOT / command.script).is_file(), name
+            if command.script == "train/train_refiner.py":
+                assert train_refiner.parse(list(command.options)).output_dir == str(command.result.parent)
+            elif command.script == "train/evaluate.py":
+                assert evaluate.parse(list(command.options)).output == command.result
+            kept = [words for words, option in zip(command.options, command.options[1:]) if words == "--output" and option == str(command.result)]
+            assert bool(command.kept) == bool(kept or "--output" in command.options), name
+    files = {command.kept.removesuffix(".json") for commands in reproduce.experiments(tmp_path).values() for command in commands if command.kept}
+    assert {file for _, files, _, _ in report.SECTIONS for file in files} <= files | {"novelty"}
+
+
+def test_a_command_is_run_once(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "kept")
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: (ran.append(words), (tmp_path / "r" / "x.json").write_text("{}")))
+    command = reproduce.Command("train/evaluate.py", ("--n", "2"), tmp_path / "r" / "x.json", "x.json")
+    command.run()
+    command.run()
+    shutil.rmtree(tmp_path / "r")
+    command.run()
+    assert len(ran) == 1 and (tmp_path / "kept" / "x.json").exists()
+
+
+def test_the_report_has_a_section_for_every_experiment(tmp_path, monkeypatch, capsys):
+    """Of made-up results; what is missing is named."""
+    arm = {"forwards": 20.0} | {metric: 0.5 for metric in report.METRICS} | {f"{metric}_interval": [0.4, 0.6] for metric in report.METRICS}
+    result = {"n": 1000, "first_seed": 10**6, "arms": {name: arm for name in ("gaussian", "guided", "refined", "refined_guided")}}
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr("sys.argv", ["report.py"])
+    for name in {file for _, files, _, _ in report.SECTIONS for file in files}:
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    (tmp_path / "inversion.json").write_text(json.dumps({"n": 2, "steps": {"10": {"psnr": 12.0, "psnr_interval": [11, 13]}}}))
+    one = {"loss": [[1.0], [0.5]], "gradient_norm": [[1.0], [2.0]]}
+    (tmp_path / "gradients.json").write_text(json.dumps({"n": 1, "steps": 2, "lr": 0.1, "msd": one, "full": one,
+                                                         "jacobian": [{"t": 1, "diagonal": 1.0, "off_diagonal": 0.01}]}))
+    (tmp_path / "novelty.json").write_text(json.dumps({"refined": {"n": 2, "distance": 1.0, "distance_interval": [0.9, 1.1], "fifth_percentile": 0.5}}))
+    report.main()
+    text = (tmp_path / "report.md").read_text()
+    assert all(f"## {title}" in text for title, *_ in report.SECTIONS) and "Not measured yet" not in text
+    assert "| refined, unguided | 0.500 [0.400, 0.600] |" in text and "42.71" in text
+    (tmp_path / "mlp.json").unlink()
+    report.main()
+    text = (tmp_path / "report.md").read_text()
+    assert "## Not measured yet\n\nA Gaussian for every prompt (table 10)." in text and "217.30" not in text
+    assert f"{len(report.SECTIONS) - 1} of {len(report.SECTIONS)} sections" in capsys.readouterr().out

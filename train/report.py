@@ -1,0 +1,170 @@
+"""One page of what was measured on the embedded model, each table beside the paper's own.
+
+    python train/report.py
+
+Reads the JSON files in assets/results/paper, which train/reproduce.py fills, and writes report.md and its plots there.  What was not
+measured yet is left out.  The paper's figures are quoted; nothing of them was measured here.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root, when run as a script
+
+from train.evaluate import TITLES
+from train.reproduce import RESULTS, ROOT
+
+METRICS = ("object_accuracy", "background_accuracy", "frechet_distance", "feature_variance")
+Results = dict[str, dict]
+
+
+def cell(values: dict, metric: str) -> str:
+    if metric not in values:
+        return ""
+    digits = 3 if metric.endswith("accuracy") else 2
+    low, high = values[f"{metric}_interval"]
+    return f"{values[metric]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def arms(rows: list[tuple[str, dict, str]]) -> str:
+    """A table of arms: (what it is called, a result of evaluate.py, the arm in it)."""
+    lines = [f"| | {' | '.join(TITLES[metric] for metric in METRICS)} | UNet forwards |", "|---|" + "---|" * (len(METRICS) + 1)]
+    for name, result, arm in rows:
+        values = result["arms"][arm]
+        lines.append(f"| {name} | {' | '.join(cell(values, metric) for metric in METRICS)} | {values['forwards']:.0f} |")
+    return "\n".join(lines)
+
+
+def quote(header: str, *rows: str) -> str:
+    return "\n".join(["The paper's:\n", header, "|" + "---|" * header.strip("|").count("|") + "---|", *rows])
+
+
+def base_rows(results: Results) -> list[tuple[str, dict, str]]:
+    return [(name, results["base"], arm) for name, arm in (("Gaussian, unguided", "gaussian"), ("Gaussian, guided", "guided"), ("refined, unguided", "refined"))]
+
+
+def plain(name: str, *rows: tuple[str, str, str]) -> Callable[[Results], str]:
+    """A section of the base's arms and others': (what it is called, file, arm)."""
+    return lambda results: arms(base_rows(results) + [(title, results[file], arm) for title, file, arm in rows])
+
+
+def styles(results: Results) -> str:
+    return arms([(f"{style}: {title}", results[f"emoji-{style}"], arm) for style in ("clay", "ink")
+                 for title, arm in (("Gaussian, unguided", "gaussian"), ("Gaussian, guided", "guided"), ("refined by the base's refiner", "refined"))])
+
+
+def turbo(results: Results) -> str:
+    return arms([(f"{noise}, {steps} step{'s' * (steps > 1)}", results[f"turbo-{steps}"], arm) for steps in (1, 2, 4)
+                 for noise, arm in (("Gaussian", "gaussian"), ("refined", "refined"))])
+
+
+def inversion(results: Results) -> str:
+    rows = [f"| {steps} | {row['psnr']:.2f} [{row['psnr_interval'][0]:.2f}, {row['psnr_interval'][1]:.2f}] |" for steps, row in results["inversion"]["steps"].items()]
+    return "\n".join([f"n = {results['inversion']['n']}.\n", "| steps | PSNR in dB ↑ |", "|---|---|", *rows])
+
+
+def samplers(results: Results) -> str:
+    return arms([(f"{title}, {steps} steps, {noise}", results[f"{name}-{steps}"], arm) for title, name in (
+        ("DPM++ 2M", "dpm2m"), ("DPM++ SDE", "dpmsde"), ("Euler", "euler"), ("Heun (EDM)", "heunedm")) for steps in (10, 20, 50)
+        for noise, arm in (("Gaussian", "gaussian"), ("refined", "refined"))])
+
+
+def few_steps(results: Results) -> str:
+    files = [(steps, results[f"ddim-{steps}"]) for steps in (4, 6, 10, 14)] + [(20, results["base"])]
+    figure = Figure(figsize=(9, 3.4), layout="constrained", dpi=110)
+    for axis, metric in zip(figure.subplots(1, 2), ("object_accuracy", "frechet_distance")):
+        for arm, colour in (("gaussian", "tab:gray"), ("guided", "tab:blue"), ("refined", "tab:orange")):
+            values = [result["arms"][arm] for _, result in files]
+            axis.plot([value["forwards"] for value in values], [value[metric] for value in values], "o-", color=colour, label=arm)
+            axis.fill_between([value["forwards"] for value in values], *zip(*[value[f"{metric}_interval"] for value in values]), color=colour, alpha=0.15, linewidth=0)
+        axis.set(xlabel="UNet forwards", title=TITLES[metric])
+        axis.legend()
+    figure.savefig(RESULTS / "steps.png")
+    return "![Quality against UNet forwards](steps.png)\n\n" + arms([(f"{steps} steps, {arm}", result, arm) for steps, result in files
+                                                                    for arm in ("gaussian", "guided", "refined")])
+
+
+def strengths(results: Results) -> str:
+    rows = [(f"strength {value}", results[f"strength-{value}"], "refined") for value in (0.25, 0.5, 0.75)] + [("strength 1", results["base"], "refined")]
+    return arms([("strength 0", results["base"], "gaussian"), *rows, *[(f"strength {value}", results[f"strength-{value}"], "refined") for value in (1.25, 1.5)]])
+
+
+def gradients(results: Results) -> str:
+    result = results["gradients"]
+    lines = [f"n = {result['n']} prompts, N = {result['steps']}, Adam with a learning rate of {result['lr']} for both.\n", "![](gradients.png)\n",
+             "| gradient | loss at the start | at the end | largest norm of the gradient / median |", "|---|---|---|---|"]
+    for name, title in (("msd", "MSD"), ("full", "full")):
+        loss, norms = result[name]["loss"], sorted(value for row in result[name]["gradient_norm"] for value in row)
+        lines.append(f"| {title} | {sum(loss[0]) / len(loss[0]):.4f} | {sum(loss[-1]) / len(loss[-1]):.4f} | {norms[-1] / norms[len(norms) // 2]:.1f} |")
+    lines += ["\n| t | mean entry on the diagonal of the Jacobian | off it | ratio |", "|---|---|---|---|"]
+    lines += [f"| {row['t']} | {row['diagonal']:.3f} | {row['off_diagonal']:.5f} | {row['diagonal'] / row['off_diagonal']:.0f} |" for row in result["jacobian"]]
+    return "\n".join(lines)
+
+
+FID = "| | FID ↓ | IS ↑ |"
+# Title, the files it is made of, how, and the paper's own.
+SECTIONS: list[tuple[str, list[str], Callable[[Results], str], str]] = [
+    ("Three arms and guidance distillation (table 2)", ["base", "guidance-distilled"],
+     plain("", ("guidance-distilled, unguided", "guidance-distilled", "gaussian")),
+     quote(FID, "| SD2.1: Gaussian, unguided | 42.71 | 20.86 |", "| Gaussian, guided | 16.19 | 37.95 |", "| guidance-distilled | 19.09 | 33.45 |",
+           "| refined, unguided | 14.62 | 34.90 |")),
+    ("Loss in the space of noise or of images (table 1, figure 5)", ["base", "noise-loss"],
+     plain("", ("refiner trained on inverted noise", "noise-loss", "refined")),
+     quote("| | PickScore ↑ | CLIPScore ↑ |", "| noise space | 17.97 | 18.39 |", "| image space | 21.62 | 36.43 |")),
+    ("What DDIM inversion loses (table 11)", ["inversion"], inversion,
+     quote("| steps | PSNR ↑ |", *[f"| {steps} | {psnr} |" for steps, psnr in ((10, 12.16), (20, 15.82), (50, 23.24), (200, 22.93), (500, 17.71), (999, 14.84))])),
+    ("Fine-tunes, with the base's refiner (table 4)", ["emoji-clay", "emoji-ink"], styles,
+     quote("| | PickScore ↑ | CLIPScore ↑ |", "| clay: Gaussian, unguided | 17.95 | 18.31 |", "| Gaussian, guided | 19.17 | 26.36 |", "| refined | 18.82 | 23.61 |",
+           "| anime: Gaussian, unguided | 16.47 | 22.37 |", "| Gaussian, guided | 17.68 | 30.04 |", "| refined | 18.08 | 29.62 |")),
+    ("A few-step model (table 5)", ["turbo-1", "turbo-2", "turbo-4"], turbo,
+     quote(FID, "| SD-Turbo: Gaussian, 1 step | 27.18 | 34.31 |", "| Gaussian, 2 steps | 30.24 | 32.46 |", "| refined, 1 step | 24.94 | 38.07 |")),
+    ("Guided sampling from refined noise (table 6)", ["base"], plain("", ("refined, guided", "base", "refined_guided")),
+     quote(FID, "| SD2.1: Gaussian, guided | 18.74 | 32.55 |", "| refined, guided | 22.94 | 34.37 |")),
+    ("A Gaussian for every prompt (table 10)", ["base", "mlp"], plain("", ("MLP that predicts mean and deviation", "mlp", "refined")),
+     quote("| | FID ↓ |", "| MLP | 217.30 |", "| refiner | 13.74 |")),
+    ("Fine-tuning the model on guided images (table 12)", ["base", "fine-tuned"], plain("", ("fine-tuned, unguided", "fine-tuned", "gaussian")),
+     quote(FID, "| SiT-XL/2: unguided | 18.43 | 40.00 |", "| fine-tuned on guided images | 12.31 | 58.59 |", "| refined | 10.42 | 50.39 |")),
+    ("LoRA or the same network from scratch (table 14)", ["base", "scratch"], plain("", ("from scratch", "scratch", "refined")),
+     quote("| | FID ↓ |", "| from scratch | 37.87 |", "| LoRA | 13.74 |")),
+    ("N = 5 and N = 10 (table 15)", ["base", "n5"], plain("", ("refined, trained with N = 5", "n5", "refined")),
+     quote("| N | FID ↓ |", "| 5 | 13.74 |", "| 10 | 13.36 |")),
+    ("Samplers and steps (appendix A.10)", [f"{name}-{steps}" for name in ("dpm2m", "dpmsde", "euler", "heunedm") for steps in (10, 20, 50)], samplers, ""),
+    ("How few steps are enough", ["base", *[f"ddim-{steps}" for steps in (4, 6, 10, 14)]], few_steps, ""),
+    ("Strength (figure 13)", ["base", *[f"strength-{value}" for value in (0.25, 0.5, 0.75, 1.25, 1.5)]], strengths, ""),
+    ("Parametrisation of the correction", ["base", "raw", "difference"],
+     plain("", ("raw: x + UNet(x)", "raw", "refined"), ("difference, two forwards", "difference", "refined")), ""),
+    ("Seeds of training", ["base", "seed1", "seed2"], plain("", ("second seed", "seed1", "refined"), ("third seed", "seed2", "refined")), ""),
+    ("The gradient (figures 6, 31 to 36)", ["gradients"], gradients, ""),
+    ("Nearness to training pictures (figure 12)", ["novelty"], lambda results: "\n".join(
+        ["| images | n | mean distance to the nearest training picture | 5th percentile |", "|---|---|---|---|",
+         *["| {} | {} | {:.2f} [{:.2f}, {:.2f}] | {:.2f} |".format(name, row["n"], row["distance"], *row["distance_interval"], row["fifth_percentile"])
+           for name, row in results["novelty"].items()]]), ""),
+]
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    settings = results.get("base", {})
+    parts = ["# The paper's experiments on the embedded model\n",
+             f"n = {settings.get('n')} held-out prompts an arm where nothing else is said, 20 DDIM steps, seeds from {settings.get('first_seed')}, 95 % bootstrap "
+             "intervals over prompts; written by `python train/report.py`."]
+    missing = []
+    for title, files, make, theirs in SECTIONS:
+        if all(file in results for file in files):
+            parts.append(f"\n## {title}\n\n{make(results)}" + (f"\n\n{theirs}" if theirs else ""))
+        else:
+            missing.append(title)
+    if missing:
+        parts.append(f"\n## Not measured yet\n\n{'; '.join(missing)}.")
+    (RESULTS / "report.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
+    print(f"{(RESULTS / 'report.md').relative_to(ROOT)}: {len(SECTIONS) - len(missing)} of {len(SECTIONS)} sections.")
+
+
+if __name__ == "__main__":
+    main()

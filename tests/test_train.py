@@ -204,7 +204,7 @@ def test_bad_prompts_are_named(tmp_path):
 def test_dry_run_writes_nothing(tmp_path, capsys):
     main(["--preset", "emoji", "--output_dir", str(tmp_path / "run"), "--backbone", EMOJI, "--prompts", str(ROOT / "assets/prompts/emoji.txt"),
           "--validation_prompts", str(ROOT / "assets/prompts/emoji_heldout.txt"), "--dry_run"])
-    assert "288 steps" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    assert "368 steps" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
 def test_other_options_do_not_continue_a_run(tmp_path):

@@ -114,7 +114,7 @@ PRESETS = {
     "sdxl": dict(backbone="stabilityai/stable-diffusion-xl-base-1.0", num_targets=181_000, rank=256, batch_size=2,
                  gradient_accumulation_steps=8, gradient_checkpointing=True),
     "emoji": dict(backbone="assets/emoji", prompts="assets/prompts/emoji.txt", validation_prompts="assets/prompts/emoji_heldout.txt",
-                  num_targets=1152, guidance_scale=2.5, pag_scale=0.0, target_batch_size=32, rank=32, epochs=8.0, batch_size=32,
+                  num_targets=2944, guidance_scale=2.5, pag_scale=0.0, target_steps=10, steps=6, target_batch_size=32, rank=32, epochs=4.0, batch_size=32,
                   gradient_accumulation_steps=1, lr=1e-3, lr_schedule="cosine", warmup_steps=5, mixed_precision="no",
                   save_every=50, validate_every=50, num_validation=32),
 }
@@ -444,12 +444,12 @@ def main(arguments: list[str] | None = None) -> None:
     refiner = NETWORKS[options.network].create(pipe, options.rank, guidance_scale_range=options.guidance_scale_range)
     pipe.unet.requires_grad_(False)
     cast_training_params(refiner.unet)
-    if options.gradient_checkpointing:
+    if options.gradient_checkpointing and options.network != "mlp":  # which has nothing to recompute
         refiner.unet.enable_gradient_checkpointing()
     total_steps, cost = plan(options, accelerator.num_processes)
     if accelerator.is_main_process:
         size = sum(p.numel() for p in refiner.unet.parameters() if p.requires_grad)
-        print(f"{options.backbone}: LoRA of rank {options.rank} with {size / 1e6:.1f} M parameters; {len(prompts)} prompts, "
+        print(f"{options.backbone}: a refiner with {size / 1e6:.1f} M parameters ({options.network}, rank {options.rank}); {len(prompts)} prompts, "
               f"{options.num_targets} targets, {total_steps} steps.\nNetwork evaluations (appendix A.7): {cost['targets']:,} for the "
               f"targets, {cost['training']:,} for training.")
     if options.dry_run:
@@ -461,7 +461,7 @@ def main(arguments: list[str] | None = None) -> None:
         "height": height, "width": width, "num_processes": accelerator.num_processes, "backbone_signature": refiner.config.base_signature,
         "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
     if (folder / "config.json").exists():
-        before = json.loads((folder / "config.json").read_text())
+        before = asdict(Options()) | json.loads((folder / "config.json").read_text())  # a run of an earlier version lacks newer options
         changed = [f"{name} was {before.get(name)!r} and is {value!r}" for name, value in settings.items() if before.get(name) != value]
         if changed:
             raise ValueError(f"{folder} holds another run ({'; '.join(changed)}): give the same options and files, or another --output_dir.")

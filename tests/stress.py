@@ -94,8 +94,32 @@ def training(count: Callable[[int], int]) -> Iterator[Figure]:
             runs += 1
             tensors = load_file(run / "pytorch_lora_weights.safetensors")  # of the file's header the order is safetensors' own
             equal += tensors.keys() == expected.keys() and all(torch.equal(tensors[name], expected[name]) for name in tensors)
+        yield from full_disk(Path(folder), expected)
         yield Figure("training: kills at random moments", kills, f"{count(20)}", kills == count(20))
         yield Figure("training: runs whose LoRA is that of an undisturbed run", equal, f"{runs}", equal == runs)
+
+
+def full_disk(folder: Path, expected: dict[str, torch.Tensor]) -> Iterator[Figure]:
+    """A disk that holds one checkpoint and not the next one beside it; only root may mount such a disk."""
+    disk = folder / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)], capture_output=True).returncode:
+        print("    no right to mount a small disk: left out", file=sys.stderr)
+        return
+    try:
+        command = [sys.executable, "train/train_refiner.py", *TRAINING, "--output_dir", str(disk)]
+        full = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        said = full.returncode == 1 and "can't be written" in full.stderr and "Traceback" not in full.stderr
+        yield Figure("training: on a full disk it stops with a sentence", int(said), "1", said)
+        step = torch.load(disk / "checkpoint.pt", weights_only=True)["step"]
+        yield Figure("training: the last checkpoint is whole, of step", step, "at least 1", step >= 1)
+        subprocess.run(["mount", "-o", "remount,size=400m", str(disk)], check=True)
+        train(disk)
+        tensors = load_file(disk / "pytorch_lora_weights.safetensors")
+        equal = all(torch.equal(tensors[name], expected[name]) for name in expected)
+        yield Figure("training: with space again it ends with the same LoRA", int(equal), "1", equal)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 # ---------------------------------------------------------------------------------------------------- the base

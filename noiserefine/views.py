@@ -222,7 +222,7 @@ def seconds_of_gpu(view: str, settings: Settings, extras: tuple) -> int:
         images = min(wanted, 4 * MOST_IMAGES / 3)
     else:
         images = IMAGES[view]
-    return int(10 + images * (steps + 1) * (0.03 if settings.backbone == "emoji" else 0.1))
+    return int(10 + images * (steps + 1) * (0.03 if str(settings.backbone).startswith("emoji") else 0.1))
 
 
 def recipe_of(settings: Settings) -> Recipe:

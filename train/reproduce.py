@@ -10,6 +10,7 @@ the style clay need assets/ of the npm package @lobehub/fluent-emoji-3d as WORK_
 """
 
 import argparse
+import os
 import shlex
 import shutil
 import subprocess
@@ -45,7 +46,7 @@ class Command:
             print("$", shlex.join(words[1:]), flush=True)
             self.result.parent.mkdir(parents=True, exist_ok=True)
             RESULTS.mkdir(parents=True, exist_ok=True)
-            subprocess.run(words, cwd=ROOT, check=True)
+            subprocess.run(words, check=True)
         if self.kept:
             self.kept.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(self.result, self.kept)
@@ -122,7 +123,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=experiments(Path("x")), help="experiments; all if not given")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     args = parser.parse_args()
-    chosen = experiments(args.work_dir.resolve())
+    work = Path(os.path.relpath(args.work_dir, ROOT))  # results record these paths: no place of one machine
+    os.chdir(ROOT)
+    chosen = experiments(work)
     for name in args.only or chosen:
         for command in chosen[name]:
             if args.list:
@@ -130,7 +133,7 @@ def main() -> None:
             else:
                 command.run()
     if not args.list:
-        subprocess.run([sys.executable, "train/report.py"], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "train/report.py"], check=True)
 
 
 if __name__ == "__main__":

@@ -222,17 +222,19 @@ def test_a_model_of_the_catalogue_may_be_a_lora(run, tmp_path, monkeypatch):
 
 
 def test_every_experiment_is_a_command_that_its_script_takes(tmp_path):
-    for name, commands in reproduce.experiments(tmp_path).items():
+    chosen = reproduce.experiments(tmp_path)
+    for name, commands in chosen.items():
         for command in commands:
             assert (ROOT / command.script).is_file() or (ROOT / f"{command.script.replace('.', '/')}.py").is_file(), name
             if command.script == "train/train_refiner.py":
                 assert train_refiner.parse(list(command.options)).output_dir == str(command.result.parent)
             elif command.script == "train/evaluate.py":
                 assert evaluate.parse(list(command.options)).output == command.result
-    files = {command.kept.stem for commands in reproduce.experiments(tmp_path).values() for command in commands if command.kept and command.kept.suffix == ".json"}
+    assert train_refiner.plan(train_refiner.parse(list(chosen["table1"][1].options)), 1)[1]["training"] == reproduce.BUDGET, "as many evaluations as the refiner's"
+    files = {command.kept.stem for commands in chosen.values() for command in commands if command.kept and command.kept.suffix == ".json"}
     assert {file for _, files, _, _ in report.SECTIONS for file in files} == files
-    made = {str(command.result) for commands in reproduce.experiments(tmp_path).values() for command in commands}
-    for commands in reproduce.experiments(tmp_path).values():
+    made = {str(command.result) for commands in chosen.values() for command in commands}
+    for commands in chosen.values():
         for command in (command for command in commands if command.script == "train/evaluate.py"):
             asked = evaluate.parse(list(command.options))
             assert asked.backbone in (*backbones.BACKBONES, "assets/emoji")
@@ -262,7 +264,7 @@ def test_the_report_has_a_section_for_every_experiment(tmp_path, monkeypatch, ca
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr("sys.argv", ["report.py"])
     for name in {file for _, files, _, _ in report.SECTIONS for file in files}:
-        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+        (tmp_path / f"{name}.json").write_text(json.dumps(result | {"results": {"validation_refined": 0.25}}))
     (tmp_path / "inversion.json").write_text(json.dumps({"n": 2, "steps": {"10": {"psnr": 12.0, "psnr_interval": [11, 13]}}}))
     one = {"loss": [[1.0], [0.5]], "gradient_norm": [[1.0], [2.0]]}
     (tmp_path / "gradients.json").write_text(json.dumps({"n": 1, "steps": 2, "lr": 0.1, "msd": one, "full": one,

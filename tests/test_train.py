@@ -214,6 +214,26 @@ def test_other_options_do_not_continue_a_run(tmp_path):
               "--validation_prompts", str(ROOT / "assets/prompts/emoji_heldout.txt")])
 
 
+def test_targets_of_another_run(tmp_path):
+    """The same refiner as with targets of its own; other targets are refused."""
+    tiny = [*SMALL, "--num_targets", "16", "--epochs", "2", "--validate_every", "100"]
+    main([*tiny, "--output_dir", str(tmp_path / "own")])
+    main([*tiny, "--targets_of", str(tmp_path / "own"), "--output_dir", str(tmp_path / "shared")])
+    assert not (tmp_path / "shared" / "targets").exists()
+    states = [load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("own", "shared")]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    results = [json.loads((tmp_path / name / "refiner.json").read_text())["results"] for name in ("own", "shared")]
+    assert results[0]["seconds_of_targets"] == results[1]["seconds_of_targets"] > 0
+    other = ["--targets_of", str(tmp_path / "own"), "--output_dir", str(tmp_path / "other")]
+    with pytest.raises(ValueError, match="target_steps is 6 there and 5 here"):
+        main([*tiny, *other, "--target_steps", "5"])
+    with pytest.raises(ValueError, match="loss is 'msd' there and 'noise' here"):
+        main([*tiny, *other, "--loss", "noise"])
+    with pytest.raises(FileNotFoundError, match="is no run"):
+        main([*tiny, "--targets_of", str(tmp_path), "--output_dir", str(tmp_path / "other")])
+    assert not (tmp_path / "other" / "targets").exists()
+
+
 def test_the_guidance_scale_is_trained(tmp_path, pipe):
     main([*TINY, "--output_dir", str(tmp_path), "--num_targets", "8", "--target_batch_size", "2", "--guidance_scale_range", "1", "5", "--epochs", "2"])
     refiner = Refiner.from_pretrained(tmp_path, pipe, merge=False)

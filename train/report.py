@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root, when run as a script
 
 from train.evaluate import TITLES
-from train.reproduce import RESULTS, ROOT
+from train.reproduce import LEARNING_RATES, RESULTS, ROOT
 
 METRICS = ("object_accuracy", "background_accuracy", "frechet_distance", "feature_variance")
 Results = dict[str, dict]
@@ -108,6 +108,24 @@ def gradients(results: Results) -> str:
     return "\n".join(lines)
 
 
+def tuning(results: Results) -> str:
+    """The held-out loss in the trainer's terms, or the accuracy and Fréchet distance of LoRAs on the denoiser."""
+    def trained(name: str, lr: float) -> str:
+        return f"{results[f'tuning-{name}-{lr}']['results']['validation_refined']:.4f}"
+
+    def measured(name: str, lr: float) -> str:
+        arm = results[f"tuning-{name}-{lr}"]["arms"]["gaussian"]
+        return f"{arm['object_accuracy']:.3f}, {arm['frechet_distance']:.2f}"
+
+    rows = [(title, name, trained) for title, name in (("refiner", "lora"), ("MLP", "mlp"), ("from scratch", "scratch"), ("noise loss", "noise"))]
+    rows += [(title, name, measured) for title, name in (("guidance distillation", "guidance"), ("fine-tuning on guided images", "images"))]
+    n = results[f"tuning-guidance-{LEARNING_RATES[0]}"]["n"]
+    return "\n".join([
+        "A quarter of each training. The first four: mean squared distance to the guided latents on held-out prompts, smaller is better; the others: object accuracy "
+        f"and Fréchet distance of {n} images.\n", f"| learning rate | {' | '.join(f'{lr:g}' for lr in LEARNING_RATES)} |", "|---|" + "---|" * len(LEARNING_RATES),
+        *[f"| {title} | {' | '.join(make(name, lr) for lr in LEARNING_RATES)} |" for title, name, make in rows]])
+
+
 FID = "| | FID ↓ | IS ↑ |"
 # Title, the files it is made of, how, and the paper's own.
 SECTIONS: list[tuple[str, list[str], Callable[[Results], str], str]] = [
@@ -133,7 +151,8 @@ SECTIONS: list[tuple[str, list[str], Callable[[Results], str], str]] = [
      quote(FID, "| SiT-XL/2: unguided | 18.43 | 40.00 |", "| fine-tuned on guided images | 12.31 | 58.59 |", "| refined | 10.42 | 50.39 |")),
     ("LoRA or the same network from scratch (table 14)", ["base", "scratch"], plain("", ("from scratch", "scratch", "refined")),
      quote("| | FID ↓ |", "| from scratch | 37.87 |", "| LoRA | 13.74 |")),
-    ("N in the loss (table 15): 5, and the preset's 6", ["base", "n5"], plain("", ("refined, trained with N = 5", "n5", "refined")),
+    ("N in the loss (table 15): 5, 10, and the preset's 6", ["base", "n5", "n10"],
+     plain("", ("refined, trained with N = 5", "n5", "refined"), ("refined, trained with N = 10", "n10", "refined")),
      quote("| N | FID ↓ |", "| 5 | 13.74 |", "| 10 | 13.36 |")),
     ("Samplers and steps (appendix A.10)", [f"{name}-{steps}" for name in ("dpm2m", "dpmsde", "euler", "heunedm") for steps in (10, 20, 50)], samplers, ""),
     ("How few steps are enough", ["base", *[f"ddim-{steps}" for steps in (4, 6, 10, 14)]], few_steps, ""),
@@ -141,6 +160,7 @@ SECTIONS: list[tuple[str, list[str], Callable[[Results], str], str]] = [
     ("Parametrisation of the correction", ["base", "raw", "difference"],
      plain("", ("raw: x + UNet(x)", "raw", "refined"), ("difference, two forwards", "difference", "refined")), ""),
     ("Seeds of training", ["base", "seed1", "seed2"], plain("", ("second seed", "seed1", "refined"), ("third seed", "seed2", "refined")), ""),
+    ("Learning rates", [f"tuning-{name}-{lr}" for name in ("lora", "mlp", "scratch", "noise", "guidance", "images") for lr in LEARNING_RATES], tuning, ""),
     ("The gradient (figures 6, 31 to 36)", ["gradients"], gradients, ""),
     ("Nearness to training pictures (figure 12)", ["novelty"], lambda results: "\n".join(
         ["| images | n | mean distance to the nearest training picture | 5th percentile |", "|---|---|---|---|",

@@ -26,6 +26,7 @@ from train.train_refiner import parse, plan
 
 RESULTS = ROOT / "assets" / "results" / "paper"
 REFINER, LORAS, LORA = "assets/refiners/emoji", ROOT / "assets" / "loras", "pytorch_lora_weights.safetensors"
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)  # tried in a quarter of each training, by the experiment "tuning"
 BUDGET = plan(parse(["--preset", "emoji", "--output_dir", "x"]), 1)[1]["training"]  # network evaluations of the refiner's training, after its targets
 
 
@@ -54,20 +55,36 @@ class Command:
 
 def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
     """The commands of each experiment, in an order in which they can be run."""
-    def train(name: str, *options: str) -> Command:
-        return Command("train/train_refiner.py", ("--preset", "emoji", *options, "--output_dir", str(work / name)), work / name / "refiner.json")
+    shared = ("--targets_of", str(work / "refiner"))  # the shipped refiner's, made again by the run "refiner"
+    inverted = ("--loss", "noise", "--targets_of", str(work / "inverted"))
+
+    def train(name: str, *options: str, kept: Path | None = None) -> Command:
+        return Command("train/train_refiner.py", ("--preset", "emoji", *options, "--output_dir", str(work / name)), work / name / "refiner.json", kept)
 
     def evaluate(name: str, *options: str, images: int = n) -> Command:
         result = work / "results" / f"{name}.json"
         return Command("train/evaluate.py", (*options, "--n", str(images), "--output", str(result)), result, RESULTS / f"{name}.json")
 
-    def denoiser(loss: str, *options: str, kept: Path | None = None) -> Command:
-        folder = work / loss
+    def denoiser(name: str, loss: str, *options: str, kept: Path | None = None) -> Command:
+        folder = work / name
         return Command("train/denoiser_lora.py", ("--loss", loss, "--targets", str(work / "refiner"), *options, "--output_dir", str(folder)), folder / LORA, kept)
 
     def compared(name: str, *options: str) -> list[Command]:
         """A run of the trainer with other options, and what its result does."""
         return [train(name, *options), evaluate(name, "--refiner", str(work / name), "--arms", "refined")]
+
+    def tuned() -> Iterator[Command]:
+        """A quarter of each training with every learning rate: the held-out distance of the trainer, or accuracy and Fréchet distance of a changed denoiser."""
+        for lr in LEARNING_RATES:
+            for network in ("lora", "mlp", "scratch"):
+                name = f"tuning-{network}-{lr}"
+                yield train(name, *shared, "--network", network, "--epochs", "1", "--lr", str(lr), kept=RESULTS / f"{name}.json")
+            name = f"tuning-noise-{lr}"
+            yield train(name, *inverted, "--epochs", "4", "--lr", str(lr), kept=RESULTS / f"{name}.json")
+            for loss in ("guidance", "images"):
+                name = f"tuning-{loss}-{lr}"
+                yield denoiser(name, loss, "--evaluations", str(BUDGET // 4), "--lr", str(lr))
+                yield evaluate(name, "--lora", str(work / name), "--arms", "gaussian", images=n // 4)
 
     def sampled(samplers: list[str], steps: list[int], arms: list[str], images: int) -> Iterator[Command]:
         for sampler in samplers:
@@ -87,23 +104,25 @@ def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
             evaluate(f"emoji-{name}", "--backbone", f"emoji-{name}", "--refiner", REFINER, "--metrics", f"judge={judge.relative_to(ROOT)}")]
 
     base = evaluate("base", "--refiner", REFINER, "--arms", "gaussian", "guided", "refined", "refined_guided")
-    refiner = train("refiner")  # the shipped refiner again, for its targets
+    refiner = train("refiner")
+    invert = train("inverted", "--loss", "noise", "--epochs", "0.01")  # one step: for its targets, which hold the inverted noise
     return {
         "base": [base],
-        "table2": [base, refiner, denoiser("guidance", "--evaluations", str(BUDGET)),
+        "tuning": [refiner, invert, *tuned()],
+        "table2": [base, refiner, denoiser("guidance", "guidance", "--evaluations", str(BUDGET)),
                    evaluate("guidance-distilled", "--lora", str(work / "guidance"), "--arms", "gaussian")],
-        "table1": compared("noise-loss", "--loss", "noise", "--epochs", "48"),  # as many evaluations: each item takes two and not twelve
+        "table1": [invert, *compared("noise-loss", *inverted, "--epochs", "16")],  # as many evaluations: each item takes two and not eight
         "table11": [Command("train/inversion_error.py", ("--n", "100", "--output", str(work / "results" / "inversion.json")),
                             work / "results" / "inversion.json", RESULTS / "inversion.json")],
         "table4": styled("clay") + styled("ink"),
-        "table5": [refiner, denoiser("consistency", "--steps", "500", kept=LORAS / "emoji-turbo" / LORA)] + [evaluate(f"turbo-{steps}", "--backbone", "emoji-turbo", "--refiner", REFINER, "--arms", "gaussian", "refined", "--sampler", "Euler",
+        "table5": [refiner, denoiser("consistency", "consistency", "--steps", "500", kept=LORAS / "emoji-turbo" / LORA)] + [evaluate(f"turbo-{steps}", "--backbone", "emoji-turbo", "--refiner", REFINER, "--arms", "gaussian", "refined", "--sampler", "Euler",
                             "--steps", str(steps)) for steps in (1, 2, 4)],
-        "table10": compared("mlp", "--network", "mlp"),
-        "table12": [refiner, denoiser("images", "--evaluations", str(BUDGET)),
+        "table10": [refiner, *compared("mlp", *shared, "--network", "mlp")],
+        "table12": [refiner, denoiser("images", "images", "--evaluations", str(BUDGET)),
                     evaluate("fine-tuned", "--lora", str(work / "images"), "--arms", "gaussian")],
-        "table14": compared("scratch", "--network", "scratch"),
-        "table15": compared("n5", "--steps", "5"),
-        "parametrisation": compared("raw", "--network", "raw") + compared("difference", "--network", "difference"),
+        "table14": [refiner, *compared("scratch", *shared, "--network", "scratch")],
+        "table15": [refiner, *compared("n5", *shared, "--steps", "5"), *compared("n10", *shared, "--steps", "10")],
+        "parametrisation": [refiner, *compared("raw", *shared, "--network", "raw"), *compared("difference", *shared, "--network", "difference")],
         "seeds": [command for seed in (1, 2) for command in compared(f"seed{seed}", "--seed", str(seed * 10**7))],
         "strength": [evaluate(f"strength-{strength}", "--refiner", REFINER, "--strength", str(strength), "--arms", "refined")
                      for strength in (0.25, 0.5, 0.75, 1.25, 1.5)],

@@ -76,6 +76,7 @@ class Options:
     pag_scale: float = knob(3.0, "PAG scale s of the targets (eq. 32); 0 for none")
     target_steps: int = knob(20, "N', sampling steps of the targets")
     target_batch_size: int = knob(8, "images a sampling call of the targets, on each device")
+    targets_of: str = knob(None, "folder of another run whose targets to use, so that only the training is new; its options for them must be these")
     keep_top: int = knob(0, "keep only this many targets, those with the highest --score; 0 keeps all (appendix D.1)")
     score: str = knob(None, "module:function that maps (list of PIL images, list of prompts) to a list of scores")
     height: int = knob(None, "pixels; the model's native size if not given")
@@ -107,6 +108,8 @@ class Options:
     dry_run: bool = knob(False, "print the plan and its cost, and stop")
 
 
+TARGET_OPTIONS = ("num_targets", "guidance_scale", "guidance_scale_range", "pag_scale", "target_steps", "target_batch_size", "score", "height", "width", "sampler",
+                  "seed", "backbone_signature", "prompts_sha256")  # what targets are made from
 MAX_SKIPPED = 20  # steps in a row that are not finite; fp16's loss scale needs a few to come down
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRESETS = {
@@ -203,7 +206,7 @@ class Targets:
     """x0_Guide of M pairs (x_T, prompt), in files of one batch each. Item i: seed seed + i, prompt i of the shuffled list."""
 
     def __init__(self, options: Options, pipe: DiffusionPipeline, prompts: list[str]):
-        self.options, self.pipe, self.folder, self.score = options, pipe, Path(options.output_dir) / "targets", load_score(options.score)
+        self.options, self.pipe, self.folder, self.score = options, pipe, Path(options.targets_of or options.output_dir) / "targets", load_score(options.score)
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(options.seed)).tolist()
         self.prompts = [prompts[i] for i in itertools.islice(itertools.cycle(order), options.num_targets)]
 
@@ -411,17 +414,27 @@ def train(options: Options, accelerator: Accelerator, pipe: DiffusionPipeline, t
             raise KeyboardInterrupt
 
 
+def check_targets_of(run: Path, settings: dict) -> None:
+    """Raises ValueError where the targets of another run are not those that these settings make, and FileNotFoundError where there is no run."""
+    if not (run / "config.json").is_file():
+        raise FileNotFoundError(f"--targets_of {run} is no run of this script: it has no config.json.")
+    theirs = asdict(Options()) | json.loads((run / "config.json").read_text())  # a run of an earlier version lacks newer options
+    names = TARGET_OPTIONS + (("loss", "inversion_steps") if settings["loss"] == "noise" else ())
+    if other := [f"{name} is {theirs.get(name)!r} there and {settings[name]!r} here" for name in names if theirs.get(name) != settings[name]]:
+        raise ValueError(f"The targets of {run} are others ({'; '.join(other)}): give the same options, or leave --targets_of out.")
+
+
 @lru_cache(maxsize=2)  # a batch may span two epochs
 def shuffled(epoch: int, count: int, seed: int) -> list[int]:
     """The order of the targets in an epoch."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
 
-def results(folder: Path) -> dict[str, float]:
+def results(folder: Path, targets: Path) -> dict[str, float]:
     """What a finished run says of itself: the last validation, and the seconds its targets and steps took on all devices."""
     lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
     seconds_of_targets = 0.0
-    for path in (folder / "targets").glob("*.safetensors"):
+    for path in targets.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             seconds_of_targets += float(file.metadata()["seconds"])
     return {key: value for key, value in lines[-1].items() if key.startswith("validation_")} | {
@@ -465,6 +478,8 @@ def main(arguments: list[str] | None = None) -> None:
         changed = [f"{name} was {before.get(name)!r} and is {value!r}" for name, value in settings.items() if before.get(name) != value]
         if changed:
             raise ValueError(f"{folder} holds another run ({'; '.join(changed)}): give the same options and files, or another --output_dir.")
+    if options.targets_of:
+        check_targets_of(Path(options.targets_of), settings)
     if accelerator.is_main_process:
         with atomic(folder / "config.json") as part:
             part.write_text(json.dumps(settings, indent=2) + "\n")
@@ -479,7 +494,7 @@ def main(arguments: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         keys = ("network", "loss", "guidance_scale", "guidance_scale_range", "pag_scale", "target_steps", "sampler", "steps", "num_targets", "epochs", "height", "width", "prompts")
         refiner.config.training = {key: settings[key] for key in keys} | {"optimizer_steps": total_steps}
-        refiner.config.results = results(folder)
+        refiner.config.results = results(folder, targets.folder)
         refiner.save_pretrained(folder)
         print(f"Saved the refiner to {folder}: {json.dumps(refiner.config.results)}")
 

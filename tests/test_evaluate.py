@@ -67,6 +67,8 @@ def test_evaluate_runs_and_goes_on(tmp_path):
     assert result["differences"]["refined"]["object_accuracy"] == pytest.approx(
         result["arms"]["refined"]["object_accuracy"] - result["arms"]["guided"]["object_accuracy"])
     assert Image.open(tmp_path / "images" / "refined" / "00011.png").size == (64, 64)
+    first, row = Image.open(tmp_path / "images" / "guided" / "00000.png"), Image.open(tmp_path / "all" / "guided.webp").convert("RGB")
+    assert row.size == (6 * 64, 64) and np.abs(np.int16(first) - np.int16(row.crop((0, 0, 64, 64)))).mean() < 5
 
     (tmp_path / "all" / "refined-000006.npz").unlink()
     untouched = (tmp_path / "all" / "refined-000000.npz").stat().st_mtime_ns

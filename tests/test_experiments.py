@@ -1,6 +1,7 @@
 """The experiments beside the refiner: other networks and losses, LoRAs on the denoiser, gradients, and the report of all of them."""
 
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -247,18 +248,33 @@ def test_every_experiment_is_a_command_that_its_script_takes(tmp_path):
 def test_a_command_is_run_once(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "kept")
+    (tmp_path / "r" / "x").mkdir(parents=True)
+    (tmp_path / "r" / "x" / "refined.webp").touch()
     monkeypatch.setattr(subprocess, "run", lambda words, **_: (ran.append(words), (tmp_path / "r" / "x.json").write_text("{}")))
     command = reproduce.Command("train/evaluate.py", ("--n", "2"), tmp_path / "r" / "x.json", tmp_path / "kept" / "x.json")
     command.run()
     command.run()
     shutil.rmtree(tmp_path / "r")
     command.run()
-    assert len(ran) == 1 and (tmp_path / "kept" / "x.json").exists()
+    assert len(ran) == 1 and {path.name for path in (tmp_path / "kept").iterdir()} == {"x.json", "x-refined.webp"}
+
+
+def test_the_kept_report_is_of_the_kept_results(tmp_path, monkeypatch):
+    """Made again of them it is the same, and its pictures are there."""
+    text = (reproduce.RESULTS / "report.md").read_text()
+    assert all((reproduce.RESULTS / name).is_file() for name in re.findall(r"\]\(([^)]+)\)", text))
+    shutil.copytree(reproduce.RESULTS, tmp_path / "kept")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "kept")
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr("sys.argv", ["report.py"])
+    report.main()
+    assert (tmp_path / "kept" / "report.md").read_text() == text
 
 
 def test_the_report_has_a_section_for_every_experiment(tmp_path, monkeypatch, capsys):
     """Of made-up results; what is missing is named."""
-    arm = {"forwards": 20.0} | {metric: 0.5 for metric in report.METRICS} | {f"{metric}_interval": [0.4, 0.6] for metric in report.METRICS}
+    metrics = ("object_accuracy", "background_accuracy", "frechet_distance", "feature_variance")
+    arm = {"forwards": 20.0} | {metric: 0.5 for metric in metrics} | {f"{metric}_interval": [0.4, 0.6] for metric in metrics}
     result = {"n": 1000, "prompts": 220, "first_seed": 10**6, "arms": {name: arm for name in ("gaussian", "guided", "refined", "refined_guided")}}
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "ROOT", tmp_path)
@@ -274,6 +290,7 @@ def test_the_report_has_a_section_for_every_experiment(tmp_path, monkeypatch, ca
     text = (tmp_path / "report.md").read_text()
     assert all(f"## {title}" in text for title, *_ in report.SECTIONS) and "Not measured yet" not in text
     assert "| refined, unguided | 0.500 [0.400, 0.600] |" in text and "42.71" in text
+    assert "| refined, unguided | ![refined, unguided](base-refined.webp) |" in text
     (tmp_path / "mlp.json").unlink()
     report.main()
     text = (tmp_path / "report.md").read_text()

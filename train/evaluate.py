@@ -9,7 +9,8 @@ held-out (object, background) pairs, which a classifier of its own judges; with 
 What each metric is says train/metrics.py.  Intervals are 95 % bootstrap intervals over prompts, the same resamples for all arms;
 "differences" are to the arm --reference, guided if not given, "gap_closed" is (gaussian - refined) / (gaussian - reference).
 
-What was measured is kept in the folder beside --output that has its name: the same command goes on where it stopped.
+What was measured is kept in the folder beside --output that has its name, with the first images of each arm in a row, ARM.webp: the same command
+goes on where it stopped.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import make_image_grid
 from PIL import Image
 from tqdm import tqdm
 
@@ -45,6 +47,7 @@ from train.prompts import coco_captions
 from train.train_refiner import atomic, read_prompts
 
 FIRST_SEED = 10**6
+SHOWN = 8  # images of each arm, in a row
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,9 @@ class Measurement:
                 rows = {key: value for metric in metrics for key, value in metric.measure(images, here).items()}
                 if args.images:
                     write(images, args.images / name, start)
+                if start == 0:
+                    shown = images[:SHOWN]
+                    make_image_grid(shown, 1, len(shown), resize=min(256, shown[0].width)).save(self.folder / f"{name}.webp", quality=90)
                 with atomic(self.file(name, start)) as part, part.open("wb") as file:
                     np.savez(file, forwards=counter.count, seconds=seconds, **rows)  # type: ignore[arg-type]
         self.process.wait_for_everyone()
@@ -217,21 +223,22 @@ TITLES = {"object_accuracy": "object accuracy ↑", "background_accuracy": "back
           "pick_score": "PickScore ↑", "aesthetic": "aesthetic score ↑"}
 
 
-def table(result: dict) -> str:
-    """The results as a Markdown table."""
-    metrics = [metric for metric in TITLES if metric in next(iter(result["arms"].values()))]
+def cell(values: dict, metric: str) -> str:
+    if metric not in values:
+        return ""
+    digits = 3 if metric.endswith("accuracy") else 2
+    low, high = values[f"{metric}_interval"]
+    return f"{values[metric]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
-    def row(name: str, values: dict, forwards: str) -> str:
-        cells = []
-        for metric in metrics:
-            digits = 3 if metric.endswith("accuracy") and name != "gap closed" else 2
-            low, high = values.get(f"{metric}_interval", (0, 0))
-            cells.append(f"{values[metric]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]" if metric in values else "")
-        return f"| {name} | {' | '.join(cells)} | {forwards} |"
 
-    rows = [f"| arm | {' | '.join(TITLES[metric] for metric in metrics)} | UNet forwards |", "|---|" + "---|" * (len(metrics) + 1)]
-    rows += [row(arm, values, f"{values['forwards']:.0f}") for arm, values in result["arms"].items()]
-    return "\n".join(rows + ([row("gap closed", result["gap_closed"], "")] if "gap_closed" in result else []))
+def table(rows: list[tuple[str, dict]]) -> str:
+    """A Markdown table of arms, or of figures made of them: (what it is called, its figures)."""
+    metrics = [metric for metric in TITLES if any(metric in values for _, values in rows)]
+    lines = [f"| | {' | '.join(TITLES[metric] for metric in metrics)} | UNet forwards |", "|---|" + "---|" * (len(metrics) + 1)]
+    for name, values in rows:
+        forwards = f"{values['forwards']:.0f}" if "forwards" in values else ""
+        lines.append(f"| {name} | {' | '.join(cell(values, metric) for metric in metrics)} | {forwards} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -250,7 +257,7 @@ def main() -> None:
         result = measurement.results(prompts, metrics)
         with atomic(args.output) as part:
             part.write_text(json.dumps(result, indent=2) + "\n")
-        print(table(result))
+        print(table([*result["arms"].items(), *([("gap closed", result["gap_closed"])] if "gap_closed" in result else [])]))
 
 
 if __name__ == "__main__":

@@ -16,53 +16,40 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root, when run as a script
 
-from train.evaluate import TITLES
+from train.evaluate import SHOWN, TITLES, held_out_prompts, table
 from train.reproduce import LEARNING_RATES, RESULTS, ROOT
 
-METRICS = ("object_accuracy", "background_accuracy", "frechet_distance", "feature_variance")
 Results = dict[str, dict]
+Row = tuple[str, str, str]  # what it is called, a result of evaluate.py, the arm in it
+BASE: list[Row] = [("Gaussian, unguided", "base", "gaussian"), ("Gaussian, guided", "base", "guided"), ("refined, unguided", "base", "refined")]
 
 
-def cell(values: dict, metric: str) -> str:
-    if metric not in values:
-        return ""
-    digits = 3 if metric.endswith("accuracy") else 2
-    low, high = values[f"{metric}_interval"]
-    return f"{values[metric]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def arms(rows: list[tuple[str, dict, str]]) -> str:
-    """A table of arms: (what it is called, a result of evaluate.py, the arm in it)."""
-    counts = sorted({(result["n"], result["prompts"]) for _, result, _ in rows}, reverse=True)
-    lines = [f"n = {' and '.join(f'{n} images of {prompts} prompts' for n, prompts in counts)} an arm.\n",
-             f"| | {' | '.join(TITLES[metric] for metric in METRICS)} | UNet forwards |", "|---|" + "---|" * (len(METRICS) + 1)]
-    for name, result, arm in rows:
-        values = result["arms"][arm]
-        lines.append(f"| {name} | {' | '.join(cell(values, metric) for metric in METRICS)} | {values['forwards']:.0f} |")
-    return "\n".join(lines)
+def arms(results: Results, rows: list[Row]) -> str:
+    """A table of arms, and their first images."""
+    counts = sorted({(results[file]["n"], results[file]["prompts"]) for _, file, _ in rows}, reverse=True)
+    return "\n".join([
+        f"n = {' and '.join(f'{n} images of {prompts} prompts' for n, prompts in counts)} an arm.\n",
+        table([(title, results[file]["arms"][arm]) for title, file, arm in rows]), "\n| | the first images |", "|---|---|",
+        *[f"| {title} | ![{title}]({file}-{arm}.webp) |" for title, file, arm in rows]])
 
 
 def quote(header: str, *rows: str) -> str:
     return "\n".join(["The paper's:\n", header, "|" + "---|" * header.strip("|").count("|") + "---|", *rows])
 
 
-def base_rows(results: Results) -> list[tuple[str, dict, str]]:
-    return [(name, results["base"], arm) for name, arm in (("Gaussian, unguided", "gaussian"), ("Gaussian, guided", "guided"), ("refined, unguided", "refined"))]
-
-
-def plain(name: str, *rows: tuple[str, str, str]) -> Callable[[Results], str]:
-    """A section of the base's arms and others': (what it is called, file, arm)."""
-    return lambda results: arms(base_rows(results) + [(title, results[file], arm) for title, file, arm in rows])
+def plain(*rows: Row) -> Callable[[Results], str]:
+    """A section of the base's arms and others."""
+    return lambda results: arms(results, [*BASE, *rows])
 
 
 def styles(results: Results) -> str:
-    return arms([(f"{style}: {title}", results[f"emoji-{style}"], arm) for style in ("clay", "ink")
-                 for title, arm in (("Gaussian, unguided", "gaussian"), ("Gaussian, guided", "guided"), ("refined by the base's refiner", "refined"))])
+    return arms(results, [(f"{style}: {title}", f"emoji-{style}", arm) for style in ("clay", "ink")
+                          for title, arm in (("Gaussian, unguided", "gaussian"), ("Gaussian, guided", "guided"), ("refined by the base's refiner", "refined"))])
 
 
 def turbo(results: Results) -> str:
-    return arms([(f"{noise}, {steps} step{'s' * (steps > 1)}", results[f"turbo-{steps}"], arm) for steps in (1, 2, 4)
-                 for noise, arm in (("Gaussian", "gaussian"), ("refined", "refined"))])
+    return arms(results, [(f"{noise}, {steps} step{'s' * (steps > 1)}", f"turbo-{steps}", arm) for steps in (1, 2, 4)
+                          for noise, arm in (("Gaussian", "gaussian"), ("refined", "refined"))])
 
 
 def inversion(results: Results) -> str:
@@ -71,29 +58,29 @@ def inversion(results: Results) -> str:
 
 
 def samplers(results: Results) -> str:
-    return arms([(f"{title}, {steps} steps, {noise}", results[f"{name}-{steps}"], arm) for title, name in (
+    return arms(results, [(f"{title}, {steps} steps, {noise}", f"{name}-{steps}", arm) for title, name in (
         ("DPM++ 2M", "dpm2m"), ("DPM++ SDE", "dpmsde"), ("Euler", "euler"), ("Heun (EDM)", "heunedm")) for steps in (10, 20, 50)
         for noise, arm in (("Gaussian", "gaussian"), ("refined", "refined"))])
 
 
 def few_steps(results: Results) -> str:
-    files = [(steps, results[f"ddim-{steps}"]) for steps in (4, 6, 10, 14)] + [(20, results["base"])]
+    files = [(steps, f"ddim-{steps}") for steps in (4, 6, 10, 14)] + [(20, "base")]
     figure = Figure(figsize=(9, 3.4), layout="constrained", dpi=110)
     for axis, metric in zip(figure.subplots(1, 2), ("object_accuracy", "frechet_distance")):
         for arm, colour in (("gaussian", "tab:gray"), ("guided", "tab:blue"), ("refined", "tab:orange")):
-            values = [result["arms"][arm] for _, result in files]
+            values = [results[file]["arms"][arm] for _, file in files]
             axis.plot([value["forwards"] for value in values], [value[metric] for value in values], "o-", color=colour, label=arm)
             axis.fill_between([value["forwards"] for value in values], *zip(*[value[f"{metric}_interval"] for value in values]), color=colour, alpha=0.15, linewidth=0)
         axis.set(xlabel="UNet forwards", title=TITLES[metric])
         axis.legend()
     figure.savefig(RESULTS / "steps.png")
-    return "![Quality against UNet forwards](steps.png)\n\n" + arms([(f"{steps} steps, {arm}", result, arm) for steps, result in files
-                                                                    for arm in ("gaussian", "guided", "refined")])
+    return "![Quality against UNet forwards](steps.png)\n\n" + arms(results, [
+        (f"{steps} steps, {title}", file, arm) for steps, file in files for title, arm in (("Gaussian", "gaussian"), ("guided", "guided"), ("refined", "refined"))])
 
 
 def strengths(results: Results) -> str:
-    rows = [(f"strength {value}", results[f"strength-{value}"], "refined") for value in (0.25, 0.5, 0.75)] + [("strength 1", results["base"], "refined")]
-    return arms([("strength 0", results["base"], "gaussian"), *rows, *[(f"strength {value}", results[f"strength-{value}"], "refined") for value in (1.25, 1.5)]])
+    return arms(results, [("strength 0", "base", "gaussian"), *[(f"strength {value}", f"strength-{value}", "refined") for value in (0.25, 0.5, 0.75)],
+                          ("strength 1", "base", "refined"), *[(f"strength {value}", f"strength-{value}", "refined") for value in (1.25, 1.5)]])
 
 
 def gradients(results: Results) -> str:
@@ -130,11 +117,11 @@ FID = "| | FID ↓ | IS ↑ |"
 # Title, the files it is made of, how, and the paper's own.
 SECTIONS: list[tuple[str, list[str], Callable[[Results], str], str]] = [
     ("Three arms and guidance distillation (table 2)", ["base", "guidance-distilled"],
-     plain("", ("guidance-distilled, unguided", "guidance-distilled", "gaussian")),
+     plain(("guidance-distilled, unguided", "guidance-distilled", "gaussian")),
      quote(FID, "| SD2.1: Gaussian, unguided | 42.71 | 20.86 |", "| Gaussian, guided | 16.19 | 37.95 |", "| guidance-distilled | 19.09 | 33.45 |",
            "| refined, unguided | 14.62 | 34.90 |")),
     ("Loss in the space of noise or of images (table 1, figure 5)", ["base", "noise-loss"],
-     plain("", ("refiner trained on inverted noise", "noise-loss", "refined")),
+     plain(("refiner trained on inverted noise", "noise-loss", "refined")),
      quote("| | PickScore ↑ | CLIPScore ↑ |", "| noise space | 17.97 | 18.39 |", "| image space | 21.62 | 36.43 |")),
     ("What DDIM inversion loses (table 11)", ["inversion"], inversion,
      quote("| steps | PSNR ↑ |", *[f"| {steps} | {psnr} |" for steps, psnr in ((10, 12.16), (20, 15.82), (50, 23.24), (200, 22.93), (500, 17.71), (999, 14.84))])),
@@ -143,23 +130,23 @@ SECTIONS: list[tuple[str, list[str], Callable[[Results], str], str]] = [
            "| anime: Gaussian, unguided | 16.47 | 22.37 |", "| Gaussian, guided | 17.68 | 30.04 |", "| refined | 18.08 | 29.62 |")),
     ("A few-step model (table 5)", ["turbo-1", "turbo-2", "turbo-4"], turbo,
      quote(FID, "| SD-Turbo: Gaussian, 1 step | 27.18 | 34.31 |", "| Gaussian, 2 steps | 30.24 | 32.46 |", "| refined, 1 step | 24.94 | 38.07 |")),
-    ("Guided sampling from refined noise (table 6)", ["base"], plain("", ("refined, guided", "base", "refined_guided")),
+    ("Guided sampling from refined noise (table 6)", ["base"], plain(("refined, guided", "base", "refined_guided")),
      quote(FID, "| SD2.1: Gaussian, guided | 18.74 | 32.55 |", "| refined, guided | 22.94 | 34.37 |")),
-    ("A Gaussian for every prompt (table 10)", ["base", "mlp"], plain("", ("MLP that predicts mean and deviation", "mlp", "refined")),
+    ("A Gaussian for every prompt (table 10)", ["base", "mlp"], plain(("MLP that predicts mean and deviation", "mlp", "refined")),
      quote("| | FID ↓ |", "| MLP | 217.30 |", "| refiner | 13.74 |")),
-    ("Fine-tuning the model on guided images (table 12)", ["base", "fine-tuned"], plain("", ("fine-tuned, unguided", "fine-tuned", "gaussian")),
+    ("Fine-tuning the model on guided images (table 12)", ["base", "fine-tuned"], plain(("fine-tuned, unguided", "fine-tuned", "gaussian")),
      quote(FID, "| SiT-XL/2: unguided | 18.43 | 40.00 |", "| fine-tuned on guided images | 12.31 | 58.59 |", "| refined | 10.42 | 50.39 |")),
-    ("LoRA or the same network from scratch (table 14)", ["base", "scratch"], plain("", ("from scratch", "scratch", "refined")),
+    ("LoRA or the same network from scratch (table 14)", ["base", "scratch"], plain(("from scratch", "scratch", "refined")),
      quote("| | FID ↓ |", "| from scratch | 37.87 |", "| LoRA | 13.74 |")),
     ("N in the loss (table 15): 5, 10, and the preset's 6", ["base", "n5", "n10"],
-     plain("", ("refined, trained with N = 5", "n5", "refined"), ("refined, trained with N = 10", "n10", "refined")),
+     plain(("refined, trained with N = 5", "n5", "refined"), ("refined, trained with N = 10", "n10", "refined")),
      quote("| N | FID ↓ |", "| 5 | 13.74 |", "| 10 | 13.36 |")),
     ("Samplers and steps (appendix A.10)", [f"{name}-{steps}" for name in ("dpm2m", "dpmsde", "euler", "heunedm") for steps in (10, 20, 50)], samplers, ""),
     ("How few steps are enough", ["base", *[f"ddim-{steps}" for steps in (4, 6, 10, 14)]], few_steps, ""),
     ("Strength (figure 13)", ["base", *[f"strength-{value}" for value in (0.25, 0.5, 0.75, 1.25, 1.5)]], strengths, ""),
     ("Parametrisation of the correction", ["base", "raw", "difference"],
-     plain("", ("raw: x + UNet(x)", "raw", "refined"), ("difference, two forwards", "difference", "refined")), ""),
-    ("Seeds of training", ["base", "seed1", "seed2"], plain("", ("second seed", "seed1", "refined"), ("third seed", "seed2", "refined")), ""),
+     plain(("raw: x + UNet(x)", "raw", "refined"), ("difference, two forwards", "difference", "refined")), ""),
+    ("Seeds of training", ["base", "seed1", "seed2"], plain(("second seed", "seed1", "refined"), ("third seed", "seed2", "refined")), ""),
     ("Learning rates", [f"tuning-{name}-{lr}" for name in ("lora", "mlp", "scratch", "noise", "guidance", "images") for lr in LEARNING_RATES], tuning, ""),
     ("The gradient (figures 6, 31 to 36)", ["gradients"], gradients, ""),
     ("Nearness to training pictures (figure 12)", ["novelty"], lambda results: "\n".join(
@@ -176,7 +163,8 @@ def main() -> None:
     parts = ["# The paper's experiments on the embedded model\n",
              f"Held-out prompts, 20 DDIM steps where nothing else is said, seeds from {settings.get('first_seed')}, 95 % bootstrap intervals over prompts; made by "
              "`python train/reproduce.py`. Networks that are compared with the refiner had its targets and as many network evaluations (appendix A.7), but for the "
-             "other networks in its place and N = 5, which had as many steps. A Fréchet distance depends on n: compare within a table."]
+             "other networks in its place and N = 5, which had as many steps. A Fréchet distance depends on n: compare within a table. The first images are of the same seeds everywhere and of these prompts: "
+             f"{'; '.join(held_out_prompts(SHOWN))}."]
     missing = []
     for title, files, make, theirs in SECTIONS:
         if all(file in results for file in files):

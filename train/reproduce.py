@@ -51,6 +51,8 @@ class Command:
         if self.kept:
             self.kept.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(self.result, self.kept)
+            for picture in self.result.with_suffix("").glob("*.webp"):  # of evaluate.py: the first images of an arm
+                shutil.copy(picture, self.kept.with_name(f"{self.kept.stem}-{picture.name}"))
 
 
 def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:

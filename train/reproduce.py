@@ -114,7 +114,7 @@ def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
         "table2": [base, refiner, denoiser("guidance", "guidance", "--evaluations", str(BUDGET), "--lr", "3e-4"),
                    evaluate("guidance-distilled", "--lora", str(work / "guidance"), "--arms", "gaussian")],
         "table1": [invert, *compared("noise-loss", *inverted, "--epochs", "16", "--lr", "3e-4")],  # as many evaluations: each item takes two and not eight
-        "table11": [Command("train/inversion_error.py", ("--n", "100", "--output", str(work / "results" / "inversion.json")),
+        "table11": [Command("train/inversion_error.py", ("--n", "40", "--output", str(work / "results" / "inversion.json")),
                             work / "results" / "inversion.json", RESULTS / "inversion.json")],
         "table4": styled("clay") + styled("ink"),
         "table5": [refiner, denoiser("consistency", "consistency", "--steps", "500", kept=LORAS / "emoji-turbo" / LORA)] + [evaluate(f"turbo-{steps}", "--backbone", "emoji-turbo", "--refiner", REFINER, "--arms", "gaussian", "refined", "--sampler", "Euler",

@@ -74,7 +74,8 @@ def test_evaluate_runs_and_goes_on(tmp_path):
     untouched = (tmp_path / "all" / "refined-000000.npz").stat().st_mtime_ns
     two = os.environ | {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29518"}  # as accelerate launch does
     with script(*EVALUATE, "--output", tmp_path / "all.json", env=two | {"RANK": "1", "LOCAL_RANK": "1"}):
-        run(*EVALUATE, "--output", tmp_path / "all.json", env=two | {"RANK": "0", "LOCAL_RANK": "0"})
+        said = run(*EVALUATE, "--output", tmp_path / "all.json", env=two | {"RANK": "0", "LOCAL_RANK": "0"})
+        assert "| 1/1 [" in said, "one of the two batches was the other process's"
     again = json.loads((tmp_path / "all.json").read_text())
     assert again["arms"].keys() == {"gaussian", "guided", "refined"} and (tmp_path / "all" / "refined-000000.npz").stat().st_mtime_ns == untouched
     for metric in ("object_accuracy", "frechet_distance_interval"):

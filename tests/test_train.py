@@ -209,7 +209,7 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
 
 def test_other_options_do_not_continue_a_run(tmp_path):
     (tmp_path / "config.json").write_text('{"rank": 16}')
-    with pytest.raises(ValueError, match="rank was 16 and is 32"):
+    with pytest.raises(ValueError, match="rank is 16 there and 32 here"):
         main(["--preset", "emoji", "--output_dir", str(tmp_path), "--backbone", EMOJI, "--prompts", str(ROOT / "assets/prompts/emoji.txt"),
               "--validation_prompts", str(ROOT / "assets/prompts/emoji_heldout.txt")])
 

@@ -146,10 +146,10 @@ def main(arguments: list[str] | None = None) -> None:
                 end, direction = path.x0_and_noise(t, x, target)
                 x_s = path.at(earlier, end, direction)
                 there = path.x0_and_noise(earlier.clamp(min=0), x_s, student(x_s, earlier.clamp(min=0), text).sample)[0]
-                target = torch.where((earlier < 0)[:, None, None, None], end, there)
-        if args.loss == "consistency":
-            # In the units of v: in those of x0 small t would hardly count, and what larger t learn is built on them.
-            return ((path.x0_and_noise(t, x, prediction)[0] - target) / path.signal_and_noise(t)[1]).pow(2).mean()
+                end = torch.where((earlier < 0)[:, None, None, None], end, there)
+                # As v: in the units of x0 small t would hardly count, and what larger t learn is built on them.
+                signal, deviation = path.signal_and_noise(t)
+                target = (signal * x - end) / deviation
         return F.mse_loss(prediction, target)
 
     fit(student, loss, args.output_dir / "checkpoint.pt", steps=steps, lr=args.lr, save_every=200)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root, when run as a script
 
 from train.evaluate import SHOWN, TITLES, held_out_prompts, table
-from train.reproduce import LEARNING_RATES, RESULTS, ROOT
+from train.reproduce import FEW_STEPS, LEARNING_RATES, RESULTS, ROOT, SAMPLERS_TRIED, STEPS, STRENGTHS, TURBO_STEPS
 
 Results = dict[str, dict]
 Row = tuple[str, str, str]  # what it is called, a result of evaluate.py, the arm in it
@@ -48,7 +48,7 @@ def styles(results: Results) -> str:
 
 
 def turbo(results: Results) -> str:
-    return arms(results, [(f"{noise}, {steps} step{'s' * (steps > 1)}", f"turbo-{steps}", arm) for steps in (1, 2, 4)
+    return arms(results, [(f"{noise}, {steps} step{'s' * (steps > 1)}", f"turbo-{steps}", arm) for steps in TURBO_STEPS
                           for noise, arm in (("Gaussian", "gaussian"), ("refined", "refined"))])
 
 
@@ -58,13 +58,12 @@ def inversion(results: Results) -> str:
 
 
 def samplers(results: Results) -> str:
-    return arms(results, [(f"{title}, {steps} steps, {noise}", f"{name}-{steps}", arm) for title, name in (
-        ("DPM++ 2M", "dpm2m"), ("DPM++ SDE", "dpmsde"), ("Euler", "euler"), ("Heun (EDM)", "heunedm")) for steps in (10, 20, 50)
-        for noise, arm in (("Gaussian", "gaussian"), ("refined", "refined"))])
+    return arms(results, [(f"{title}, {steps} steps, {noise}", f"{name}-{steps}", arm) for name, title in SAMPLERS_TRIED.items() for steps in STEPS
+                          for noise, arm in (("Gaussian", "gaussian"), ("refined", "refined"))])
 
 
 def few_steps(results: Results) -> str:
-    files = [(steps, f"ddim-{steps}") for steps in (4, 6, 10, 14)] + [(20, "base")]
+    files = [(steps, f"ddim-{steps}") for steps in FEW_STEPS] + [(20, "base")]
     figure = Figure(figsize=(9, 3.4), layout="constrained", dpi=110)
     for axis, metric in zip(figure.subplots(1, 2), ("object_accuracy", "frechet_distance")):
         for arm, colour in (("gaussian", "tab:gray"), ("guided", "tab:blue"), ("refined", "tab:orange")):
@@ -79,8 +78,8 @@ def few_steps(results: Results) -> str:
 
 
 def strengths(results: Results) -> str:
-    return arms(results, [("strength 0", "base", "gaussian"), *[(f"strength {value}", f"strength-{value}", "refined") for value in (0.25, 0.5, 0.75)],
-                          ("strength 1", "base", "refined"), *[(f"strength {value}", f"strength-{value}", "refined") for value in (1.25, 1.5)]])
+    rows = [(0.0, "base", "gaussian"), (1.0, "base", "refined"), *[(value, f"strength-{value}", "refined") for value in STRENGTHS]]
+    return arms(results, [(f"strength {value:g}", file, arm) for value, file, arm in sorted(rows)])
 
 
 def gradients(results: Results) -> str:
@@ -128,7 +127,7 @@ SECTIONS: list[tuple[str, list[str], Callable[[Results], str], str]] = [
     ("Fine-tunes, with the base's refiner (table 4)", ["emoji-clay", "emoji-ink"], styles,
      quote("| | PickScore ↑ | CLIPScore ↑ |", "| clay: Gaussian, unguided | 17.95 | 18.31 |", "| Gaussian, guided | 19.17 | 26.36 |", "| refined | 18.82 | 23.61 |",
            "| anime: Gaussian, unguided | 16.47 | 22.37 |", "| Gaussian, guided | 17.68 | 30.04 |", "| refined | 18.08 | 29.62 |")),
-    ("A few-step model (table 5)", ["turbo-1", "turbo-2", "turbo-4"], turbo,
+    ("A few-step model (table 5)", [f"turbo-{steps}" for steps in TURBO_STEPS], turbo,
      quote(FID, "| SD-Turbo: Gaussian, 1 step | 27.18 | 34.31 |", "| Gaussian, 2 steps | 30.24 | 32.46 |", "| refined, 1 step | 24.94 | 38.07 |")),
     ("Guided sampling from refined noise (table 6)", ["base"], plain(("refined, guided", "base", "refined_guided")),
      quote(FID, "| SD2.1: Gaussian, guided | 18.74 | 32.55 |", "| refined, guided | 22.94 | 34.37 |")),
@@ -141,9 +140,9 @@ SECTIONS: list[tuple[str, list[str], Callable[[Results], str], str]] = [
     ("N in the loss (table 15): 5, 10, and the preset's 6", ["base", "n5", "n10"],
      plain(("refined, trained with N = 5", "n5", "refined"), ("refined, trained with N = 10", "n10", "refined")),
      quote("| N | FID ↓ |", "| 5 | 13.74 |", "| 10 | 13.36 |")),
-    ("Samplers and steps (appendix A.10)", [f"{name}-{steps}" for name in ("dpm2m", "dpmsde", "euler", "heunedm") for steps in (10, 20, 50)], samplers, ""),
-    ("How few steps are enough", ["base", *[f"ddim-{steps}" for steps in (4, 6, 10, 14)]], few_steps, ""),
-    ("Strength (figure 13)", ["base", *[f"strength-{value}" for value in (0.25, 0.5, 0.75, 1.25, 1.5)]], strengths, ""),
+    ("Samplers and steps (appendix A.10)", [f"{name}-{steps}" for name in SAMPLERS_TRIED for steps in STEPS], samplers, ""),
+    ("How few steps are enough", ["base", *[f"ddim-{steps}" for steps in FEW_STEPS]], few_steps, ""),
+    ("Strength (figure 13)", ["base", *[f"strength-{value}" for value in STRENGTHS]], strengths, ""),
     ("Parametrisation of the correction", ["base", "raw", "difference"],
      plain(("raw: x + UNet(x)", "raw", "refined"), ("difference, two forwards", "difference", "refined")), ""),
     ("Seeds of training", ["base", "seed1", "seed2"], plain(("second seed", "seed1", "refined"), ("third seed", "seed2", "refined")), ""),
@@ -163,7 +162,7 @@ def main() -> None:
     parts = ["# The paper's experiments on the embedded model\n",
              f"Held-out prompts, 20 DDIM steps where nothing else is said, seeds from {settings.get('first_seed')}, 95 % bootstrap intervals over prompts; made by "
              "`python train/reproduce.py`. Networks that are compared with the refiner had its targets and as many network evaluations (appendix A.7), but for the "
-             "other networks in its place and N = 5, which had as many steps. A Fréchet distance depends on n: compare within a table. The first images are of the same seeds everywhere and of these prompts: "
+             "other networks in its place and the other N, which had as many steps. A Fréchet distance depends on n: compare within a table. The first images are of the same seeds everywhere and of these prompts: "
              f"{'; '.join(held_out_prompts(SHOWN))}."]
     missing = []
     for title, files, make, theirs in SECTIONS:

@@ -15,7 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from train.train_refiner import parse, plan
 RESULTS = ROOT / "assets" / "results" / "paper"
 REFINER, LORAS, LORA = "assets/refiners/emoji", ROOT / "assets" / "loras", "pytorch_lora_weights.safetensors"
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)  # tried in a quarter of each training, by the experiment "tuning"; the best of them are used below, 1e-3 where none is named
+SAMPLERS_TRIED = {"dpm2m": "DPM++ 2M", "dpmsde": "DPM++ SDE", "euler": "Euler", "heunedm": "Heun (EDM)"}  # beside DDIM, by the name of their results
+STEPS, FEW_STEPS, TURBO_STEPS, STRENGTHS = (10, 20, 50), (4, 6, 10, 14), (1, 2, 4), (0.25, 0.5, 0.75, 1.25, 1.5)
 BUDGET = plan(parse(["--preset", "emoji", "--output_dir", "x"]), 1)[1]["training"]  # network evaluations of the refiner's training, after its targets
 
 
@@ -88,11 +90,9 @@ def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
                 yield denoiser(name, loss, "--evaluations", str(BUDGET // 4), "--lr", str(lr))
                 yield evaluate(name, "--lora", str(work / name), "--arms", "gaussian", images=n // 4)
 
-    def sampled(samplers: list[str], steps: list[int], arms: list[str], images: int) -> Iterator[Command]:
-        for sampler in samplers:
-            for count in steps:
-                name = f"{''.join(letter for letter in sampler.lower() if letter.isalnum())}-{count}"
-                yield evaluate(name, "--refiner", REFINER, "--sampler", sampler, "--steps", str(count), "--arms", *arms, images=images)
+    def sampled(name: str, sampler: str, steps: Iterable[int], arms: list[str], images: int) -> Iterator[Command]:
+        for count in steps:
+            yield evaluate(f"{name}-{count}", "--refiner", REFINER, "--sampler", sampler, "--steps", str(count), "--arms", *arms, images=images)
 
     def styled(name: str) -> list[Command]:
         """Pictures of a style, a fine-tune and a judge made of them, and the base's refiner on the fine-tune."""
@@ -118,7 +118,7 @@ def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
                             work / "results" / "inversion.json", RESULTS / "inversion.json")],
         "table4": styled("clay") + styled("ink"),
         "table5": [refiner, denoiser("consistency", "consistency", "--steps", "500", kept=LORAS / "emoji-turbo" / LORA)] + [evaluate(f"turbo-{steps}", "--backbone", "emoji-turbo", "--refiner", REFINER, "--arms", "gaussian", "refined", "--sampler", "Euler",
-                            "--steps", str(steps)) for steps in (1, 2, 4)],
+                            "--steps", str(steps)) for steps in TURBO_STEPS],
         "table10": [refiner, *compared("mlp", *shared, "--network", "mlp", "--lr", "3e-4")],
         "table12": [refiner, denoiser("images", "images", "--evaluations", str(BUDGET), "--lr", "3e-3"),
                     evaluate("fine-tuned", "--lora", str(work / "images"), "--arms", "gaussian")],
@@ -127,9 +127,9 @@ def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
         "parametrisation": [refiner, *compared("raw", *shared, "--network", "raw"), *compared("difference", *shared, "--network", "difference")],
         "seeds": [command for seed in (1, 2) for command in compared(f"seed{seed}", "--seed", str(seed * 10**7))],
         "strength": [evaluate(f"strength-{strength}", "--refiner", REFINER, "--strength", str(strength), "--arms", "refined")
-                     for strength in (0.25, 0.5, 0.75, 1.25, 1.5)],
-        "steps": list(sampled(["DDIM"], [4, 6, 10, 14], ["gaussian", "guided", "refined"], n)),
-        "samplers": list(sampled(["DPM++ 2M", "DPM++ SDE", "Euler", "Heun (EDM)"], [10, 20, 50], ["gaussian", "refined"], n // 4)),
+                     for strength in STRENGTHS],
+        "steps": list(sampled("ddim", "DDIM", FEW_STEPS, ["gaussian", "guided", "refined"], n)),
+        "samplers": [command for name, sampler in SAMPLERS_TRIED.items() for command in sampled(name, sampler, STEPS, ["gaussian", "refined"], n // 4)],
         "novelty": [base, Command("train.emoji.render", ("--output_dir", str(work / "pictures")), work / "pictures" / "judge_classes.npy"),
                     Command("train/novelty.py", ("--pictures", str(work / "pictures"), "--measured", str(work / "results" / "base"), "--output",
                                                  str(work / "results" / "novelty.json")), work / "results" / "novelty.json", RESULTS / "novelty.json")],

@@ -25,7 +25,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -414,14 +414,19 @@ def train(options: Options, accelerator: Accelerator, pipe: DiffusionPipeline, t
             raise KeyboardInterrupt
 
 
+def differences(run: Path, settings: dict, names: Iterable[str]) -> str:
+    """In what the named settings of the run in another folder differ from these; empty where they agree."""
+    theirs = asdict(Options()) | json.loads((run / "config.json").read_text())  # a run of an earlier version lacks newer options
+    return "; ".join(f"{name} is {theirs.get(name)!r} there and {settings[name]!r} here" for name in names if theirs.get(name) != settings[name])
+
+
 def check_targets_of(run: Path, settings: dict) -> None:
     """Raises ValueError where the targets of another run are not those that these settings make, and FileNotFoundError where there is no run."""
     if not (run / "config.json").is_file():
         raise FileNotFoundError(f"--targets_of {run} is no run of this script: it has no config.json.")
-    theirs = asdict(Options()) | json.loads((run / "config.json").read_text())  # a run of an earlier version lacks newer options
     names = TARGET_OPTIONS + (("loss", "inversion_steps") if settings["loss"] == "noise" else ())
-    if other := [f"{name} is {theirs.get(name)!r} there and {settings[name]!r} here" for name in names if theirs.get(name) != settings[name]]:
-        raise ValueError(f"The targets of {run} are others ({'; '.join(other)}): give the same options, or leave --targets_of out.")
+    if other := differences(run, settings, names):
+        raise ValueError(f"The targets of {run} are others ({other}): give the same options, or leave --targets_of out.")
 
 
 @lru_cache(maxsize=2)  # a batch may span two epochs
@@ -473,11 +478,8 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {name: value for name, value in asdict(options).items() if name not in ("output_dir", "dry_run")} | {
         "height": height, "width": width, "num_processes": accelerator.num_processes, "backbone_signature": refiner.config.base_signature,
         "prompts_sha256": hashlib.sha256("\n".join(prompts).encode()).hexdigest()}
-    if (folder / "config.json").exists():
-        before = asdict(Options()) | json.loads((folder / "config.json").read_text())  # a run of an earlier version lacks newer options
-        changed = [f"{name} was {before.get(name)!r} and is {value!r}" for name, value in settings.items() if before.get(name) != value]
-        if changed:
-            raise ValueError(f"{folder} holds another run ({'; '.join(changed)}): give the same options and files, or another --output_dir.")
+    if (folder / "config.json").exists() and (other := differences(folder, settings, settings)):
+        raise ValueError(f"{folder} holds another run ({other}): give the same options and files, or another --output_dir.")
     if options.targets_of:
         check_targets_of(Path(options.targets_of), settings)
     if accelerator.is_main_process:

@@ -146,6 +146,7 @@ SECTIONS: list[tuple[str, list[str], Callable[[Results], str], str]] = [
     ("Parametrisation of the correction", ["base", "raw", "difference"],
      plain(("raw: x + UNet(x)", "raw", "refined"), ("difference, two forwards", "difference", "refined")), ""),
     ("Seeds of training", ["base", "seed1", "seed2"], plain(("second seed", "seed1", "refined"), ("third seed", "seed2", "refined")), ""),
+    ("Four times the targets and steps, N' = 20, N = 10", ["base", "longer"], plain(("trained for longer", "longer", "refined")), ""),
     ("Learning rates", [f"tuning-{name}-{lr}" for name in ("lora", "mlp", "scratch", "noise", "guidance", "images") for lr in LEARNING_RATES], tuning, ""),
     ("The gradient (figures 6, 31 to 36)", ["gradients"], gradients, ""),
     ("Nearness to training pictures (figure 12)", ["novelty"], lambda results: "\n".join(
@@ -162,7 +163,7 @@ def main() -> None:
     parts = ["# The paper's experiments on the embedded model\n",
              f"Held-out prompts, 20 DDIM steps where nothing else is said, seeds from {settings.get('first_seed')}, 95 % bootstrap intervals over prompts; made by "
              "`python train/reproduce.py`. Networks that are compared with the refiner had its targets and as many network evaluations (appendix A.7), but for the "
-             "other networks in its place and the other N, which had as many steps. A Fréchet distance depends on n: compare within a table. The first images are of the same seeds everywhere and of these prompts: "
+             "other networks in its place and the other N, which had as many steps, and the one trained for longer. A Fréchet distance depends on n: compare within a table. The first images are of the same seeds everywhere and of these prompts: "
              f"{'; '.join(held_out_prompts(SHOWN))}."]
     missing = []
     for title, files, make, theirs in SECTIONS:

@@ -126,6 +126,7 @@ def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
         "table15": [refiner, *compared("n5", *shared, "--steps", "5"), *compared("n10", *shared, "--steps", "10")],
         "parametrisation": [refiner, *compared("raw", *shared, "--network", "raw"), *compared("difference", *shared, "--network", "difference")],
         "seeds": [command for seed in (1, 2) for command in compared(f"seed{seed}", "--seed", str(seed * 10**7))],
+        "longer": compared("longer", "--num_targets", "11776", "--target_steps", "20", "--steps", "10"),
         "strength": [evaluate(f"strength-{strength}", "--refiner", REFINER, "--strength", str(strength), "--arms", "refined")
                      for strength in STRENGTHS],
         "steps": list(sampled("ddim", "DDIM", FEW_STEPS, ["gaussian", "guided", "refined"], n)),

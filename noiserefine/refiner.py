@@ -210,7 +210,8 @@ class Refiner:
         guidance_scale  the guided sampling to come near to, for a refiner that takes it (appendix A.4)
 
         Returns (B, C, h, w) on the pipeline's device in its precision; the sum is made in float32.
-        Raises ValueError for a strength or a scale that is no such number and for an x_T of another shape.
+        Raises ValueError for a strength or a scale that is no such number for an x_T of another shape
+        and for prompts of another number.
         """
         check_strength(strength)
         self.check_guidance_scale(guidance_scale)
@@ -219,6 +220,9 @@ class Refiner:
         if strength == 0:
             return x_T.to(self.pipe._execution_device, self.dtype)
         embeds = prompt if isinstance(prompt, dict) else encode_prompt(self.pipe, prompt, guided=False)
+        prompts = len(embeds["prompt_embeds"])
+        if prompts not in (1, len(x_T)):
+            raise ValueError(f"There are {prompts} prompts for {len(x_T)} images: give one for all or one for each.")
         x_T = x_T.to(embeds["prompt_embeds"].device, torch.float32)
         scales = None if guidance_scale is None else torch.full((len(x_T),), guidance_scale)
         return (x_T + strength * self.correction(x_T, embeds, scales)).to(self.dtype)
@@ -246,7 +250,7 @@ def misfit(config: RefinerConfig, pipe: DiffusionPipeline) -> str:
 
 def note_on(unet: UNet2DConditionModel, config: RefinerConfig) -> str:
     """What to say of a pipeline that is not the refiner's base, in a sentence; empty where it is."""
-    if torch.allclose(torch.tensor(signature(unet)), torch.tensor(config.base_signature), rtol=5e-3, atol=1e-5):  # in half precision too
+    if same_weights(signature(unet), config.base_signature):
         return ""
     return (f"This model is not {config.base_model}, which the refiner was trained on, but has its architecture: "
             "on a fine-tune of it the refiner is expected to work, on a model trained from scratch not.")
@@ -264,14 +268,20 @@ def signature(unet: UNet2DConditionModel) -> list[float]:
     return [round(layers[i * (len(layers) - 1) // 15].flatten()[0].item(), 6) for i in range(16)]
 
 
+def same_weights(signature: list[float], other: list[float]) -> bool:
+    """Whether two signatures are of the same weights, in half precision or not."""
+    return torch.allclose(torch.tensor(signature), torch.tensor(other), rtol=5e-3, atol=1e-5)
+
+
 def with_lora(unet: UNet2DConditionModel, config: RefinerConfig) -> UNet2DConditionModel:
     """A second tree of modules over the same parameters, with a fresh LoRA; the given UNet stays as it is.
 
-    The LoRA is the only active one there: a user's style LoRA is for the images, not for the refining pass.
+    The LoRA is the only one there: a user's style LoRA is for the images, not for the refining pass.
     """
     tensors = itertools.chain(unet.parameters(), unet.buffers())
     flags = {parameter: parameter.requires_grad for parameter in unet.parameters()}
     twin = copy.deepcopy(unet, memo={id(tensor): tensor for tensor in tensors})
+    twin.unload_lora()  # before another is added, which would take a fused one out of the weights, and those are shared
     twin.add_adapter(LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=TARGET_MODULES), ADAPTER)
     for parameter, flag in flags.items():
         parameter.requires_grad_(flag)

@@ -127,6 +127,20 @@ def test_a_users_lora_survives(tmp_path):
     assert torch.equal(output(pipe), before) and pipe.get_active_adapters() == ["style"]
 
 
+@pytest.mark.parametrize("change", [lambda pipe: pipe.fuse_lora(), lambda pipe: pipe.disable_lora()], ids=["fused", "disabled"])
+def test_a_users_lora_that_is_not_active(tmp_path, change):
+    """Fused into the weights it stays there, and disabled it does not disable the refiner."""
+    pipe = load_pipeline(EMOJI, "cpu")
+    perturbed(pipe).save_pretrained(tmp_path)
+    pipe.load_lora_weights(tmp_path, adapter_name="style")
+    change(pipe)
+    before, x_T = output(pipe), draw_noise(pipe, 0)
+    assert torch.allclose(Refiner.create(pipe, 8)(x_T, "a cat"), x_T, atol=1e-4)
+    shared, merged = (Refiner.from_pretrained(EMOJI_REFINER, pipe, merge=merge) for merge in (False, True))
+    torch.testing.assert_close(shared(x_T, "a cat"), merged(x_T, "a cat"), rtol=0, atol=1e-4)
+    assert torch.equal(output(pipe), before)
+
+
 def test_fine_tune_is_said(tmp_path):
     pipe = load_pipeline(EMOJI, "cpu")
     for parameter in pipe.unet.parameters():
@@ -142,6 +156,8 @@ def test_bad_calls(refiner, pipe):
             refiner(x_T, "a cat", strength=strength)
     with pytest.raises(ValueError, match="x_T has shape"):
         refiner(x_T[:, :3], "a cat")
+    with pytest.raises(ValueError, match="3 prompts for 1 images"):
+        refiner(x_T, ["a cat"] * 3)
     with pytest.raises(ValueError, match="rank"):
         Refiner.create(pipe, 4)
 

@@ -40,6 +40,14 @@ def draw_noise(pipe: DiffusionPipeline, seed: int, count: int = 1, height: int |
     return torch.cat([torch.randn(shape, generator=generator) for generator in generators])
 
 
+def step_generator(seed: int) -> torch.Generator:
+    """Of the noise that stochastic samplers add at their steps.
+
+    A generator of the seed itself would begin with x_T once more.  The CPU's uses 32 bits, which `~` all turns over.
+    """
+    return torch.Generator().manual_seed(~seed)
+
+
 def check_seed(seed: int) -> None:
     """Raises ValueError for a seed that is no whole number from 0 to 2**32 - 1."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from noiserefine.guidance import sample
-from noiserefine.noise import check_prompt_length, check_seed, draw_noise, encode_prompt, image_size
+from noiserefine.noise import check_prompt_length, check_seed, draw_noise, encode_prompt, image_size, step_generator
 from noiserefine.refiner import Refiner, check_strength
 from noiserefine.samplers import SAMPLERS, watch_x0, with_sampler
 
@@ -62,11 +62,6 @@ class Recipe:
         if self.strength == 0:
             recipe = replace(recipe, refiner_scale=None, refining_prompt=None)
         return recipe
-
-    @property
-    def calls(self) -> int:
-        """Of the UNet while it is sampled, a guided one counting one: Heun's method evaluates twice in every step but the last."""
-        return 2 * self.steps - 1 if self.sampler.startswith("Heun") else self.steps
 
     def check(self) -> None:
         """Raises ValueError for what no model can make an image from."""
@@ -164,7 +159,7 @@ class Maker:
             latents = self.refine(recipe, x_T)
             # Stochastic samplers draw from the seed too, so that the arms differ in one thing only.
             image = sample(pipe, guidance_scale=recipe.guidance_scale, latents=latents, num_inference_steps=recipe.steps, height=height,
-                           width=width, generator=torch.Generator().manual_seed(recipe.seed), **embeds).images[0]
+                           width=width, generator=step_generator(recipe.seed), **embeds).images[0]
         return Sample(recipe, image, latents.float().cpu().numpy(), counter.count, time.perf_counter() - began)
 
 

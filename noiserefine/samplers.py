@@ -29,6 +29,11 @@ def make_scheduler(sampler: str, pipe: DiffusionPipeline) -> SchedulerMixin:
     return getattr(diffusers, name).from_config(pipe.scheduler.config, timestep_spacing=timestep_spacing(pipe.scheduler), steps_offset=1, **settings)
 
 
+def unet_calls(sampler: str, steps: int) -> int:
+    """Of an unguided sampling: Heun's method evaluates twice in every step but the last."""
+    return 2 * steps - 1 if sampler.startswith("Heun") else steps
+
+
 def with_sampler(pipe: DiffusionPipeline, sampler: str) -> DiffusionPipeline:
     """The same pipeline, on the same weights, with a scheduler of its own; the given one is left as it is."""
     twin = copy.copy(pipe)

@@ -6,6 +6,7 @@ from PIL import Image
 
 from noiserefine.latents import decode
 from noiserefine.recipe import Maker, Recipe
+from noiserefine.samplers import unet_calls
 
 FRAMES = 7
 
@@ -21,7 +22,7 @@ def trajectory(make: Maker, recipe: Recipe, on_frame: Callable[[int, Image.Image
 
     For a sampler with two forwards a step each counts; guidance counts none.
     """
-    wanted, seen = evenly(recipe.calls, frames), 0
+    wanted, seen = evenly(unet_calls(recipe.sampler, recipe.steps), frames), 0
 
     def on_step(recipe, x0):
         nonlocal seen

@@ -20,6 +20,7 @@ from noiserefine.figures import difference_histogram, radial_spectrum
 from noiserefine.models import Loaded, Models
 from noiserefine.noise import MAX_SEED
 from noiserefine.recipe import MAX_STEPS, Maker, Recipe, Sample
+from noiserefine.samplers import unet_calls
 from noiserefine.settings import MAX_TEXT, ZERO_GPU, Model, Settings, guided, number, text, whole
 from noiserefine.spectrum import LOW_FREQUENCY, energy_below, heat_map, low_frequency_difference
 from noiserefine.stream import Worker, stream
@@ -131,7 +132,7 @@ def show_trajectory(job: Job) -> None:
     for name, recipe in job.columns().items():
         def on_frame(forward: int, image: Image.Image, name: str = name) -> None:
             shown.append((f"{name.capitalize()}, forward {forward}", image))
-            job.report({"images": list(shown), "columns": min(FRAMES, job.recipe.calls)})
+            job.report({"images": list(shown), "columns": min(FRAMES, unet_calls(job.recipe.sampler, job.recipe.steps))})
 
         trajectory(job.make, recipe, on_frame)
 
@@ -163,7 +164,7 @@ def show_attention(job: Job, word: str) -> None:
                 heat = heat_map(maps[i].numpy(), sample.image.size)
                 yield f"{name.capitalize()}, forward {i + 1}", Image.blend(sample.image, heat, 0.6)
 
-    job.show(images(), min(FRAMES, job.recipe.calls))
+    job.show(images(), min(FRAMES, unet_calls(job.recipe.sampler, job.recipe.steps)))
 
 
 def show_blind(job: Job, opponent: str) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import output
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from noiserefine import draw_noise
@@ -50,6 +51,22 @@ def test_samplers_take_unit_variance_noise(pipe, sdxl, sampler):
         assert first[0].std().item() == pytest.approx(x_T.std().item(), rel=0.01)
         assert twin.scheduler.config.prediction_type == p.scheduler.config.prediction_type
         assert twin.scheduler.config.timestep_spacing == "leading"
+
+
+def test_stochastic_samplers_add_other_noise_than_x_T(pipe, monkeypatch):
+    added = []
+
+    def record(*args, **kwargs):
+        added.append(randn_tensor(*args, **kwargs))
+        return added[-1]
+
+    monkeypatch.setattr("diffusers.schedulers.scheduling_dpmsolver_multistep.randn_tensor", record)
+    make = Maker(pipe)
+    images = [np.asarray(make.sample(Recipe(PROMPT, seed=3, steps=3, strength=0.0, sampler="DPM++ SDE"), draw_noise(pipe, 3)).image) for _ in range(2)]
+    assert np.array_equal(*images), "the seed tells it"
+    assert len(added) >= 4
+    for noise in added:
+        assert torch.corrcoef(torch.stack([noise.flatten(), draw_noise(pipe, 3).flatten()]))[0, 1].abs() < 0.1
 
 
 def test_with_sampler_leaves_the_pipeline(pipe):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from noiserefine import Refiner
 from noiserefine.msd import msd_loss
 from train import prompts, train_refiner
-from train.train_refiner import PRESETS, Options, Targets, main, parse, plan
+from train.train_refiner import PRESETS, Options, Targets, check_targets_of, main, parse, plan
 
 SMALL = ["--preset", "emoji", "--num_targets", "64", "--target_steps", "6", "--steps", "4", "--batch_size", "16", "--epochs", "8",
          "--validate_every", "16", "--num_validation", "24", "--save_every", "6"]
@@ -180,13 +180,15 @@ def test_paper_is_the_default(tmp_path):
     assert all(field.metadata["help"] for field in Options.__dataclass_fields__.values())
     # Appendix A.7 with CFG alone: 2 N' M and (1 + N + 1) M E.
     assert plan(parse(["--output_dir", "x", "--prompts", "x", "--pag_scale", "0"]), 1)[1] == {"targets": 2_000_000, "training": 3_600_000}
+    heun = ["--output_dir", "x", "--prompts", "x", "--pag_scale", "0", "--sampler", "Heun (EDM)"]
+    assert plan(parse(heun), 1)[1] == {"targets": 39 * 100_000, "training": (19 + 2) * 300_000}
 
 
 @pytest.mark.parametrize("arguments, says", [
     (["--preset", "nonsense"], "no preset"), (["--steps", "0"], "--steps must be above 0"), (["--guidance_scale", "1"], "need guidance"),
     (["--keep_top", "5"], "go together"), (["--prompts", "missing.txt"], "no prompt file"), (["--backbone", "missing"], "can't be loaded"),
     (["--rank", "4"], "rank must be at least 8"), (["--sampler", "x"], "no sampler"), (["--lr_schedule", "x"], "no lr_schedule"),
-    (["--keep_top", "5", "--score", "json:nothing"], "--score is module:function"), (["--height", "65"], "native size"),
+    (["--lr_schedule", "piecewise_constant"], "no lr_schedule"), (["--keep_top", "5", "--score", "json:nothing"], "--score is module:function"), (["--height", "65"], "native size"),
 ])
 def test_bad_options_are_said_first(tmp_path, arguments, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says):
@@ -231,11 +233,18 @@ def test_targets_of_another_run(tmp_path):
         main([*tiny, *other, "--loss", "noise"])
     with pytest.raises(FileNotFoundError, match="is no run"):
         main([*tiny, "--targets_of", str(tmp_path), "--output_dir", str(tmp_path / "other")])
+    settings = json.loads((tmp_path / "own" / "config.json").read_text())
+    rounded = torch.tensor(settings["backbone_signature"]).bfloat16().tolist()
+    check_targets_of(tmp_path / "own", settings | {"backbone_signature": rounded})
+    with pytest.raises(ValueError, match="backbone_signature"):
+        check_targets_of(tmp_path / "own", settings | {"backbone_signature": rounded[::-1]})
     assert not (tmp_path / "other" / "targets").exists()
 
 
-def test_the_guidance_scale_is_trained(tmp_path, pipe):
-    main([*TINY, "--output_dir", str(tmp_path), "--num_targets", "8", "--target_batch_size", "2", "--guidance_scale_range", "1", "5", "--epochs", "2"])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_guidance_scale_is_trained(tmp_path, pipe, precision):
+    main([*TINY, "--output_dir", str(tmp_path), "--num_targets", "8", "--target_batch_size", "2", "--guidance_scale_range", "1", "5", "--epochs", "2",
+          "--mixed_precision", precision, "--validation_prompts", str(ROOT / "assets/prompts/emoji_heldout.txt"), "--num_validation", "2"])
     refiner = Refiner.from_pretrained(tmp_path, pipe, merge=False)
     assert refiner.config.guidance_scale_range == [1.0, 5.0]
     assert refiner.unet.time_embedding.cond_proj.weight.abs().max() > 0, "it starts at zero"

@@ -53,8 +53,9 @@ from noiserefine.guidance import sample
 from noiserefine.inversion import ddim_inversion
 from noiserefine.latents import decode
 from noiserefine.msd import msd_loss, sampler_gain
-from noiserefine.noise import check_prompt_length, encode_prompt, image_size
-from noiserefine.samplers import SAMPLERS, make_scheduler, with_sampler
+from noiserefine.noise import check_prompt_length, encode_prompt, image_size, step_generator
+from noiserefine.refiner import same_weights
+from noiserefine.samplers import SAMPLERS, make_scheduler, unet_calls, with_sampler
 from train.networks import NETWORKS
 
 
@@ -110,6 +111,7 @@ class Options:
 
 TARGET_OPTIONS = ("num_targets", "guidance_scale", "guidance_scale_range", "pag_scale", "target_steps", "target_batch_size", "score", "height", "width", "sampler",
                   "seed", "backbone_signature", "prompts_sha256")  # what targets are made from
+LR_SCHEDULES = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]  # which takes its steps as a text
 MAX_SKIPPED = 20  # steps in a row that are not finite; fp16's loss scale needs a few to come down
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRESETS = {
@@ -138,7 +140,7 @@ def parse(arguments: list[str] | None = None) -> Options:
                  "gradient_accumulation_steps", "lr", "max_grad_norm", "save_every", "validate_every"):
         if not getattr(options, name) > 0:
             raise ValueError(f"--{name} must be above 0; got {getattr(options, name)}.")
-    for name, choices in (("sampler", list(SAMPLERS)), ("network", list(NETWORKS)), ("loss", ["msd", "noise"]), ("lr_schedule", [kind.value for kind in SchedulerType]), ("mixed_precision", list(DTYPES))):
+    for name, choices in (("sampler", list(SAMPLERS)), ("network", list(NETWORKS)), ("loss", ["msd", "noise"]), ("lr_schedule", LR_SCHEDULES), ("mixed_precision", list(DTYPES))):
         if getattr(options, name) not in choices:
             raise ValueError(f"There is no {name} {getattr(options, name)!r}; choose one of {', '.join(choices)}.")
     if options.compile and not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
@@ -276,7 +278,7 @@ def latents_from(pipe: DiffusionPipeline, x_T: torch.Tensor, embeds: dict[str, t
     """x0 latents, (B, C, h, w), without gradient; unguided by default. The seed matters to stochastic samplers only."""
     height, width = (side * pipe.vae_scale_factor for side in x_T.shape[-2:])
     return sample(pipe, num_inference_steps=steps, latents=x_T.detach().to(pipe.device, pipe.unet.dtype), height=height, width=width,
-                  output_type="latent", generator=torch.Generator().manual_seed(seed), **guidance | embeds).images
+                  output_type="latent", generator=step_generator(seed), **guidance | embeds).images
 
 
 class Correction(nn.Module):
@@ -293,8 +295,8 @@ class Correction(nn.Module):
 class Validation:
     """Held-out prompts with fixed seeds: how far x0 of Gaussian and of refined noise is from the guided x0."""
 
-    def __init__(self, options: Options, pipe: DiffusionPipeline, prompts: list[str]):
-        self.options, self.pipe = options, with_sampler(pipe, options.sampler)
+    def __init__(self, options: Options, pipe: DiffusionPipeline, prompts: list[str], accelerator: Accelerator):
+        self.options, self.pipe, self.autocast = options, with_sampler(pipe, options.sampler), accelerator.autocast
         chosen = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(options.seed))[: options.num_validation]
         self.embeds = encode_prompt(pipe, [prompts[i] for i in chosen.tolist()])
         x_T = draw_noise(pipe, 2**31 + options.seed, len(chosen), options.height, options.width)  # no target's seed
@@ -306,7 +308,9 @@ class Validation:
     def __call__(self, refiner: Refiner, step: int) -> dict[str, float]:
         """Latent MSE to the guided x0 of both arms; writes validation/STEP.png: Gaussian, guided, refined side by side."""
         scale = refiner.scale_input(self.options.guidance_scale)
-        refined = latents_from(self.pipe, refiner(self.x_T, self.embeds, guidance_scale=scale), self.embeds, self.options.steps, self.options.seed)
+        with self.autocast():  # as in training: the refiner is in float32, its base is not
+            x_hat = refiner(self.x_T, self.embeds, guidance_scale=scale)
+        refined = latents_from(self.pipe, x_hat, self.embeds, self.options.steps, self.options.seed)
         rows = [decode(self.pipe, latents[:8]) for latents in (self.gaussian, self.guided, refined)]
         width, height = rows[0][0].size
         sheet = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
@@ -325,8 +329,8 @@ def plan(options: Options, world: int) -> tuple[int, dict[str, int]]:
     o, kept = options, options.keep_top or options.num_targets
     steps = max(1, round(o.epochs * kept / (o.batch_size * o.gradient_accumulation_steps * world)))
     seen = steps * o.batch_size * o.gradient_accumulation_steps * world
-    passes = (1 + (o.guidance_scale > 1) + (o.pag_scale > 0)) * o.target_steps + (o.inversion_steps if o.loss == "noise" else 0)
-    return steps, {"targets": passes * o.num_targets, "training": (1 + (o.steps if o.loss == "msd" else 0) + 1) * seen}
+    passes = (1 + (o.guidance_scale > 1) + (o.pag_scale > 0)) * unet_calls(o.sampler, o.target_steps) + (o.inversion_steps if o.loss == "noise" else 0)
+    return steps, {"targets": passes * o.num_targets, "training": (1 + (unet_calls(o.sampler, o.steps) if o.loss == "msd" else 0) + 1) * seen}
 
 
 def train(options: Options, accelerator: Accelerator, pipe: DiffusionPipeline, targets: Targets, refiner: Refiner,
@@ -358,7 +362,7 @@ def train(options: Options, accelerator: Accelerator, pipe: DiffusionPipeline, t
         lines = stats.read_text().splitlines()[:start] if stats.exists() else []  # what came after the checkpoint is done again
         with atomic(stats) as part:
             part.write_text("".join(line + "\n" for line in lines))
-        board = SummaryWriter(folder / "tensorboard", purge_step=start)
+        board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
 
     batch, world = o.batch_size, accelerator.num_processes
     per_step = batch * o.gradient_accumulation_steps * world
@@ -417,6 +421,8 @@ def train(options: Options, accelerator: Accelerator, pipe: DiffusionPipeline, t
 def differences(run: Path, settings: dict, names: Iterable[str]) -> str:
     """In what the named settings of the run in another folder differ from these; empty where they agree."""
     theirs = asdict(Options()) | json.loads((run / "config.json").read_text())  # a run of an earlier version lacks newer options
+    if theirs.get("backbone_signature") and same_weights(theirs["backbone_signature"], settings["backbone_signature"]):
+        theirs["backbone_signature"] = settings["backbone_signature"]  # which another precision rounds otherwise
     return "; ".join(f"{name} is {theirs.get(name)!r} there and {settings[name]!r} here" for name in names if theirs.get(name) != settings[name])
 
 
@@ -435,15 +441,15 @@ def shuffled(epoch: int, count: int, seed: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
 
-def results(folder: Path, targets: Path) -> dict[str, float]:
-    """What a finished run says of itself: the last validation, and the seconds its targets and steps took on all devices."""
+def results(folder: Path, targets: Path, world: int) -> dict[str, float]:
+    """What a finished run says of itself: the last validation, and the seconds its targets and steps took, those of all devices added up."""
     lines = [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
     seconds_of_targets = 0.0
     for path in targets.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             seconds_of_targets += float(file.metadata()["seconds"])
     return {key: value for key, value in lines[-1].items() if key.startswith("validation_")} | {
-        "seconds_of_targets": seconds_of_targets, "seconds_of_steps": sum(line["seconds"] for line in lines),
+        "seconds_of_targets": seconds_of_targets, "seconds_of_steps": world * sum(line["seconds"] for line in lines),
         "steps_skipped": sum(line.get("skipped", 0) for line in lines)}
 
 
@@ -490,13 +496,13 @@ def main(arguments: list[str] | None = None) -> None:
     if options.compile:
         pipe.unet.compile()
     targets.make(accelerator)
-    validation = Validation(options, pipe, held_out) if held_out and accelerator.is_main_process else None
+    validation = Validation(options, pipe, held_out, accelerator) if held_out and accelerator.is_main_process else None
     with interruptible() as stop:
         train(options, accelerator, pipe, targets, refiner, gain, total_steps, validation, stop)
     if accelerator.is_main_process:
         keys = ("network", "loss", "guidance_scale", "guidance_scale_range", "pag_scale", "target_steps", "sampler", "steps", "num_targets", "epochs", "height", "width", "prompts")
         refiner.config.training = {key: settings[key] for key in keys} | {"optimizer_steps": total_steps}
-        refiner.config.results = results(folder, targets.folder)
+        refiner.config.results = results(folder, targets.folder, accelerator.num_processes)
         refiner.save_pretrained(folder)
         print(f"Saved the refiner to {folder}: {json.dumps(refiner.config.results)}")
 

@@ -82,6 +82,15 @@ def test_evaluate_runs_and_goes_on(tmp_path):
         assert again["arms"]["refined"][metric] == pytest.approx(result["arms"]["refined"][metric])
     with script(*EVALUATE, "--strength", "0.5", "--output", tmp_path / "all.json") as process:
         assert "holds measurements of other settings" in process.communicate()[0] and process.returncode == 1
+    (tmp_path / "images" / "refined" / "00006.png").unlink()
+    run(*EVALUATE, "--arms", "refined", "--images", tmp_path / "images", "--output", tmp_path / "all.json")
+    assert (tmp_path / "images" / "refined" / "00006.png").is_file() and (tmp_path / "all" / "refined-000000.npz").stat().st_mtime_ns == untouched
+
+
+def test_results_need_a_name_of_their_own(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse(["--output", "results", "--arms", "gaussian"])
+    assert "--output is a .json file" in capsys.readouterr().err
 
 
 def test_intervals_resample_prompts(tmp_path):
@@ -182,8 +191,12 @@ def test_inception(tmp_path, monkeypatch):
     colours = np.array([np.asarray(image)[0, 0] for image in images]) / 64
     p = np.exp(np.tile(colours, 2))
     p /= p.sum(1, keepdims=True)
-    parts = [np.exp((part * np.log(part / part.mean(0))).sum(1).mean()) for part in np.split(p, 10)]
-    assert figures["inception_score"] == pytest.approx(np.mean(parts), rel=1e-5)
+    def score(order):
+        return np.mean([np.exp((part * np.log(part / part.mean(0))).sum(1).mean()) for part in np.split(p[order], 10)])
+
+    assert figures["inception_score"] == pytest.approx(score(np.random.default_rng(0).permutation(100)), rel=1e-5)
+    alike = metric.figures(metric.measure(sorted(images, key=lambda image: image.getpixel((0, 0))), [""] * len(images)), [])
+    assert alike["inception_score"] == pytest.approx(np.mean([score(np.random.default_rng(i).permutation(100)) for i in range(20)]), rel=0.02), "whatever the order"
     shifted = [Image.fromarray((np.asarray(image) // 2).astype(np.uint8)) for image in images]
     assert metric.figures(metric.measure(shifted, [""] * len(shifted)), [])["fid"] > 1
 

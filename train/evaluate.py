@@ -29,6 +29,7 @@ from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import make_image_grid
 from PIL import Image
+from safetensors.torch import save
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root, when run as a script
@@ -120,6 +121,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     check_settings(args.steps, args.guidance_scale, args.strength, args.sampler)
     if args.n < 2 or args.batch_size < 1 or args.bootstrap < 1:
         parser.error("--n must be at least 2, --batch_size and --bootstrap at least 1.")
+    if args.output.suffix != ".json":
+        parser.error("--output is a .json file; what it is made of is kept beside it, in a folder of that name.")
     if not args.refiner and any(ARMS[name].refined for name in args.arms):
         parser.error("--refiner is missing, for the arms with refined noise; --arms chooses others.")
     return args
@@ -152,7 +155,7 @@ class Measurement:
         args, sampling_pipe = self.args, with_sampler(pipe, self.args.sampler)
         refiner_scale = refiner.scale_input(args.guidance_scale) if refiner else None
         for start in tqdm(self.starts[self.process.process_index::self.process.num_processes], disable=not self.process.is_local_main_process):
-            missing = [name for name in args.arms if not self.file(name, start).exists()]
+            missing = [name for name in args.arms if not self.file(name, start).exists() or args.images and not picture(args.images / name, start).exists()]
             if not missing:
                 continue
             here = prompts[start:start + args.batch_size]
@@ -216,7 +219,11 @@ def figures(values: dict[str, np.ndarray]) -> dict:
 def write(images: list[Image.Image], folder: Path, start: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images, start):
-        image.save(folder / f"{i:05d}.png")
+        image.save(picture(folder, i))
+
+
+def picture(folder: Path, i: int) -> Path:
+    return folder / f"{i:05d}.png"
 
 
 TITLES = {"object_accuracy": "object accuracy ↑", "background_accuracy": "background accuracy ↑", "frechet_distance": "Fréchet distance ↓",
@@ -253,6 +260,12 @@ def main() -> None:
     measurement = Measurement(args, process)
     files = [path for name in (args.lora, args.refiner, args.prompts) if name for path in sorted(Path(name).glob("*.safetensors")) or [Path(name)] if path.is_file()]
     about: dict[str, Any] = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files} | {"backbone_signature": signature(pipe.unet)}
+    if args.lora:  # and the same for those of the hub, which may change there
+        weights = {f"{part}.{name}": value for part, network in pipe.components.items() if isinstance(network, torch.nn.Module)
+                   for name, value in network.state_dict().items() if "lora_" in name}
+        about["lora_sha256"] = hashlib.sha256(save(weights)).hexdigest()
+    if refiner:
+        about["refiner_sha256"] = refiner.weights_sha256
     measurement.begin(about | {name: value for metric in metrics for name, value in metric.about.items()})
     measurement.make(pipe, refiner, prompts, metrics)
     if process.is_main_process:

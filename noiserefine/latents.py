@@ -11,13 +11,13 @@ from torch.nn.functional import interpolate, pad
 
 @torch.no_grad()
 def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
-    """The pictures of latents (B, C, h, w), by the pipeline's VAE."""
+    """The pictures of latents (B, C, h, w), by the pipeline's VAE, one after the other: each takes gigabytes at the big models' sizes."""
     vae = pipe.vae
     # SDXL's own VAE overflows in float16; bfloat16 has the range. Other families' configurations say "force_upcast" without need.
     overflows = vae.dtype == torch.float16 and vae.config.force_upcast and isinstance(pipe, StableDiffusionXLPipeline)
     with torch.autocast(latents.device.type, torch.bfloat16) if overflows else contextlib.nullcontext():
-        images = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample
-    return pipe.image_processor.postprocess(images.float())
+        images = [vae.decode(x0 / vae.config.scaling_factor).sample.float() for x0 in latents.to(vae.dtype).split(1)]
+    return pipe.image_processor.postprocess(torch.cat(images))
 
 
 @torch.no_grad()

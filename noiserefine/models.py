@@ -49,10 +49,10 @@ class Models:
         """
         files = replace(model, lora_weight=1.0)
         with self.lock:
-            if files not in self.loaded:
+            loaded = self.loaded.get(files)
+            if loaded is None:
                 self.forget(lambda other: other != Model("emoji"))
-                self.loaded[files] = self.load(files)
-            loaded = self.loaded[files]
+                loaded = self.loaded[files] = self.load(files)
             if model.lora:
                 loaded.pipe.set_adapters(["style"], [model.lora_weight])
             return loaded

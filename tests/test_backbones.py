@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import EMOJI, EMOJI_REFINER, output, perturbed
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, EDMEulerScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
 from peft.tuners.lora import LoraLayer
@@ -277,6 +277,7 @@ def test_a_single_file_is_the_model_it_holds(tmp_path, monkeypatch, name, archit
     (lambda folder: edit(folder / "unet" / "diffusion_pytorch_model.safetensors.index.json", weight_map={"conv_in.weight": "weights.bin"}), "no safetensors"),
     (lambda folder: edit(folder / "unet" / "diffusion_pytorch_model.safetensors.index.json", weight_map={"a": "../../a.safetensors"}), "no safetensors"),
     (lambda folder: edit(folder / "text_encoder" / "config.json", transformers_weights="adapter_model.bin"), "weight files of its own"),
+    (lambda folder: EDMEulerScheduler().save_pretrained(folder / "scheduler"), "noise schedule of EDMEulerScheduler"),
     (lambda folder: edit(folder / "unet" / "config.json", in_channels=9), "incomplete or damaged|takes 9 channels"),
 ])
 def test_folders_that_are_refused(tmp_path, damage, says):

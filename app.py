@@ -223,7 +223,7 @@ class Page(gr.Blocks):
 def build() -> gr.Blocks:
     with Page(title="NoiseRefine", analytics_enabled=False, delete_cache=(3600, 7200)) as page:
         gr.HTML("<h1>NoiseRefine</h1><p>Guidance doubles the cost of every image. Refining the initial noise once, in one forward "
-                "pass, lets plain unguided sampling reach a similar picture at half of it.</p>", elem_id="head", padding=False)
+                "pass, lets plain unguided sampling reach a similar picture with about half of the UNet's forwards.</p>", elem_id="head", padding=False)
         with gr.Row(elem_id="ask"):
             prompt = gr.Textbox(EXAMPLES[0], label="Prompt", lines=1, max_lines=3, scale=5, autofocus=True)
             button = gr.Button("Generate", variant="primary", scale=1)
@@ -246,8 +246,8 @@ def build() -> gr.Blocks:
             inputs = {"prompt": prompt} | settings_inputs()
         with gr.Accordion("Keep and restore", open=True):
             with gr.Row():
-                shown["keep"] = gr.File(label="Images, which hold their settings", file_count="multiple", interactive=False, height=150)
-                dropped = gr.File(label="Drop an image to restore settings", file_types=[".png"], height=150, elem_id="restore")
+                shown["keep"] = gr.File(label="Images, which hold their settings", file_count="multiple", interactive=False, height=250, elem_id="keep")
+                dropped = gr.File(label="Drop an image to restore settings", file_types=[".png"], height=250, elem_id="restore")
             shown["link"] = gr.Markdown("", show_label=False)
         last = gr.State({})  # changed in place: what is made before a Stop stays in it, and tools of MCP can't have a state as output
 
@@ -260,7 +260,7 @@ def build() -> gr.Blocks:
                           outputs=list(outputs.values()), concurrency_id="gpu", concurrency_limit=1, show_progress="minimal",
                           **kwargs)
 
-        running = [on(functools.partial(gr.on, [button.click, prompt.submit]), "compare", shown),
+        running = [on(functools.partial(gr.on, [button.click, prompt.submit]), "compare", shown, trigger_mode="always_last"),
                    on(examples.load_input_event.then, "compare", shown, api_visibility="private")]
         gr.HTML("<h2>Look closer</h2><p>The same prompt, seed and settings, seen in other ways. What was made already is not made again.</p>",
                 elem_id="closer", padding=False)
@@ -276,7 +276,8 @@ def build() -> gr.Blocks:
 
         stop.click(None, cancels=running, api_visibility="private")
         restoring = dropped.upload(restore_png, dropped, list(inputs.values()), api_visibility="private")
-        restoring.then(lambda: None, None, dropped, api_visibility="private")  # ready for the next one, whether this one was good or not
+        for after in (restoring.success, restoring.failure):
+            after(lambda: None, None, dropped, api_visibility="private")  # ready for the next one, whether this one was good or not
         page.load(restore_link, None, list(inputs.values()), api_visibility="private")
     return page
 
@@ -300,7 +301,7 @@ def settings_inputs() -> dict[str, gr.components.Component]:
         width = gr.Number(default.width, label="Width", info="pixels; 0 for the model's own", min_width=120)
         height = gr.Number(default.height, label="Height", info="pixels; 0 for the model's own", min_width=120)
     with gr.Row():
-        refiner = gr.Dropdown(REFINERS, value="", label="Refiner", info="or a hub id, a folder" if FREE_CHOICE else None, allow_custom_value=FREE_CHOICE)
+        refiner = gr.Dropdown([("the backbone's own", "")] + [(title, name) for name, (title, _) in REFINERS.items()], value="", label="Refiner", info="or a hub id, a folder" if FREE_CHOICE else None, allow_custom_value=FREE_CHOICE)
         lora = gr.Textbox("", label="LoRA", info="hub id, folder or .safetensors; empty for none", max_lines=1, visible=FREE_CHOICE)
         lora_weight = gr.Slider(0, 2, default.lora_weight, step=0.05, label="LoRA weight", info="in all three columns", visible=FREE_CHOICE)
     dice.click(None, None, seed, js="() => Math.floor(Math.random() * 2 ** 32)", api_visibility="private")
@@ -322,7 +323,7 @@ def build_view(view: str, about: View, on: Callable):
                        "spectrum": gr.Plot(label="Where the correction's energy is", show_label=False),
                        "overlay": picture("Change of the noise below the cutoff, over the refined image")}
     outputs["images"] = gr.Gallery(label=about.title, columns=about.columns, show_label=False, object_fit="contain", height="auto", format="png",
-                                   interactive=False, elem_classes="images")
+                                   interactive=False, elem_classes=["images", f"columns-{about.columns}"])
     return on(show.click, view, outputs, controls)
 
 
@@ -384,8 +385,8 @@ if ZERO_GPU:
         except (ValueError, OSError) as error:
             print(f"{name} is not served: {error}")
             SERVED.remove(name)
-    for _, refiner in REFINERS:
-        views.MODELS.get(Model("emoji", refiner))
+    for _, folder in REFINERS.values():
+        views.MODELS.get(Model("emoji", folder))
 CHOICES = [(BACKBONES[name].title, name) for name in SERVED]
 demo = build().queue(max_size=64)
 

@@ -90,7 +90,8 @@ class Models:
             if refiner.config.guidance_scale_range is not None:
                 low, high = refiner.config.guidance_scale_range
                 scales = f"takes the guidance scale, from {low:g} to {high:g}: the slider drives the guided and the refined column."
-            notes += [refiner.note, f"This refiner {scales}"]
+            known = backbone and not model.refiner  # to be a fine-tune of the refiner's base
+            notes += ["" if known else refiner.note, f"This refiner {scales}"]
         return Loaded(pipe, refiner, " ".join(note for note in notes if note), revision(pipe))
 
     def smaller_mode(self) -> str:

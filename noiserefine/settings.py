@@ -24,7 +24,7 @@ def any_model_allowed() -> bool:
 FREE_CHOICE = any_model_allowed() and not ZERO_GPU  # there, a download would run in a visitor's seconds of GPU
 # On ZeroGPU a model has to be placed before the first visitor comes, and every one slows the start.
 SERVED = ["emoji", "sd21"] if ZERO_GPU else list(BACKBONES)
-REFINERS = [("the backbone's own", ""), ("Emoji, told the guidance scale", str(ASSETS / "refiners" / "emoji-scales"))]
+REFINERS = {"emoji-scales": ("Emoji, told the guidance scale", str(ASSETS / "refiners" / "emoji-scales"))}  # beside the backbones' own: title, folder
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,12 @@ class Settings:
         name = text(self.backbone, "The backbone").strip()
         name = next((key for key, listed in BACKBONES.items() if listed.source == name), name)
         lora = text(self.lora, "The LoRA").strip()
-        model = Model(name, text(self.refiner, "The refiner").strip(), lora, number(self.lora_weight, "The LoRA's weight") if lora else 1.0)
+        refiner = text(self.refiner, "The refiner").strip()
+        _, folder = REFINERS.get(refiner, ("", refiner))
+        model = Model(name, folder, lora, number(self.lora_weight, "The LoRA's weight") if lora else 1.0)
         if not model.backbone:
             raise ValueError("No backbone is chosen.")
-        ours = ((model.backbone, BACKBONES), (model.refiner, [folder for _, folder in REFINERS]), (model.lora, [""]))
+        ours = ((model.backbone, BACKBONES), (refiner, ["", *REFINERS]), (model.lora, [""]))
         named = [name for name, known in ours if name not in known]
         if named and not FREE_CHOICE:
             raise ValueError(f"This Space serves its own models only; {named[0]} is none of them. Duplicate the Space, or run the app "
@@ -93,7 +95,9 @@ def text(value: str | None, what: str, most: int = MAX_TEXT) -> str:
 
 
 def number(value: float | None, what: str) -> float:
-    """The value itself. Raises ValueError where it is no number."""
+    """The value itself. Raises ValueError where it is none or no number."""
+    if value is None:
+        raise ValueError(f"{what} is missing: it is a number.")
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e15:
         raise ValueError(f"{what} is a number; got {ascii(value)[:40]}.")
     return value

@@ -3,6 +3,7 @@
 Each function works on a Job and reports updates by the names of the page's outputs.
 """
 
+import itertools
 import re
 import secrets
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from noiserefine.models import Loaded, Models
 from noiserefine.noise import MAX_SEED
 from noiserefine.recipe import MAX_STEPS, Maker, Recipe, Sample
 from noiserefine.samplers import unet_calls
-from noiserefine.settings import MAX_TEXT, ZERO_GPU, Model, Settings, guided, number, text, whole
+from noiserefine.settings import MAX_TEXT, REFINERS, ZERO_GPU, Model, Settings, guided, number, text, whole
 from noiserefine.spectrum import LOW_FREQUENCY, energy_below, heat_map, low_frequency_difference
 from noiserefine.stream import Worker, stream
 from noiserefine.trajectory import FRAMES, evenly, trajectory
@@ -75,24 +76,28 @@ def show_columns(job: Job) -> None:
     if not job.guided:
         job.report({"guided_cost": "**Not applicable**: this model is distilled to be sampled without guidance."})
     for name, recipe in job.columns().items():
-        job.make.on_step = lambda _, x0, name=name: report({name: preview(x0)})
+        steps, of = itertools.count(1), unet_calls(recipe.sampler, recipe.steps)
+        job.make.on_step = lambda _, x0, name=name, steps=steps, of=of: report({name: preview(x0), f"{name}_cost": f"step {next(steps)} of {of}"})
         done[name] = job.make(recipe)
         job.report({name: done[name]} | {f"{each}_cost": cost(sample, done.get("guided")) for each, sample in done.items()})
     job.report({"keep": done, "says": job.loaded.says})
     if job.loaded.refiner is None:
+        return
+    if job.recipe.strength == 0:
+        job.report({"says": f"The refinement strength is 0: the third column starts from the Gaussian noise as it is. {job.loaded.says}"})
         return
     x_T, x_hat = (torch.from_numpy(done[name].x_T) for name in ("gaussian", "refined"))
     share = energy_below(x_hat - x_T)
     job.report({
         "heat": heat_map(low_frequency_difference(x_T, x_hat), done["refined"].image.size), "layout": done["refined"],
         "says": f"**What the refiner changed.** The heat map is the part of the change in x_T below {LOW_FREQUENCY} of the frequency "
-                f"radius: {share:.0%} of its energy. Where it is bright, the noise already says that something will be there; "
-                f"beside it is the image that grew from it. {job.loaded.says}"})
+                f"radius: {share:.0%} of its energy. It is bright where the refiner changed the noise most; beside it is the image that "
+                f"grew from the refined noise. {job.loaded.says}"})
 
 
 def cost(sample: Sample, guided: Sample | None) -> str:
     """Forwards and seconds of a column, and what they are of the guided one's."""
-    lines = [f"**{sample.forwards}** UNet forwards", f"{sample.seconds:.2f} s"]
+    lines = [f"**{sample.forwards}** UNet forward{'s' * (sample.forwards > 1)}", f"{sample.seconds:.2f} s"]
     if guided and sample is not guided:
         lines[0] += f" · {sample.forwards / guided.forwards:.0%} of CFG"
         lines[1] += f" · {sample.seconds / guided.seconds:.0%} of CFG"
@@ -107,6 +112,10 @@ def show_strengths(job: Job) -> None:
 def show_guidance_scales(job: Job) -> None:
     job.needs_refiner()
     job.needs_guidance()
+    if job.loaded.refiner and not job.loaded.refiner.takes_guidance_scale:
+        titles = " or ".join(f"“{title}”" for title, _ in REFINERS.values())
+        raise ValueError(f"This refiner takes no guidance scale. For the embedded model choose {titles} under Settings, Refiner; "
+                         "for others train one with train/train_refiner.py --guidance_scale_range.")
     job.show(explore.guidance_scales(job.make, job.recipe))
 
 

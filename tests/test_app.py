@@ -27,12 +27,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import app
-from noiserefine import draw_noise, models, settings, views
+from noiserefine import Refiner, draw_noise, models, settings, views
 from noiserefine.backbones import load_pipeline
 from noiserefine.catalogue import BACKBONES
 from noiserefine.recipe import Maker, Recipe, Sample
 from noiserefine.record import read_png, save_png
-from noiserefine.settings import Model, Settings, any_model_allowed, restored
+from noiserefine.settings import Model, Settings, any_model_allowed, link, restored
 from noiserefine.stream import stream
 from train.architectures import random_pipeline
 
@@ -161,7 +161,7 @@ def test_the_slider_drives_a_refiner_that_is_told_the_scale():
 
 
 @pytest.mark.parametrize("view, extras, says", [
-    ("guidance_scale", (), "takes no guidance scale"), ("frequencies", (1.5,), "from 0 to 1"), ("frequencies", (float("nan"),), "is a number"),
+    ("guidance_scale", (), "choose “Emoji, told the guidance scale”"), ("frequencies", (1.5,), "from 0 to 1"), ("frequencies", (float("nan"),), "is a number"),
     ("interpolation", (7,), "Both seeds are 7"), ("interpolation", (1.5,), "whole number"), ("two_prompts", (" ",), "other prompt is empty"), ("two_prompts", ("apple " * 60,), "tokens long"), ("interpolation", (-1,), "seed is a whole"),
     ("interpolation", (None,), "is a number"), ("attention", ("pear",), "no word 'pear'"), ("attention", (None,), "no word ''"),
     ("blind", ("nobody",), "no 'nobody' image"), ("many", ("a cat", 1000), "in one go"), ("many", ("a cat", 0), "in one go"), ("many", ("a cat", 1.5), "whole number"),
@@ -295,6 +295,17 @@ def test_an_images_settings_are_its_own():
 def test_links_and_pngs_with_other_values(values, says):
     with pytest.raises(ValueError, match=says):
         restored(values)
+
+
+def test_a_link_names_the_shipped_refiner_not_its_place():
+    settings = Settings("a cat", refiner="emoji-scales")
+    assert link(settings) == "?prompt=a+cat&refiner=emoji-scales"
+    assert Refiner.from_pretrained(settings.model.refiner, load_pipeline(EMOJI, "cpu")).takes_guidance_scale
+
+
+def test_strength_zero_is_said():
+    state = shown(PROMPT, 7, "emoji", 4, 2.5, 0.0)
+    assert "strength is 0" in state["says"] and "heat" not in state and same(state, state | {"gaussian": state["refined"]}) == [True] * 3
 
 
 def test_refine_gives_the_librarys_noise(client, pipe, refiner):
@@ -478,6 +489,10 @@ def stop_and_restore(page, url, folder):
     page.get_by_role("button", name="Stop").click()
     page.wait_for_function("!document.querySelector('.progress-text')", timeout=20_000)
     assert page.locator("#arms").inner_text().count("UNet forwards") < 3
+    Image.new("RGB", (8, 8)).save(folder / "foreign.png")
+    drop_on_field(page, folder / "foreign.png")
+    page.get_by_text("This PNG holds no settings").wait_for(timeout=20_000)
+    assert not page.locator("[data-testid=status-tracker] .error").filter(visible=True).count(), "a mark over what was typed and made"
     for seed, drop in (("123", drop_on_field), ("124", drop_on_page)):
         save_png(Image.new("RGB", (64, 64)), folder / "image.png", {"settings": {"prompt": f"an owl {seed}", "seed": int(seed), "steps": 6}})
         page.locator("#restore input[type=file]").wait_for(state="attached", timeout=20_000)  # also after the first image

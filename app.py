@@ -28,7 +28,7 @@ from noiserefine.catalogue import ASSETS, BACKBONES, OFFLOADS, SAMPLERS
 from noiserefine.record import contact_sheet, read_png, save_png, versions
 from noiserefine.settings import FREE_CHOICE, REFINERS, SERVED, ZERO_GPU, Model, Settings, link, restored
 
-EXAMPLES = ["a red apple on a blue background", "a panda on a pink background", "a rocket on a black background", "an owl on a purple background", "a sailboat"]
+EXAMPLES = ["a panda on a pink background", "a red apple on a blue background", "a rocket on a black background", "an owl on a purple background", "a sailboat"]
 KEPT_IMAGES, KEPT_PIXELS = 100, 8_000_000  # at most, of a visitor's images that are not made again
 ARMS = {
     "gaussian": ("Gaussian noise", "no guidance"),
@@ -78,7 +78,7 @@ VIEWS = {
                                 "Guidance and refining together: guided sampling from refined noise beside guided sampling from Gaussian noise.", 4),
     "attention": View("Attention",
                       "Where the model looks for a word of the prompt while it denoises, over the finished image.", 7,
-                      lambda: {"word": gr.Textbox("apple", label="A word of the prompt", max_lines=1)}),
+                      lambda: {"word": gr.Textbox("panda", label="A word of the prompt", max_lines=1)}),
     "blind": View("", "Two images of one new seed for the prompt above, in random order: one from refined noise, one from Gaussian noise. Say which is "
                   "better and which follows the prompt; then you learn which was which. The tally stays in this session and goes nowhere else."),
     "many": View("Many at once",

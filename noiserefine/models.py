@@ -15,7 +15,7 @@ from noiserefine.catalogue import BACKBONES, OFFLOADS
 from noiserefine.latents import fit_preview
 from noiserefine.offload import offload
 from noiserefine.refiner import Refiner, revision
-from noiserefine.settings import Model
+from noiserefine.settings import Model, guided
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Models:
             notes.append("**No refiner exists for this model yet**, so there is no third column. This trains one:\n\n"
                          f"`{training_command(pipe, model.backbone, backbone)}`")
         else:
-            scales = "takes no guidance scale: the slider drives the guided column only."
+            scales = "takes no guidance scale" + (": the slider drives the guided column only." if guided(model) else ".")
             if refiner.config.guidance_scale_range is not None:
                 low, high = refiner.config.guidance_scale_range
                 scales = f"takes the guidance scale, from {low:g} to {high:g}: the slider drives the guided and the refined column."

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--prompt", default="a red apple on a blue background")
+    parser.add_argument("--prompt", default="a panda on a pink background")
     parser.add_argument("--tab", help="take a picture of this tab only")
     parser.add_argument("--width", type=int, default=1120)
     parser.add_argument("--dark", action="store_true")

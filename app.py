@@ -78,7 +78,7 @@ VIEWS = {
                                 "Guidance and refining together: guided sampling from refined noise beside guided sampling from Gaussian noise.", 4),
     "attention": View("Attention",
                       "Where the model looks for a word of the prompt while it denoises, over the finished image.", 7,
-                      lambda: {"word": gr.Textbox("panda", label="A word of the prompt", max_lines=1)}),
+                      lambda: {"word": gr.Textbox("", label="A word of the prompt", info="empty for the first after the article", max_lines=1)}),
     "blind": View("", "Two images of one new seed for the prompt above, in random order: one from refined noise, one from Gaussian noise. Say which is "
                   "better and which follows the prompt; then you learn which was which. The tally stays in this session and goes nowhere else."),
     "many": View("Many at once",
@@ -287,7 +287,7 @@ def settings_inputs() -> dict[str, gr.components.Component]:
     default = Settings("")
     with gr.Row():
         with gr.Row(elem_id="seed", scale=1):
-            seed = gr.Number(default.seed, label="Seed", min_width=140)
+            seed = gr.Number(default.seed, label="Seed", min_width=170)
             dice = gr.Button("🎲 New seed", min_width=90, size="md")
         backbone = gr.Dropdown(CHOICES, value=default.backbone, label="Backbone", scale=1, allow_custom_value=FREE_CHOICE,
                                info="or a hub id, a folder, a .safetensors file" if FREE_CHOICE else None)
@@ -295,7 +295,7 @@ def settings_inputs() -> dict[str, gr.components.Component]:
     with gr.Row():
         strength = gr.Slider(0, 2, default.strength, step=0.05, label="Refinement strength", info="0 is the Gaussian noise, 1 as trained")
         scale = gr.Slider(1, 15, default.guidance_scale, step=0.1, label="Guidance scale", info="of the guided column, and of a refiner that takes it")
-        steps = gr.Slider(1, 100, default.steps, step=1, label="Steps", info="of every column")
+        steps = gr.Slider(1, 100, default.steps, step=1, label="Steps", info="of every column, 1 to 100")
     with gr.Row():
         negative_prompt = gr.Textbox("", label="Negative prompt", info="of the guided column", max_lines=2, scale=2)
         width = gr.Number(default.width, label="Width", info="pixels; 0 for the model's own", min_width=120)
@@ -323,7 +323,7 @@ def build_view(view: str, about: View, on: Callable):
                        "spectrum": gr.Plot(label="Where the correction's energy is", show_label=False),
                        "overlay": picture("Change of the noise below the cutoff, over the refined image")}
     outputs["images"] = gr.Gallery(label=about.title, columns=about.columns, show_label=False, object_fit="contain", height="auto", format="png",
-                                   interactive=False, elem_classes=["images", f"columns-{about.columns}"])
+                                   interactive=False, buttons=["download", "download_all", "fullscreen"], elem_classes=["images", f"columns-{about.columns}"])
     return on(show.click, view, outputs, controls)
 
 

@@ -12,10 +12,20 @@ from noiserefine.noise import image_size
 from noiserefine.recipe import Maker, Recipe, Sample
 
 
+def plain_words(prompt: str) -> list[str]:
+    """The prompt's words, in lower case and without punctuation around them."""
+    return [word.strip(",.;:!?()\"'").lower() for word in prompt.split()]
+
+
+def first_word(prompt: str) -> str:
+    """The prompt's first word that is no article."""
+    words = plain_words(prompt)
+    return next((word for word in words if word not in ("a", "an", "the")), words[0])
+
+
 def word_tokens(pipe: DiffusionPipeline, prompt: str, word: str) -> list[int]:
     """The positions of a word's tokens among the prompt's, its first occurrence. Raises ValueError for a word that is not in it."""
-    words = prompt.split()
-    plain = [each.strip(",.;:!?()\"'").lower() for each in words]
+    words, plain = prompt.split(), plain_words(prompt)
     if word.strip().lower() not in plain:
         raise ValueError(f"The prompt holds no word {word!r}; choose one of {', '.join(dict.fromkeys(plain))}.")
     i = plain.index(word.strip().lower())

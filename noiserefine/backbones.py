@@ -78,11 +78,11 @@ def load_diffusers(source: str, dtype: torch.dtype) -> DiffusionPipeline:
         kind = DiffusionPipeline.load_config(source, **revision).get("_class_name")
         if kind not in PIPELINES:  # before anything large is downloaded
             raise ValueError(f"{source} is a {kind}. Models of the Stable Diffusion 1, 2 and XL families work, as {' or '.join(PIPELINES)}.")
+        if backbone and backbone.sha256:
+            check_weights(source, backbone)
         schedule = DDIMScheduler.load_config(source, subfolder="scheduler", **revision)
         if "beta_schedule" not in schedule:
             raise ValueError(f"{source} has the noise schedule of {schedule.get('_class_name')}. Models with Stable Diffusion's, a beta_schedule, work.")
-        if backbone and backbone.sha256:
-            check_weights(source, backbone)
         folder = Path(source if local else DiffusionPipeline.download(source, use_safetensors=True, **revision))
         check_files(folder)
         vae = backbone.vae if backbone else None

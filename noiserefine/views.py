@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from noiserefine import explore
-from noiserefine.attention import attention
+from noiserefine.attention import attention, first_word
 from noiserefine.blind import in_random_order
 from noiserefine.compare import columns
 from noiserefine.figures import difference_histogram, radial_spectrum
@@ -166,12 +166,14 @@ def show_guided_from_refined(job: Job) -> None:
 
 
 def show_attention(job: Job, word: str) -> None:
+    word = text(word, "The word").strip() or first_word(job.recipe.prompt)
+
     def images() -> Iterator[tuple[str, Image.Image]]:
         for name, recipe in job.columns().items():
-            maps, sample = attention(job.make, recipe, text(word, "The word"))
+            maps, sample = attention(job.make, recipe, word)
             for i in evenly(len(maps), FRAMES):
                 heat = heat_map(maps[i].numpy(), sample.image.size)
-                yield f"{name.capitalize()}, forward {i + 1}", Image.blend(sample.image, heat, 0.6)
+                yield f"{name.capitalize()}, “{word}” in forward {i + 1}", Image.blend(sample.image, heat, 0.6)
 
     job.show(images(), min(FRAMES, unet_calls(job.recipe.sampler, job.recipe.steps)))
 

@@ -13,7 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from noiserefine import draw_noise, explore
-from noiserefine.attention import attention, watch_attention, word_tokens
+from noiserefine.attention import attention, first_word, watch_attention, word_tokens
 from noiserefine.blind import LEFT, NEITHER, RIGHT, Vote, in_random_order, tally, wilson
 from noiserefine.figures import difference_histogram, radial_spectrum
 from noiserefine.latents import decode, fit_preview
@@ -227,6 +227,7 @@ def test_attention(make, pipe):
 
 
 def test_words(pipe):
+    assert [first_word(prompt) for prompt in (PROMPT, "Sailboat, at sea", "The")] == ["red", "sailboat", "the"]
     assert word_tokens(pipe, PROMPT, "apple") == [3] and word_tokens(pipe, PROMPT, " Red ") == [2]
     assert len(word_tokens(pipe, "a zxqv, on blue", "zxqv")) > 1, "an unknown word is several tokens"
     with pytest.raises(ValueError, match="no word 'pear'; choose one of a, red, apple, on, blue, background"):

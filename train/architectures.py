@@ -2,7 +2,7 @@
 
 Time, memory and shapes do not depend on weights, so benchmarks and tests run on these without a download.
 The small version keeps the kinds and order of blocks, prediction types, schedulers and conditioning, at a
-hundredth of the width.
+hundredth of the width and with at most two transformer layers a block.
 """
 
 from pathlib import Path
@@ -48,7 +48,7 @@ def build_unet(name: str, small: bool = False) -> UNet2DConditionModel:
         config = config | dict(sample_size=16, block_out_channels=(16, 32, 32, 32)[:levels], attention_head_dim=(1, 2, 2, 2)[:levels],
                                norm_num_groups=8, cross_attention_dim=48 if name == "sdxl" else 32)
         if name == "sdxl":
-            config |= dict(addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16)
+            config |= dict(addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16, transformer_layers_per_block=(1, 2, 2))
     return UNet2DConditionModel(**config).eval()
 
 

@@ -288,7 +288,7 @@ def settings_inputs() -> dict[str, gr.components.Component]:
     with gr.Row():
         with gr.Row(elem_id="seed", scale=1):
             seed = gr.Number(default.seed, label="Seed", min_width=170)
-            dice = gr.Button("🎲 New seed", min_width=90, size="md")
+            dice = gr.Button("New seed", min_width=90, size="md")
         backbone = gr.Dropdown(CHOICES, value=default.backbone, label="Backbone", scale=1, allow_custom_value=FREE_CHOICE,
                                info="or a hub id, a folder, a .safetensors file" if FREE_CHOICE else None)
         sampler = gr.Dropdown(list(SAMPLERS), value=default.sampler, label="Sampler", scale=1)

@@ -10,7 +10,9 @@ from noiserefine.guidance import sample
 from noiserefine.samplers import make_scheduler
 
 
-def ddim_inversion(pipe: DiffusionPipeline, x0: torch.Tensor, embeds: dict[str, Any], steps: int) -> torch.Tensor:
+def ddim_inversion(
+    pipe: DiffusionPipeline, x0: torch.Tensor, embeds: dict[str, Any], steps: int
+) -> torch.Tensor:
     """The noise, (B, C, h, w), that DDIM turns into about x0 (Song et al. 2020, section 4.3).
 
     x0: latents, (B, C, h, w); embeds: what `encode_prompt` returns, for B prompts.
@@ -18,5 +20,12 @@ def ddim_inversion(pipe: DiffusionPipeline, x0: torch.Tensor, embeds: dict[str, 
     inverse = copy.copy(pipe)
     inverse.scheduler = DDIMInverseScheduler.from_config(make_scheduler("DDIM", pipe).config)
     height, width = (side * pipe.vae_scale_factor for side in x0.shape[-2:])
-    return sample(inverse, latents=x0.to(pipe.device, pipe.unet.dtype), num_inference_steps=steps, height=height, width=width,
-                  output_type="latent", **embeds).images
+    return sample(
+        inverse,
+        latents=x0.to(pipe.device, pipe.unet.dtype),
+        num_inference_steps=steps,
+        height=height,
+        width=width,
+        output_type="latent",
+        **embeds,
+    ).images

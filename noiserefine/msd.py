@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from diffusers import SchedulerMixin
 
 
-def msd_loss(x0: torch.Tensor, x_hat: torch.Tensor, target: torch.Tensor, gain: float) -> torch.Tensor:
+def msd_loss(
+    x0: torch.Tensor, x_hat: torch.Tensor, target: torch.Tensor, gain: float
+) -> torch.Tensor:
     """L_MSD of equation 4: the squared distance between the unguided image and the guided one.
 
     x0      (B, C, h, w)  latents sampled without guidance and without gradient from x_hat, in N steps
@@ -32,12 +34,21 @@ def sampler_gain(scheduler: SchedulerMixin, num_inference_steps: int) -> float:
 
     Raises ValueError where it is not finite: with zero terminal SNR x0 cannot be told from predicted noise.
     """
+
     def carry(value: float) -> float:
         walker = copy.deepcopy(scheduler)
-        walker.register_to_config(prediction_type="epsilon")  # equation 5 detaches the noise, whatever the network predicts
+        walker.register_to_config(
+            prediction_type="epsilon"
+        )  # equation 5 detaches the noise, whatever the network predicts
         walker.set_timesteps(num_inference_steps)
-        sample = torch.full((1, 1, 1, 1), value, dtype=torch.float64) * float(walker.init_noise_sigma)
-        generator = {"generator": torch.Generator().manual_seed(0)} if "generator" in walker.step.__code__.co_varnames else {}
+        sample = torch.full((1, 1, 1, 1), value, dtype=torch.float64) * float(
+            walker.init_noise_sigma
+        )
+        generator = (
+            {"generator": torch.Generator().manual_seed(0)}
+            if "generator" in walker.step.__code__.co_varnames
+            else {}
+        )
         for t in walker.timesteps:
             prediction = torch.zeros_like(walker.scale_model_input(sample, t))
             sample = walker.step(prediction, t, sample, **generator).prev_sample.double()
@@ -45,6 +56,8 @@ def sampler_gain(scheduler: SchedulerMixin, num_inference_steps: int) -> float:
 
     gain = carry(1.0) - carry(0.0)
     if not 0 < abs(gain) < 1e6:
-        raise ValueError(f"This sampler carries the starting noise to x0 with a factor of {gain}: with a schedule whose last "
-                         "signal-to-noise ratio is zero, MSD needs a sampler that starts below t = T, such as DDIM “leading”.")
+        raise ValueError(
+            f"This sampler carries the starting noise to x0 with a factor of {gain}: with a schedule whose last "
+            "signal-to-noise ratio is zero, MSD needs a sampler that starts below t = T, such as DDIM “leading”."
+        )
     return gain

@@ -9,13 +9,17 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from noiserefine.catalogue import SAMPLERS
+from noiserefine.models.catalogue import SAMPLERS
 
 
 def timestep_spacing(scheduler: SchedulerMixin) -> str:
     """The spacing a model asks for (SD-Turbo: "trailing", to start at t = 999 even in one step), else Stable Diffusion's "leading"."""
     config = scheduler.config
-    return "leading" if "timestep_spacing" in config.get("_use_default_values", ()) else config.timestep_spacing
+    return (
+        "leading"
+        if "timestep_spacing" in config.get("_use_default_values", ())
+        else config.timestep_spacing
+    )
 
 
 def make_scheduler(sampler: str, pipe: DiffusionPipeline) -> SchedulerMixin:
@@ -26,7 +30,12 @@ def make_scheduler(sampler: str, pipe: DiffusionPipeline) -> SchedulerMixin:
     if sampler not in SAMPLERS:
         raise ValueError(f"There is no sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}.")
     name, settings = SAMPLERS[sampler]
-    return getattr(diffusers, name).from_config(pipe.scheduler.config, timestep_spacing=timestep_spacing(pipe.scheduler), steps_offset=1, **settings)
+    return getattr(diffusers, name).from_config(
+        pipe.scheduler.config,
+        timestep_spacing=timestep_spacing(pipe.scheduler),
+        steps_offset=1,
+        **settings,
+    )
 
 
 def unet_calls(sampler: str, steps: int) -> int:
@@ -41,12 +50,19 @@ def with_sampler(pipe: DiffusionPipeline, sampler: str) -> DiffusionPipeline:
     return twin
 
 
-def predicted_x0(scheduler: SchedulerMixin, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+def predicted_x0(
+    scheduler: SchedulerMixin,
+    model_output: torch.Tensor,
+    timestep: torch.Tensor,
+    sample: torch.Tensor,
+) -> torch.Tensor:
     """The x0 that a prediction at a step amounts to, (B, C, h, w): equation 2 of the paper, for ε, and its counterpart for v.
 
     sample and timestep as `scheduler.step` takes them, which must not have been called for this step yet.
     """
-    x = scheduler.scale_model_input(sample, timestep)  # of unit variance at every noise level, for every sampler
+    x = scheduler.scale_model_input(
+        sample, timestep
+    )  # of unit variance at every noise level, for every sampler
     if hasattr(scheduler, "sigmas"):
         if scheduler.step_index is None:
             scheduler._init_step_index(timestep)
@@ -73,4 +89,6 @@ def watch_x0(scheduler: SchedulerMixin, on_x0: Callable[[torch.Tensor], None]) -
     try:
         yield
     finally:
-        del scheduler.step  # it holds the scheduler, which would live on until the next full garbage collection
+        del (
+            scheduler.step
+        )  # it holds the scheduler, which would live on until the next full garbage collection

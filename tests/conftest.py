@@ -1,6 +1,8 @@
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; the scripts that tests start inherit it
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # read when huggingface_hub is imported; the scripts that tests start inherit it
+)
 
 import contextlib
 import subprocess
@@ -11,8 +13,8 @@ import pytest
 import torch
 
 from noiserefine import Refiner
-from noiserefine.backbones import load_pipeline
-from train.architectures import random_pipeline
+from noiserefine.models.loading import load_pipeline
+from train.tools.architectures import random_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 EMOJI, EMOJI_REFINER = str(ROOT / "assets" / "emoji"), str(ROOT / "assets" / "refiners" / "emoji")
@@ -47,14 +49,30 @@ def perturbed(pipe, rank=16, **kwargs) -> Refiner:
 
 def output(pipe, **kwargs) -> torch.Tensor:
     """Unguided latents of a fixed prompt and seed: what must never change."""
-    latents = torch.randn(1, pipe.unet.config.in_channels, 16, 16, generator=torch.Generator().manual_seed(5))
-    return pipe("a red apple", latents=latents, num_inference_steps=2, guidance_scale=1.0, output_type="latent", **kwargs).images
+    latents = torch.randn(
+        1, pipe.unet.config.in_channels, 16, 16, generator=torch.Generator().manual_seed(5)
+    )
+    return pipe(
+        "a red apple",
+        latents=latents,
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        output_type="latent",
+        **kwargs,
+    ).images
 
 
 @contextlib.contextmanager
 def script(*arguments, **kwargs):
     """A script of the repository as a process of its own, run from the root."""
-    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **kwargs,
+    )
     try:
         yield process
     finally:

@@ -27,14 +27,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import app
-from noiserefine import Refiner, draw_noise, models, settings, views
-from noiserefine.backbones import load_pipeline
-from noiserefine.catalogue import BACKBONES
-from noiserefine.recipe import Maker, Recipe, Sample
-from noiserefine.record import read_png, save_png
-from noiserefine.settings import Model, Settings, any_model_allowed, link, restored
-from noiserefine.stream import stream
-from train.architectures import random_pipeline
+from noiserefine import Refiner, draw_noise
+from noiserefine.analysis.recipe import Maker, Recipe, Sample
+from noiserefine.models import pool as models
+from noiserefine.models.catalogue import BACKBONES
+from noiserefine.models.loading import load_pipeline
+from noiserefine.page import settings, views
+from noiserefine.page.record import read_png, save_png
+from noiserefine.page.settings import Model, Settings, any_model_allowed, link, restored
+from noiserefine.page.stream import stream
+from train.tools.architectures import random_pipeline
 
 PROMPT = "a red apple on a blue background"
 # prompt, seed, backbone, steps, guidance scale, strength, sampler, width, height, refiner, LoRA, LoRA weight
@@ -49,6 +51,7 @@ def url():
             line = process.stdout.readline()
             assert line, "the server ended"
         import threading
+
         threading.Thread(target=process.stdout.read, daemon=True).start()
         yield "http://127.0.0.1:7871"
 
@@ -59,31 +62,70 @@ def client(url):
 
 
 def pixels(result):
-    return np.asarray(Image.open(result["path"] if isinstance(result, dict) else result).convert("RGB"))
+    return np.asarray(
+        Image.open(result["path"] if isinstance(result, dict) else result).convert("RGB")
+    )
 
 
 def test_compare_gives_the_librarys_pixels(client, pipe, refiner):
-    gaussian, gaussian_cost, guided, guided_cost, refined, refined_cost, heat, layout, says, keep, link = client.predict(*GOOD, api_name="/compare")
-    assert [re.search(r"\*\*(\d+)\*\*", cost)[1] for cost in (gaussian_cost, guided_cost, refined_cost)] == ["5", "10", "6"]
+    (
+        gaussian,
+        gaussian_cost,
+        guided,
+        guided_cost,
+        refined,
+        refined_cost,
+        heat,
+        layout,
+        says,
+        keep,
+        link,
+    ) = client.predict(*GOOD, api_name="/compare")
+    assert [
+        re.search(r"\*\*(\d+)\*\*", cost)[1] for cost in (gaussian_cost, guided_cost, refined_cost)
+    ] == ["5", "10", "6"]
     x_T = draw_noise(pipe, 7)
-    expected = pipe(PROMPT, latents=refiner(x_T, PROMPT), guidance_scale=1.0, num_inference_steps=5).images[0]
+    expected = pipe(
+        PROMPT, latents=refiner(x_T, PROMPT), guidance_scale=1.0, num_inference_steps=5
+    ).images[0]
     assert np.array_equal(pixels(refined), expected) and np.array_equal(pixels(layout), expected)
-    assert not np.array_equal(pixels(gaussian), pixels(guided)) and pixels(heat).shape == pixels(refined).shape
+    assert (
+        not np.array_equal(pixels(gaussian), pixels(guided))
+        and pixels(heat).shape == pixels(refined).shape
+    )
     assert "of its energy" in says
 
 
-@pytest.mark.parametrize("position, value, says", [
-    (0, "", "prompt is empty"), (0, "apple " * 60, "tokens long"), (1, 1.5, "whole number"), (1, -1, "seed is a whole number"), (1, None, "is a number"),
-    (3, 0, "from 1 to 200"), (3, 500, "from 1 to 200"), (5, 9, "from 0 to 3"), (3, 2.5, "whole number"), (6, "nonsense", "no sampler 'nonsense'"),
-    (2, "nonsense", "can't be loaded"), (2, "", "No backbone"), (9, "nonsense", "no refiner at nonsense"), (10, "nonsense", "no LoRA at nonsense"), (7, 65, "native size"), (8, 100000, "native size"),
-    (2, "sd21", "can't be loaded"),
-])
+@pytest.mark.parametrize(
+    "position, value, says",
+    [
+        (0, "", "prompt is empty"),
+        (0, "apple " * 60, "tokens long"),
+        (1, 1.5, "whole number"),
+        (1, -1, "seed is a whole number"),
+        (1, None, "is a number"),
+        (3, 0, "from 1 to 200"),
+        (3, 500, "from 1 to 200"),
+        (5, 9, "from 0 to 3"),
+        (3, 2.5, "whole number"),
+        (6, "nonsense", "no sampler 'nonsense'"),
+        (2, "nonsense", "can't be loaded"),
+        (2, "", "No backbone"),
+        (9, "nonsense", "no refiner at nonsense"),
+        (10, "nonsense", "no LoRA at nonsense"),
+        (7, 65, "native size"),
+        (8, 100000, "native size"),
+        (2, "sd21", "can't be loaded"),
+    ],
+)
 def test_bad_input_is_answered_with_a_sentence(client, position, value, says):
     inputs = list(GOOD)
     inputs[position] = value
     with pytest.raises((AppError, ValueError)) as error:
         client.predict(*inputs, api_name="/compare")
-    assert says in str(error.value) and "verbose error reporting" not in str(error.value), "Gradio's words for an exception nobody foresaw"
+    assert says in str(error.value) and "verbose error reporting" not in str(error.value), (
+        "Gradio's words for an exception nobody foresaw"
+    )
 
 
 @pytest.mark.parametrize("position", [1, 3, 4, 5, 7])
@@ -107,7 +149,11 @@ def shown(*inputs, view="compare", extras=(), last=None):
 def sampled(monkeypatch):
     """The recipes that are sampled, as they are."""
     recipes, sample = [], Maker.sample
-    monkeypatch.setattr(Maker, "sample", lambda make, recipe, x_T: recipes.append(recipe) or sample(make, recipe, x_T))
+    monkeypatch.setattr(
+        Maker,
+        "sample",
+        lambda make, recipe, x_T: recipes.append(recipe) or sample(make, recipe, x_T),
+    )
     return recipes
 
 
@@ -117,7 +163,11 @@ def same(first, second, names=tuple(app.ARMS)):
 
 
 def forwards(state):
-    return {name: int(re.search(r"\*\*(\d+)\*\*", state[f"{name}_cost"])[1]) for name in app.ARMS if name in state}
+    return {
+        name: int(re.search(r"\*\*(\d+)\*\*", state[f"{name}_cost"])[1])
+        for name in app.ARMS
+        if name in state
+    }
 
 
 def test_what_changes_nothing_is_not_sampled_again(sampled):
@@ -132,8 +182,17 @@ def test_what_changes_nothing_is_not_sampled_again(sampled):
     assert all(same(again, first))
 
 
-SHOWN = {"strength": ((), 8), "samplers": ((), 30), "frequencies": ((0.3,), 7), "trajectory": ((), 15), "two_prompts": (("a green frog",), 6),
-         "interpolation": ((8,), 14), "guided_from_refined": ((), 4), "attention": (("apple",), 15), "many": (("a cat\n\na dog", 2), 12)}
+SHOWN = {
+    "strength": ((), 8),
+    "samplers": ((), 30),
+    "frequencies": ((0.3,), 7),
+    "trajectory": ((), 15),
+    "two_prompts": (("a green frog",), 6),
+    "interpolation": ((8,), 14),
+    "guided_from_refined": ((), 4),
+    "attention": (("apple",), 15),
+    "many": (("a cat\n\na dog", 2), 12),
+}
 
 
 @pytest.mark.parametrize("view", SHOWN)
@@ -147,9 +206,13 @@ def test_every_view_shows_its_images(sampled, view):
     for (_, first), (_, second) in zip(state["images"], again["images"], strict=True):
         assert np.array_equal(getattr(first, "image", first), getattr(second, "image", second))
     if view == "attention":
-        assert shown(*GOOD, view=view, extras=("",))["images"][0][0] == "Gaussian, “red” in forward 1", "the prompt's first after the article"
+        assert (
+            shown(*GOOD, view=view, extras=("",))["images"][0][0] == "Gaussian, “red” in forward 1"
+        ), "the prompt's first after the article"
     if view == "frequencies":
-        assert state["overlay"].size == (64, 64) and state["histogram"].axes and state["spectrum"].axes
+        assert (
+            state["overlay"].size == (64, 64) and state["histogram"].axes and state["spectrum"].axes
+        )
 
 
 def test_the_slider_drives_a_refiner_that_is_told_the_scale():
@@ -157,17 +220,33 @@ def test_the_slider_drives_a_refiner_that_is_told_the_scale():
     first, second = shown(*told), shown(*told[:4], 3.5, *told[5:])
     assert same(first, second) == [True, False, False] and not all(same(first, shown(*GOOD)))
     images = shown(*told, view="guidance_scale")["images"]
-    assert [caption for caption, _ in images][::5] == ["refined for g = 1", "guided, g = 1"] and len(images) == 10
+    assert [caption for caption, _ in images][::5] == [
+        "refined for g = 1",
+        "guided, g = 1",
+    ] and len(images) == 10
     with pytest.raises(gr.Error, match="takes a guidance scale from 1 to 4"):
         shown(*told[:4], 5.0, *told[5:])
 
 
-@pytest.mark.parametrize("view, extras, says", [
-    ("guidance_scale", (), "choose “Emoji, told the guidance scale”"), ("frequencies", (1.5,), "from 0 to 1"), ("frequencies", (float("nan"),), "is a number"),
-    ("interpolation", (7,), "Both seeds are 7"), ("interpolation", (1.5,), "whole number"), ("two_prompts", (" ",), "other prompt is empty"), ("two_prompts", ("apple " * 60,), "tokens long"), ("interpolation", (-1,), "seed is a whole"),
-    ("interpolation", (None,), "is a number"), ("attention", ("pear",), "no word 'pear'"),
-    ("blind", ("nobody",), "no 'nobody' image"), ("many", ("a cat", 1000), "in one go"), ("many", ("a cat", 0), "in one go"), ("many", ("a cat", 1.5), "whole number"),
-])
+@pytest.mark.parametrize(
+    "view, extras, says",
+    [
+        ("guidance_scale", (), "choose “Emoji, told the guidance scale”"),
+        ("frequencies", (1.5,), "from 0 to 1"),
+        ("frequencies", (float("nan"),), "is a number"),
+        ("interpolation", (7,), "Both seeds are 7"),
+        ("interpolation", (1.5,), "whole number"),
+        ("two_prompts", (" ",), "other prompt is empty"),
+        ("two_prompts", ("apple " * 60,), "tokens long"),
+        ("interpolation", (-1,), "seed is a whole"),
+        ("interpolation", (None,), "is a number"),
+        ("attention", ("pear",), "no word 'pear'"),
+        ("blind", ("nobody",), "no 'nobody' image"),
+        ("many", ("a cat", 1000), "in one go"),
+        ("many", ("a cat", 0), "in one go"),
+        ("many", ("a cat", 1.5), "whole number"),
+    ],
+)
 def test_views_refuse_with_a_sentence(view, extras, says):
     def forbidden(*_):
         raise AssertionError("a forward ran")
@@ -182,18 +261,41 @@ def test_views_refuse_with_a_sentence(view, extras, says):
         handle.remove()
 
 
-@pytest.mark.parametrize("view", ["samplers", "frequencies", "two_prompts", "interpolation", "guided_from_refined", "blind"])
+@pytest.mark.parametrize(
+    "view",
+    ["samplers", "frequencies", "two_prompts", "interpolation", "guided_from_refined", "blind"],
+)
 def test_views_that_show_refining_refuse_strength_0(view):
     with pytest.raises(gr.Error, match="strength is 0"):
-        shown(*GOOD[:5], 0, *GOOD[6:], view=view, extras=SHOWN[view][0] if view in SHOWN else ("guided",))
+        shown(
+            *GOOD[:5],
+            0,
+            *GOOD[6:],
+            view=view,
+            extras=SHOWN[view][0] if view in SHOWN else ("guided",),
+        )
     assert len(shown(*GOOD[:5], 0, *GOOD[6:], view="strength")["images"]) == 8
 
 
 def test_views_of_a_model_without_refiner_or_guidance(turbo):
-    for view in ("strength", "samplers", "frequencies", "interpolation", "guided_from_refined", "refine"):
+    for view in (
+        "strength",
+        "samplers",
+        "frequencies",
+        "interpolation",
+        "guided_from_refined",
+        "refine",
+    ):
         with pytest.raises(gr.Error, match="needs a refiner"):
-            shown(*turbo, view=view, extras={"frequencies": (0.3,), "interpolation": (8,)}.get(view, ()))
-    assert len(shown(*turbo, view="trajectory")["images"]) == 1 and len(shown(*turbo, view="attention", extras=("apple",))["images"]) == 1
+            shown(
+                *turbo,
+                view=view,
+                extras={"frequencies": (0.3,), "interpolation": (8,)}.get(view, ()),
+            )
+    assert (
+        len(shown(*turbo, view="trajectory")["images"]) == 1
+        and len(shown(*turbo, view="attention", extras=("apple",))["images"]) == 1
+    )
 
 
 def test_a_blind_pair_is_the_two_arms():
@@ -201,7 +303,10 @@ def test_a_blind_pair_is_the_two_arms():
     prompt, seed, *sides = state["pair"]
     columns = shown(PROMPT, seed, *GOOD[2:])
     assert prompt == PROMPT and sorted(sides) == ["guided", "refined"]
-    assert all(np.array_equal(state[place], columns[arm].image) for place, arm in zip(("left", "right"), sides))
+    assert all(
+        np.array_equal(state[place], columns[arm].image)
+        for place, arm in zip(("left", "right"), sides)
+    )
 
 
 def test_stop_leaves_everything_as_it_was():
@@ -265,21 +370,46 @@ def test_unfinished_images_are_shown():
 
 
 def test_an_image_restores_the_settings_that_make_it_again(client):
-    odd = ["a panda on a pink background", 12, "emoji", 4, 3.5, 0.75, "Euler", 72, 64, "", "", 1.0, "a cat"]
+    odd = [
+        "a panda on a pink background",
+        12,
+        "emoji",
+        4,
+        3.5,
+        0.75,
+        "Euler",
+        72,
+        64,
+        "",
+        "",
+        1.0,
+        "a cat",
+    ]
     *_, keep, link = client.predict(*odd, api_name="/compare")
     *_, strong = client.predict(*odd, api_name="/strength")[:7]
     record = read_png(strong["image"])
     assert record["settings"]["strength"] == 1.5 and record["caption"] == "strength 1.5"
-    assert np.array_equal(shown(*restored(record["settings"]))["refined"].image, pixels(strong["image"]))
+    assert np.array_equal(
+        shown(*restored(record["settings"]))["refined"].image, pixels(strong["image"])
+    )
     for path, arm in zip(keep[1:], app.ARMS, strict=True):
         record = read_png(path)
-        assert record["arm"] == arm and record["backbone"] == "emoji" and len(record["refiner_sha256"]) == 64 and record["versions"]["torch"]
+        assert (
+            record["arm"] == arm
+            and record["backbone"] == "emoji"
+            and len(record["refiner_sha256"]) == 64
+            and record["versions"]["torch"]
+        )
         again = restored(record["settings"])
         assert again[:9] == odd[:9] and again[12] == "a cat"
         assert np.array_equal(shown(*again)[arm].image, pixels(path))
     values = dict(urllib.parse.parse_qsl(re.search(r"\?(.*)\)", link)[1]))
-    assert Settings(*[value if isinstance(value, (str, int, float)) else field.default
-                          for value, field in zip(restored(values), fields(Settings))]) == Settings(*odd)
+    assert Settings(
+        *[
+            value if isinstance(value, (str, int, float)) else field.default
+            for value, field in zip(restored(values), fields(Settings))
+        ]
+    ) == Settings(*odd)
 
 
 def test_an_images_settings_are_its_own():
@@ -289,11 +419,22 @@ def test_an_images_settings_are_its_own():
     own = dict(prompt="a cat", seed=3, steps=10, sampler="Euler", guidance_scale=3.0, strength=0.5)
     assert app.made_from({"settings": page}, sample)["settings"] == page | own
     unguided = replace(sample, recipe=sample.recipe.gaussian)
-    assert app.made_from({"settings": page}, unguided)["settings"] == page | own | {"guidance_scale": page["guidance_scale"], "strength": page["strength"]}
+    assert app.made_from({"settings": page}, unguided)["settings"] == page | own | {
+        "guidance_scale": page["guidance_scale"],
+        "strength": page["strength"],
+    }
 
 
-@pytest.mark.parametrize("values, says", [({"seed": "x"}, "seed is a number"), ({"prompt": 5}, "prompt is a text"), ({"steps": "nan"}, "is a number"),
-                                          ({"prompt": "x" * 10**5}, "prompt is a text"), ({"seed": [1]}, "seed is a number")])
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ({"seed": "x"}, "seed is a number"),
+        ({"prompt": 5}, "prompt is a text"),
+        ({"steps": "nan"}, "is a number"),
+        ({"prompt": "x" * 10**5}, "prompt is a text"),
+        ({"seed": [1]}, "seed is a number"),
+    ],
+)
 def test_links_and_pngs_with_other_values(values, says):
     with pytest.raises(ValueError, match=says):
         restored(values)
@@ -302,12 +443,18 @@ def test_links_and_pngs_with_other_values(values, says):
 def test_a_link_names_the_shipped_refiner_not_its_place():
     settings = Settings("a cat", refiner="emoji-scales")
     assert link(settings) == "?prompt=a+cat&refiner=emoji-scales"
-    assert Refiner.from_pretrained(settings.model.refiner, load_pipeline(EMOJI, "cpu")).takes_guidance_scale
+    assert Refiner.from_pretrained(
+        settings.model.refiner, load_pipeline(EMOJI, "cpu")
+    ).takes_guidance_scale
 
 
 def test_strength_zero_is_said():
     state = shown(PROMPT, 7, "emoji", 4, 2.5, 0.0)
-    assert "strength is 0" in state["says"] and "heat" not in state and same(state, state | {"gaussian": state["refined"]}) == [True] * 3
+    assert (
+        "strength is 0" in state["says"]
+        and "heat" not in state
+        and same(state, state | {"gaussian": state["refined"]}) == [True] * 3
+    )
 
 
 def test_refine_gives_the_librarys_noise(client, pipe, refiner):
@@ -318,47 +465,80 @@ def test_refine_gives_the_librarys_noise(client, pipe, refiner):
 
 def test_endpoints_are_named_and_described(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
-    assert endpoints.keys() >= {f"/{view}" for view in (*SHOWN, "compare", "refine", "guidance_scale")}
+    assert endpoints.keys() >= {
+        f"/{view}" for view in (*SHOWN, "compare", "refine", "guidance_scale")
+    }
     for view in views.VIEWS:
         if f"/{view}" in endpoints:
-            names = [parameter["parameter_name"] for parameter in endpoints[f"/{view}"]["parameters"]]
+            names = [
+                parameter["parameter_name"] for parameter in endpoints[f"/{view}"]["parameters"]
+            ]
             assert names[:2] == ["prompt", "seed"] and endpoints[f"/{view}"]["description"]
-    assert client.predict("a panda", api_name="/guided_from_refined")[3]["caption"] == "refined, guided"
+    assert (
+        client.predict("a panda", api_name="/guided_from_refined")[3]["caption"]
+        == "refined, guided"
+    )
 
 
 def test_endpoints_are_tools(url):
     tools = httpx.get(f"{url}/gradio_api/mcp/schema").json()
     names = {tool["name"].removeprefix("app_"): tool for tool in tools}
-    assert names.keys() >= {"compare", "refine", *SHOWN} and "prompt" in names["compare"]["inputSchema"]["properties"]
+    assert (
+        names.keys() >= {"compare", "refine", *SHOWN}
+        and "prompt" in names["compare"]["inputSchema"]["properties"]
+    )
 
 
 @pytest.mark.parametrize("progress", [True, False])
 def test_tools_can_be_called(url, pipe, refiner, progress):
     async def call():
-        async with streamable_http_client(f"{url}/gradio_api/mcp/") as streams, ClientSession(*streams[:2]) as session:
+        async with (
+            streamable_http_client(f"{url}/gradio_api/mcp/") as streams,
+            ClientSession(*streams[:2]) as session,
+        ):
             await session.initialize()
-            return await session.call_tool("compare", {"prompt": PROMPT, "seed": 9, "steps": 5}, progress_callback=note if progress else None)
+            return await session.call_tool(
+                "compare",
+                {"prompt": PROMPT, "seed": 9, "steps": 5},
+                progress_callback=note if progress else None,
+            )
 
     async def note(*_):
         pass
 
     answer = asyncio.run(call())
     assert not answer.isError, answer
-    if progress:  # Gradio sends pictures to a client that asks for progress, to others their addresses
+    if (
+        progress
+    ):  # Gradio sends pictures to a client that asks for progress, to others their addresses
         images = [base64.b64decode(part.data) for part in answer.content if part.type == "image"]
     else:
-        images = [httpx.get(address).content for address in re.findall(r"'url': '([^']*\.png)'", answer.content[0].text)]
-    expected = pipe(PROMPT, latents=refiner(draw_noise(pipe, 9), PROMPT), guidance_scale=1.0, num_inference_steps=5).images[0]
+        images = [
+            httpx.get(address).content
+            for address in re.findall(r"'url': '([^']*\.png)'", answer.content[0].text)
+        ]
+    expected = pipe(
+        PROMPT,
+        latents=refiner(draw_noise(pipe, 9), PROMPT),
+        guidance_scale=1.0,
+        num_inference_steps=5,
+    ).images[0]
     assert np.array_equal(Image.open(io.BytesIO(images[2])), expected)
 
 
 def test_compiled_blocks_make_the_same_images(monkeypatch):
     plain = shown(*GOOD)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # the real one takes minutes
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="eager")
+    )  # the real one takes minutes
     monkeypatch.setattr(views, "MODELS", models.Models())
     views.MODELS.compiled = True
     state = shown(*GOOD)
-    blocks = [module for module in views.MODELS.get(Model("emoji")).pipe.unet.modules() if module._compiled_call_impl]
+    blocks = [
+        module
+        for module in views.MODELS.get(Model("emoji")).pipe.unet.modules()
+        if module._compiled_call_impl
+    ]
     assert blocks and all(same(plain, state)) and forwards(state) == forwards(plain)
     assert len(shown(*GOOD, view="attention", extras=("apple",))["images"]) == 15
 
@@ -374,13 +554,21 @@ def turbo(tmp_path, monkeypatch):
 
 def test_turbo_has_no_guided_column_and_no_refiner_yet(turbo):
     state = shown(*turbo)
-    assert "Not applicable" in state["guided_cost"] and "guided" not in state and "refined" not in state
-    assert f"--backbone {BACKBONES['sd21-base'].source}" in state["says"] and state["gaussian"].image.size == (128, 128)
+    assert (
+        "Not applicable" in state["guided_cost"]
+        and "guided" not in state
+        and "refined" not in state
+    )
+    assert f"--backbone {BACKBONES['sd21-base'].source}" in state["says"] and state[
+        "gaussian"
+    ].image.size == (128, 128)
 
 
 def test_a_refiner_that_the_user_names(turbo, tmp_path):
     refiner = tmp_path / "refiner"
-    perturbed(load_pipeline(str(tmp_path), "cpu"), guidance_scale_range=[1, 5]).save_pretrained(refiner)
+    perturbed(load_pipeline(str(tmp_path), "cpu"), guidance_scale_range=[1, 5]).save_pretrained(
+        refiner
+    )
     turbo[9] = str(refiner)
     with pytest.raises(gr.Error, match="takes a guidance scale from 1 to 5"):
         shown(*turbo)
@@ -409,7 +597,16 @@ def test_out_of_memory_is_survived(monkeypatch):
     assert all(same(before, shown(*GOOD)))
 
 
-@pytest.mark.parametrize("position, value", [(2, "somebody/something"), (9, "/etc"), (10, "../secret.safetensors"), (9, "sdxl"), (10, "emoji")])
+@pytest.mark.parametrize(
+    "position, value",
+    [
+        (2, "somebody/something"),
+        (9, "/etc"),
+        (10, "../secret.safetensors"),
+        (9, "sdxl"),
+        (10, "emoji"),
+    ],
+)
 def test_a_public_space_serves_its_own_models(monkeypatch, position, value):
     monkeypatch.setattr(settings, "FREE_CHOICE", False)
     inputs = list(GOOD)
@@ -419,7 +616,10 @@ def test_a_public_space_serves_its_own_models(monkeypatch, position, value):
     shown(*GOOD)
 
 
-@pytest.mark.parametrize("space, variable, allowed", [(None, None, True), ("a/b", None, False), ("a/b", "1", True), (None, "0", False)])
+@pytest.mark.parametrize(
+    "space, variable, allowed",
+    [(None, None, True), ("a/b", None, False), ("a/b", "1", True), (None, "0", False)],
+)
 def test_who_may_name_any_model(monkeypatch, space, variable, allowed):
     for name, value in (("SPACE_ID", space), ("NOISEREFINE_ANY_MODEL", variable)):
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
@@ -447,16 +647,29 @@ def test_offload_reaches_the_page(monkeypatch):
     views.MODELS.offload = "sequential"
     loaded = views.MODELS.get(Model("emoji"))
     assert "guidance scale" in loaded.says
-    assert loaded.refiner.unet.conv_in.weight.device.type == loaded.pipe.unet.conv_in.weight.device.type == "meta"
+    assert (
+        loaded.refiner.unet.conv_in.weight.device.type
+        == loaded.pipe.unet.conv_in.weight.device.type
+        == "meta"
+    )
 
 
 def test_seconds_of_gpu_fit_a_visitors_quota():
     """An anonymous visitor of ZeroGPU has about two minutes a day."""
     for name, backbone in BACKBONES.items():
-        assert 10 <= app.seconds_of_gpu("compare", Settings(PROMPT, 0, name, backbone.steps), ()) <= 30
+        assert (
+            10 <= app.seconds_of_gpu("compare", Settings(PROMPT, 0, name, backbone.steps), ()) <= 30
+        )
         for view in views.VIEWS:
-            assert 10 <= app.seconds_of_gpu(view, Settings(PROMPT, 0, name, backbone.steps), ("", 4)) <= 120, view
-    assert app.seconds_of_gpu("compare", Settings(PROMPT, 0, "sd21", float("nan")), ()) and app.seconds_of_gpu("compare", Settings(PROMPT, 0, None, 10**9), ()) < 120
+            assert (
+                10
+                <= app.seconds_of_gpu(view, Settings(PROMPT, 0, name, backbone.steps), ("", 4))
+                <= 120
+            ), view
+    assert (
+        app.seconds_of_gpu("compare", Settings(PROMPT, 0, "sd21", float("nan")), ())
+        and app.seconds_of_gpu("compare", Settings(PROMPT, 0, None, 10**9), ()) < 120
+    )
     assert app.seconds_of_gpu("many", Settings(PROMPT, 0, "sd21", 20), (None, float("nan")))
 
 
@@ -472,7 +685,9 @@ def look_at(page, tab):
         page.locator(".overflow-menu > button").first.click()
         page.locator(".overflow-dropdown button", has_text=tab).first.click()
     panel = page.locator("[role=tabpanel]").locator("visible=true")
-    panel.get_by_role("button", name="New pair" if tab == "Blind test" else "Show", exact=True).click()
+    panel.get_by_role(
+        "button", name="New pair" if tab == "Blind test" else "Show", exact=True
+    ).click()
     if tab == "Guidance scale":  # the embedded model's own refiner takes none
         page.get_by_text("takes no guidance scale").last.wait_for(timeout=20_000)
         return
@@ -480,33 +695,53 @@ def look_at(page, tab):
     page.wait_for_function("!document.querySelector('.progress-text')", timeout=60_000)
     box = panel.bounding_box()
     assert box["x"] + box["width"] <= page.viewport_size["width"], f"{tab} is cut off"
-    assert all(alt for alt in panel.locator("img").evaluate_all("images => images.map(image => image.alt)"))
+    assert all(
+        alt for alt in panel.locator("img").evaluate_all("images => images.map(image => image.alt)")
+    )
 
 
 def stop_and_restore(page, url, folder):
     """Stops a long run, then restores the settings of a downloaded image and of a link."""
     page.get_by_label("Steps").first.fill("100")
     page.get_by_label("Prompt", exact=True).press("Enter")
-    page.wait_for_function("!document.querySelector('#arms').innerText.includes('UNet forwards')", timeout=20_000)  # the first preview is there
+    page.wait_for_function(
+        "!document.querySelector('#arms').innerText.includes('UNet forwards')", timeout=20_000
+    )  # the first preview is there
     page.get_by_role("button", name="Stop").click()
     page.wait_for_function("!document.querySelector('.progress-text')", timeout=20_000)
     assert page.locator("#arms").inner_text().count("UNet forwards") < 3
     Image.new("RGB", (8, 8)).save(folder / "foreign.png")
     drop_on_field(page, folder / "foreign.png")
     page.get_by_text("This PNG holds no settings").wait_for(timeout=20_000)
-    assert not page.locator("[data-testid=status-tracker] .error").filter(visible=True).count(), "a mark over what was typed and made"
+    assert not page.locator("[data-testid=status-tracker] .error").filter(visible=True).count(), (
+        "a mark over what was typed and made"
+    )
     for seed, drop in (("123", drop_on_field), ("124", drop_on_page)):
-        save_png(Image.new("RGB", (64, 64)), folder / "image.png", {"settings": {"prompt": f"an owl {seed}", "seed": int(seed), "steps": 6}})
-        page.locator("#restore input[type=file]").wait_for(state="attached", timeout=20_000)  # also after the first image
+        save_png(
+            Image.new("RGB", (64, 64)),
+            folder / "image.png",
+            {"settings": {"prompt": f"an owl {seed}", "seed": int(seed), "steps": 6}},
+        )
+        page.locator("#restore input[type=file]").wait_for(
+            state="attached", timeout=20_000
+        )  # also after the first image
         drop(page, folder / "image.png")
-        page.wait_for_function("text => document.querySelector('#ask textarea')?.value == text", arg=f"an owl {seed}", timeout=20_000)
+        page.wait_for_function(
+            "text => document.querySelector('#ask textarea')?.value == text",
+            arg=f"an owl {seed}",
+            timeout=20_000,
+        )
         assert page.get_by_label("Seed", exact=True).input_value() == seed
     page = page.context.new_page()
     page.goto(f"{url}/?prompt=a+panda&seed=77&steps=9")
-    page.wait_for_function("document.querySelector('#ask textarea')?.value == 'a panda'", timeout=20_000)
+    page.wait_for_function(
+        "document.querySelector('#ask textarea')?.value == 'a panda'", timeout=20_000
+    )
     assert page.get_by_label("Seed", exact=True).input_value() == "77"
     page.get_by_role("button", name="Generate").click()
-    page.wait_for_function("document.querySelector('#arms')?.innerText.includes('18 UNet forwards')", timeout=60_000)
+    page.wait_for_function(
+        "document.querySelector('#arms')?.innerText.includes('18 UNet forwards')", timeout=60_000
+    )
 
 
 def drop_on_field(page, path):
@@ -515,11 +750,14 @@ def drop_on_field(page, path):
 
 def drop_on_page(page, path):
     data = base64.b64encode(path.read_bytes()).decode()
-    page.evaluate("""data => {
+    page.evaluate(
+        """data => {
         const transfer = new DataTransfer();
         transfer.items.add(new File([Uint8Array.from(atob(data), c => c.charCodeAt(0))], "image.png", {type: "image/png"}));
         document.querySelector("#arms").dispatchEvent(new DragEvent("drop", {dataTransfer: transfer, bubbles: true, cancelable: true}));
-    }""", data)
+    }""",
+        data,
+    )
 
 
 def vote(page):
@@ -527,7 +765,9 @@ def vote(page):
     page.get_by_role("button", name="Vote", exact=True).click()
     page.get_by_text("Answer both questions").wait_for(timeout=20_000)
     for question in ("Which is better?", "Which follows the prompt?"):
-        page.get_by_role("radiogroup", name=question).or_(page.locator("fieldset", has_text=question)).first.get_by_label("left").click()
+        page.get_by_role("radiogroup", name=question).or_(
+            page.locator("fieldset", has_text=question)
+        ).first.get_by_label("left").click()
     page.get_by_role("button", name="Vote", exact=True).click()
     page.get_by_text(re.compile("Left was (refined|guided)")).wait_for(timeout=20_000)
     assert page.locator("td", has_text="Which is better?").count() == 1
@@ -535,34 +775,57 @@ def vote(page):
 
 @pytest.mark.parametrize("width, height", [(1280, 900), (390, 844)])
 def test_in_a_browser(url, tmp_path, width, height):
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    chromium = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     assert chromium, "the browser test needs Chromium: apt-get install chromium"
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+        browser = playwright.chromium.launch(
+            executable_path=chromium,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
         context = browser.new_context(viewport={"width": width, "height": height})
         errors = []
-        context.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        context.on(
+            "console",
+            lambda message: errors.append(message.text) if message.type == "error" else None,
+        )
         context.on("weberror", lambda error: errors.append(str(error.error)))
         page = context.new_page()
         page.goto(url)
         prompt = page.get_by_label("Prompt", exact=True)
         prompt.fill("a panda on a pink background")
-        page.locator("#restore input[type=file]").wait_for(state="attached")  # Gradio puts its parts into the page one by one
-        page.wait_for_function("[...document.querySelectorAll('#arms .picture, #noise .picture')].filter(each => each.clientHeight > 50).length == 5")
+        page.locator("#restore input[type=file]").wait_for(
+            state="attached"
+        )  # Gradio puts its parts into the page one by one
+        page.wait_for_function(
+            "[...document.querySelectorAll('#arms .picture, #noise .picture')].filter(each => each.clientHeight > 50).length == 5"
+        )
         page.evaluate("""() => {
             window.shift = 0;
             new PerformanceObserver(list => list.getEntries().forEach(entry => window.shift += entry.hadRecentInput ? 0 : entry.value))
                 .observe({type: "layout-shift"});
         }""")
         prompt.press("Enter")
-        page.wait_for_function("document.querySelectorAll('#arms img').length == 3 && document.querySelectorAll('#noise img').length == 2", timeout=120_000)
+        page.wait_for_function(
+            "document.querySelectorAll('#arms img').length == 3 && document.querySelectorAll('#noise img').length == 2",
+            timeout=120_000,
+        )
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         boxes = [page.locator("#arms img").nth(i).bounding_box() for i in range(3)]
-        assert boxes[0]["x"] < boxes[1]["x"] < boxes[2]["x"] and len({round(box["y"]) for box in boxes}) == 1, "three side by side"
+        assert (
+            boxes[0]["x"] < boxes[1]["x"] < boxes[2]["x"]
+            and len({round(box["y"]) for box in boxes}) == 1
+        ), "three side by side"
         assert re.search(r"21\s+UNet forwards", page.locator("#arms").inner_text())
-        assert page.evaluate("""[...document.querySelectorAll('.card')].every(card => [...card.children].every(
-            part => part.getBoundingClientRect().right <= card.getBoundingClientRect().right))"""), "nothing sticks out of a card"
+        assert (
+            page.evaluate("""[...document.querySelectorAll('.card')].every(card => [...card.children].every(
+            part => part.getBoundingClientRect().right <= card.getBoundingClientRect().right))""")
+        ), "nothing sticks out of a card"
         assert page.evaluate("shift") < 0.1, "what web.dev calls good"
         seed = page.get_by_label("Seed", exact=True)
         before = seed.input_value()
@@ -578,7 +841,11 @@ def test_in_a_browser(url, tmp_path, width, height):
         assert page.locator("#arms img").count() == 3, "nothing is lost"
         shown = page.locator("#noise img").nth(1).get_attribute("src")
         page.get_by_text("a sailboat", exact=True).click()  # an example runs at once
-        page.wait_for_function("src => { const i = document.querySelectorAll('#noise img')[1]; return i && i.src != src }", arg=shown, timeout=60_000)
+        page.wait_for_function(
+            "src => { const i = document.querySelectorAll('#noise img')[1]; return i && i.src != src }",
+            arg=shown,
+            timeout=60_000,
+        )
         assert prompt.input_value() == "a sailboat"
         page.get_by_label("Steps").first.fill("4")
         prompt.fill(PROMPT)
@@ -594,4 +861,6 @@ def test_in_a_browser(url, tmp_path, width, height):
 def test_runs_without_the_spaces_package(tmp_path):
     code = "import sys; sys.modules['spaces'] = None; import app; print(app.ZERO_GPU, app.run.__name__, 'torch' in sys.modules)"
     with script("-c", code) as process:
-        assert process.communicate()[0].strip().endswith("False run False"), "torch is not imported before it is needed"
+        assert process.communicate()[0].strip().endswith("False run False"), (
+            "torch is not imported before it is needed"
+        )

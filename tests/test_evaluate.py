@@ -25,10 +25,10 @@ from transformers import (
 
 from noiserefine import Refiner
 from train import evaluate
-from train.benchmark import measure
 from train.emoji.captions import build_tokenizer
 from train.emoji.render import BACKGROUNDS, held_out_pairs, objects, prompt
 from train.metrics import METRICS, frechet_distance, load_metrics
+from train.tools.benchmark import measure
 
 
 def test_frechet_distance():
@@ -36,10 +36,26 @@ def test_frechet_distance():
     x = rng.normal(size=(20_000, 3)) * [1, 2, 3] + [0, 1, 0]
     assert frechet_distance(x, x.mean(0), np.cov(x, rowvar=False)) == pytest.approx(0, abs=1e-8)
     # Between axis-aligned Gaussians it is sum (mu - mu')^2 + (sigma - sigma')^2.
-    assert frechet_distance(x, np.zeros(3), np.diag([1.0, 1.0, 1.0])) == pytest.approx(1 + 1 + 4, rel=0.05)
+    assert frechet_distance(x, np.zeros(3), np.diag([1.0, 1.0, 1.0])) == pytest.approx(
+        1 + 1 + 4, rel=0.05
+    )
 
 
-EVALUATE = ["train/evaluate.py", "--backbone", EMOJI, "--refiner", EMOJI_REFINER, "--n", "12", "--batch_size", "6", "--steps", "4", "--bootstrap", "20"]
+EVALUATE = [
+    "train/evaluate.py",
+    "--backbone",
+    EMOJI,
+    "--refiner",
+    EMOJI_REFINER,
+    "--n",
+    "12",
+    "--batch_size",
+    "6",
+    "--steps",
+    "4",
+    "--bootstrap",
+    "20",
+]
 
 
 def run_expecting(code, *arguments, **kwargs) -> str:
@@ -54,37 +70,92 @@ run = functools.partial(run_expecting, 0)
 
 def test_evaluate_runs_and_goes_on(tmp_path):
     """Every arm with its forwards and intervals; a second run measures only what is missing, and two processes measure the same."""
-    forwards = {"gaussian": 4, "guided": 8, "pag": 8, "guided_pag": 12, "refined": 5, "refined_guided": 9}
-    said = run(*EVALUATE, "--arms", *forwards, "--images", tmp_path / "images", "--output", tmp_path / "all.json")
+    forwards = {
+        "gaussian": 4,
+        "guided": 8,
+        "pag": 8,
+        "guided_pag": 12,
+        "refined": 5,
+        "refined_guided": 9,
+    }
+    said = run(
+        *EVALUATE,
+        "--arms",
+        *forwards,
+        "--images",
+        tmp_path / "images",
+        "--output",
+        tmp_path / "all.json",
+    )
     result = json.loads((tmp_path / "all.json").read_text())
     assert {name: arm["forwards"] for name, arm in result["arms"].items()} == forwards
     for name, arm in result["arms"].items():
-        assert f"| {name} | {arm['object_accuracy']:.3f} [" in said and arm["seconds"] > 0 and arm["frechet_distance"] > 0
+        assert (
+            f"| {name} | {arm['object_accuracy']:.3f} [" in said
+            and arm["seconds"] > 0
+            and arm["frechet_distance"] > 0
+        )
         for metric in ("object_accuracy", "background_accuracy"):
             low, high = arm[f"{metric}_interval"]
             assert 0 <= low <= arm[metric] <= high <= 1, metric
-        assert arm["frechet_distance_interval"][0] < arm["frechet_distance"] < arm["frechet_distance_interval"][1]
+        assert (
+            arm["frechet_distance_interval"][0]
+            < arm["frechet_distance"]
+            < arm["frechet_distance_interval"][1]
+        )
     assert result["differences"]["refined"]["object_accuracy"] == pytest.approx(
-        result["arms"]["refined"]["object_accuracy"] - result["arms"]["guided"]["object_accuracy"])
+        result["arms"]["refined"]["object_accuracy"] - result["arms"]["guided"]["object_accuracy"]
+    )
     assert Image.open(tmp_path / "images" / "refined" / "00011.png").size == (64, 64)
-    first, row = Image.open(tmp_path / "images" / "guided" / "00000.png"), Image.open(tmp_path / "all" / "guided.webp").convert("RGB")
-    assert row.size == (6 * 64, 64) and np.abs(np.int16(first) - np.int16(row.crop((0, 0, 64, 64)))).mean() < 5
+    first, row = (
+        Image.open(tmp_path / "images" / "guided" / "00000.png"),
+        Image.open(tmp_path / "all" / "guided.webp").convert("RGB"),
+    )
+    assert (
+        row.size == (6 * 64, 64)
+        and np.abs(np.int16(first) - np.int16(row.crop((0, 0, 64, 64)))).mean() < 5
+    )
 
     (tmp_path / "all" / "refined-000006.npz").unlink()
     untouched = (tmp_path / "all" / "refined-000000.npz").stat().st_mtime_ns
-    two = os.environ | {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29518"}  # as accelerate launch does
-    with script(*EVALUATE, "--output", tmp_path / "all.json", env=two | {"RANK": "1", "LOCAL_RANK": "1"}):
-        said = run(*EVALUATE, "--output", tmp_path / "all.json", env=two | {"RANK": "0", "LOCAL_RANK": "0"})
+    two = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29518",
+    }  # as accelerate launch does
+    with script(
+        *EVALUATE, "--output", tmp_path / "all.json", env=two | {"RANK": "1", "LOCAL_RANK": "1"}
+    ):
+        said = run(
+            *EVALUATE, "--output", tmp_path / "all.json", env=two | {"RANK": "0", "LOCAL_RANK": "0"}
+        )
         assert "| 1/1 [" in said, "one of the two batches was the other process's"
     again = json.loads((tmp_path / "all.json").read_text())
-    assert again["arms"].keys() == {"gaussian", "guided", "refined"} and (tmp_path / "all" / "refined-000000.npz").stat().st_mtime_ns == untouched
+    assert (
+        again["arms"].keys() == {"gaussian", "guided", "refined"}
+        and (tmp_path / "all" / "refined-000000.npz").stat().st_mtime_ns == untouched
+    )
     for metric in ("object_accuracy", "frechet_distance_interval"):
         assert again["arms"]["refined"][metric] == pytest.approx(result["arms"]["refined"][metric])
     with script(*EVALUATE, "--strength", "0.5", "--output", tmp_path / "all.json") as process:
-        assert "holds measurements of other settings" in process.communicate()[0] and process.returncode == 1
+        assert (
+            "holds measurements of other settings" in process.communicate()[0]
+            and process.returncode == 1
+        )
     (tmp_path / "images" / "refined" / "00006.png").unlink()
-    run(*EVALUATE, "--arms", "refined", "--images", tmp_path / "images", "--output", tmp_path / "all.json")
-    assert (tmp_path / "images" / "refined" / "00006.png").is_file() and (tmp_path / "all" / "refined-000000.npz").stat().st_mtime_ns == untouched
+    run(
+        *EVALUATE,
+        "--arms",
+        "refined",
+        "--images",
+        tmp_path / "images",
+        "--output",
+        tmp_path / "all.json",
+    )
+    assert (tmp_path / "images" / "refined" / "00006.png").is_file() and (
+        tmp_path / "all" / "refined-000000.npz"
+    ).stat().st_mtime_ns == untouched
 
 
 def test_results_need_a_name_of_their_own(capsys):
@@ -96,56 +167,130 @@ def test_results_need_a_name_of_their_own(capsys):
 def test_intervals_resample_prompts(tmp_path):
     """Images of one prompt are not independent: with all of them alike, the interval is that of the prompts."""
     prompts = [text for text in ("a", "b", "c", "d") for _ in range(50)]
-    args = argparse.Namespace(output=tmp_path / "r.json", n=200, batch_size=200, arms=["gaussian"], bootstrap=400, reference="guided")
-    measurement, rng, metrics = evaluate.Measurement(args, PartialState()), np.random.default_rng(0), load_metrics(["judge"], None, torch.device("cpu"))
+    args = argparse.Namespace(
+        output=tmp_path / "r.json",
+        n=200,
+        batch_size=200,
+        arms=["gaussian"],
+        bootstrap=400,
+        reference="guided",
+    )
+    measurement, rng, metrics = (
+        evaluate.Measurement(args, PartialState()),
+        np.random.default_rng(0),
+        load_metrics(["judge"], None, torch.device("cpu")),
+    )
     measurement.begin({})
     right = np.repeat([1.0, 0.0, 1.0, 0.0], 50)
-    np.savez(measurement.file("gaussian", 0), features=rng.normal(size=(200, 128)) * 2, correct=np.stack([right, right], 1), forwards=200, seconds=1.0)
+    np.savez(
+        measurement.file("gaussian", 0),
+        features=rng.normal(size=(200, 128)) * 2,
+        correct=np.stack([right, right], 1),
+        forwards=200,
+        seconds=1.0,
+    )
     arm = measurement.results(prompts, metrics)["arms"]["gaussian"]
-    assert arm["object_accuracy"] == 0.5 and arm["object_accuracy_interval"] == [0, 1], "0.43 to 0.57 if images were drawn one by one"
+    assert arm["object_accuracy"] == 0.5 and arm["object_accuracy_interval"] == [0, 1], (
+        "0.43 to 0.57 if images were drawn one by one"
+    )
     assert arm["feature_variance"] == pytest.approx(4 * 128, rel=0.1) and arm["forwards"] == 1
 
 
 def small_clip(folder, tokenizer, head=False):
     """A CLIP of PickScore's format, or an aesthetic predictor, a thousandth of its size."""
-    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, projection_dim=8,
-                          max_position_embeddings=32, eos_token_id=tokenizer.eos_token_id)
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8, projection_dim=8)
-    images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        projection_dim=8,
+        max_position_embeddings=32,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=8,
+        projection_dim=8,
+    )
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
     torch.manual_seed(0)
     CLIPProcessor(images, tokenizer).save_pretrained(folder)
     if not head:
-        CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)).save_pretrained(folder)
+        CLIPModel(
+            CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=8)
+        ).save_pretrained(folder)
         return
     model = CLIPVisionModelWithProjection(vision)
     model.save_pretrained(folder)
-    layers = {f"layers.{i}.{name}": torch.randn(shape) for i, b in ((0, 6), (2, 1)) for name, shape in (("weight", (b, 8 if i == 0 else 6)), ("bias", (b,)))}
-    save_file(load_file(folder / "model.safetensors") | layers, folder / "model.safetensors", {"format": "pt"})
+    layers = {
+        f"layers.{i}.{name}": torch.randn(shape)
+        for i, b in ((0, 6), (2, 1))
+        for name, shape in (("weight", (b, 8 if i == 0 else 6)), ("bias", (b,)))
+    }
+    save_file(
+        load_file(folder / "model.safetensors") | layers,
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def test_metrics_of_the_big_models(tmp_path, pipe):
     """By local models of the hub's format, against the formula on the models themselves."""
     small_clip(tmp_path / "clip", pipe.tokenizer)
     small_clip(tmp_path / "aesthetic", pipe.tokenizer, head=True)
-    images = [Image.fromarray(np.random.default_rng(i).integers(256, size=(64, 64, 3), dtype=np.uint8)) for i in range(3)]
+    images = [
+        Image.fromarray(np.random.default_rng(i).integers(256, size=(64, 64, 3), dtype=np.uint8))
+        for i in range(3)
+    ]
     prompts = ["a cat", "a red apple on a blue background", "sushi"]
-    names = [f"clip_score={tmp_path}/clip", f"pick_score={tmp_path}/clip", f"aesthetic={tmp_path}/aesthetic"]
+    names = [
+        f"clip_score={tmp_path}/clip",
+        f"pick_score={tmp_path}/clip",
+        f"aesthetic={tmp_path}/aesthetic",
+    ]
     metrics = load_metrics(names, None, torch.device("cpu"))
-    rows = {key: value for metric in metrics for key, value in metric.measure(images, prompts).items()}
+    rows = {
+        key: value for metric in metrics for key, value in metric.measure(images, prompts).items()
+    }
 
-    clip, processor = CLIPModel.from_pretrained(tmp_path / "clip").eval(), CLIPProcessor.from_pretrained(tmp_path / "clip")
+    clip, processor = (
+        CLIPModel.from_pretrained(tmp_path / "clip").eval(),
+        CLIPProcessor.from_pretrained(tmp_path / "clip"),
+    )
     batch = processor(text=prompts, images=images, padding=True, return_tensors="pt")
     with torch.no_grad():
         output = clip(**batch)
         cosines = (output.text_embeds * output.image_embeds).sum(1)
         scale = clip.logit_scale.exp()
-        theirs = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "aesthetic").eval()(batch.pixel_values).image_embeds
+        theirs = (
+            CLIPVisionModelWithProjection.from_pretrained(tmp_path / "aesthetic")
+            .eval()(batch.pixel_values)
+            .image_embeds
+        )
     state = load_file(tmp_path / "aesthetic" / "model.safetensors")
-    hidden = torch.nn.functional.normalize(theirs, dim=1) @ state["layers.0.weight"].T + state["layers.0.bias"]
-    expected = {"clip_score": 100 * cosines.clamp(min=0), "pick_score": scale * cosines, "aesthetic": (hidden @ state["layers.2.weight"].T + state["layers.2.bias"])[:, 0]}
+    hidden = (
+        torch.nn.functional.normalize(theirs, dim=1) @ state["layers.0.weight"].T
+        + state["layers.0.bias"]
+    )
+    expected = {
+        "clip_score": 100 * cosines.clamp(min=0),
+        "pick_score": scale * cosines,
+        "aesthetic": (hidden @ state["layers.2.weight"].T + state["layers.2.bias"])[:, 0],
+    }
     for (name, values), metric in zip(expected.items(), metrics):
         np.testing.assert_allclose(rows[name], values, rtol=1e-4, atol=1e-4)
-        assert metric.figures(rows, []) == {name: pytest.approx(float(values.mean()), rel=1e-4, abs=1e-4)} and metric.about[name] == f"{tmp_path}/{'aesthetic' if name == 'aesthetic' else 'clip'}"
+        assert (
+            metric.figures(rows, [])
+            == {name: pytest.approx(float(values.mean()), rel=1e-4, abs=1e-4)}
+            and metric.about[name] == f"{tmp_path}/{'aesthetic' if name == 'aesthetic' else 'clip'}"
+        )
     with pytest.raises(ValueError, match="no linear layers"):
         load_metrics([f"aesthetic={tmp_path}/clip"], None, torch.device("cpu"))
 
@@ -169,13 +314,20 @@ def test_inception(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pip install torch-fidelity"):
         load_metrics(["inception"], tmp_path, torch.device("cpu"))
     monkeypatch.setitem(sys.modules, "torch_fidelity", SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", SimpleNamespace(FeatureExtractorInceptionV3=FakeInception))
+    monkeypatch.setitem(
+        sys.modules,
+        "torch_fidelity.feature_extractor_inceptionv3",
+        SimpleNamespace(FeatureExtractorInceptionV3=FakeInception),
+    )
     with pytest.raises(ValueError, match="needs --real_images"):
         load_metrics(["inception"], tmp_path, torch.device("cpu"))
     rng = np.random.default_rng(0)
-    images = [Image.fromarray(np.full((8, 8, 3), rng.integers(256, size=3), np.uint8)) for _ in range(100)]
+    images = [
+        Image.fromarray(np.full((8, 8, 3), rng.integers(256, size=3), np.uint8)) for _ in range(100)
+    ]
     for i, image in enumerate(images):
         image.save(tmp_path / f"{i}.png")
+
     class Payload:
         def __reduce__(self):
             return (tmp_path / "executed").write_text, ("x",)
@@ -191,18 +343,40 @@ def test_inception(tmp_path, monkeypatch):
     colours = np.array([np.asarray(image)[0, 0] for image in images]) / 64
     p = np.exp(np.tile(colours, 2))
     p /= p.sum(1, keepdims=True)
-    def score(order):
-        return np.mean([np.exp((part * np.log(part / part.mean(0))).sum(1).mean()) for part in np.split(p[order], 10)])
 
-    assert figures["inception_score"] == pytest.approx(score(np.random.default_rng(0).permutation(100)), rel=1e-5)
-    alike = metric.figures(metric.measure(sorted(images, key=lambda image: image.getpixel((0, 0))), [""] * len(images)), [])
-    assert alike["inception_score"] == pytest.approx(np.mean([score(np.random.default_rng(i).permutation(100)) for i in range(20)]), rel=0.02), "whatever the order"
+    def score(order):
+        return np.mean(
+            [
+                np.exp((part * np.log(part / part.mean(0))).sum(1).mean())
+                for part in np.split(p[order], 10)
+            ]
+        )
+
+    assert figures["inception_score"] == pytest.approx(
+        score(np.random.default_rng(0).permutation(100)), rel=1e-5
+    )
+    alike = metric.figures(
+        metric.measure(
+            sorted(images, key=lambda image: image.getpixel((0, 0))), [""] * len(images)
+        ),
+        [],
+    )
+    assert alike["inception_score"] == pytest.approx(
+        np.mean([score(np.random.default_rng(i).permutation(100)) for i in range(20)]), rel=0.02
+    ), "whatever the order"
     shifted = [Image.fromarray((np.asarray(image) // 2).astype(np.uint8)) for image in images]
     assert metric.figures(metric.measure(shifted, [""] * len(shifted)), [])["fid"] > 1
 
 
-@pytest.mark.parametrize("names, says", [(["nonsense"], "no metric 'nonsense'"), (["hpsv2"], "OpenCLIP checkpoint only"), (["image_reward"], "does not import"),
-                                         (["clip_score=nowhere/at-all"], "can't be loaded")])
+@pytest.mark.parametrize(
+    "names, says",
+    [
+        (["nonsense"], "no metric 'nonsense'"),
+        (["hpsv2"], "OpenCLIP checkpoint only"),
+        (["image_reward"], "does not import"),
+        (["clip_score=nowhere/at-all"], "can't be loaded"),
+    ],
+)
 def test_metrics_that_cannot_run_say_why(names, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says):
         load_metrics(names, None, torch.device("cpu"))
@@ -210,39 +384,112 @@ def test_metrics_that_cannot_run_say_why(names, says):
 
 def test_prompts_of_files(tmp_path, pipe):
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    (tmp_path / "coco.json").write_text(json.dumps({"annotations": [{"image_id": 1, "caption": "a bird"}, {"image_id": 1, "caption": "a second one"},
-                                                                    {"image_id": 2, "caption": "long " * 50}]}))
-    assert sorted(evaluate.chosen_prompts(str(tmp_path / "prompts.txt"), 4, pipe)) == ["a cat", "a cat", "a dog", "a dog"]
+    (tmp_path / "coco.json").write_text(
+        json.dumps(
+            {
+                "annotations": [
+                    {"image_id": 1, "caption": "a bird"},
+                    {"image_id": 1, "caption": "a second one"},
+                    {"image_id": 2, "caption": "long " * 50},
+                ]
+            }
+        )
+    )
+    assert sorted(evaluate.chosen_prompts(str(tmp_path / "prompts.txt"), 4, pipe)) == [
+        "a cat",
+        "a cat",
+        "a dog",
+        "a dog",
+    ]
     assert evaluate.chosen_prompts(str(tmp_path / "coco.json"), 2, pipe) == ["a bird", "a bird"]
-    said = run_expecting(1, *EVALUATE, "--prompts", tmp_path / "prompts.txt", "--arms", "gaussian", "--output", tmp_path / "r.json")
+    said = run_expecting(
+        1,
+        *EVALUATE,
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--arms",
+        "gaussian",
+        "--output",
+        tmp_path / "r.json",
+    )
     assert "judge of the embedded model knows prompts such as" in said
     assert list(METRICS) == ["judge", "inception", "clip_score", "pick_score", "aesthetic"]
 
 
 def test_benchmark_runs(tmp_path):
-    with script("train/benchmark.py", "--backbone", EMOJI, "--refiner", EMOJI_REFINER, "--rounds", "1", "--steps", "3",
-                "--json", tmp_path / "benchmark.json") as process:
+    with script(
+        "train/tools/benchmark.py",
+        "--backbone",
+        EMOJI,
+        "--refiner",
+        EMOJI_REFINER,
+        "--rounds",
+        "1",
+        "--steps",
+        "3",
+        "--json",
+        tmp_path / "benchmark.json",
+    ) as process:
         assert process.wait() == 0, process.stdout.read()
     benchmark = json.loads((tmp_path / "benchmark.json").read_text())
-    assert {name: arm["forwards"] for name, arm in benchmark["arms"].items()} == {"unguided": 3, "guided": 6, "refined": 4}
+    assert {name: arm["forwards"] for name, arm in benchmark["arms"].items()} == {
+        "unguided": 3,
+        "guided": 6,
+        "refined": 4,
+    }
     assert benchmark["refined_over_guided"] > 0 and benchmark["refined_over_unguided"] > 0
 
 
 def test_guidance_scales_run(tmp_path, pipe):
     perturbed(pipe, guidance_scale_range=[1, 5]).save_pretrained(tmp_path / "refiner")
-    with script("train/guidance_scales.py", "--backbone", EMOJI, "--refiner", tmp_path / "refiner", "--n", "4", "--batch_size", "2", "--steps", "2",
-                "--scales", "1", "3", "--output", tmp_path / "scales.json") as process:
+    with script(
+        "train/experiments/guidance_scales.py",
+        "--backbone",
+        EMOJI,
+        "--refiner",
+        tmp_path / "refiner",
+        "--n",
+        "4",
+        "--batch_size",
+        "2",
+        "--steps",
+        "2",
+        "--scales",
+        "1",
+        "3",
+        "--output",
+        tmp_path / "scales.json",
+    ) as process:
         assert process.wait() == 0, process.stdout.read()
     result = json.loads((tmp_path / "scales.json").read_text())
     distances = np.array(result["distance_of_refined_to_guided"])
-    assert distances.shape == (2, 2) and (distances > 0).all() and len(result["guided"]) == len(result["refined"]) == 2
+    assert (
+        distances.shape == (2, 2)
+        and (distances > 0).all()
+        and len(result["guided"]) == len(result["refined"]) == 2
+    )
 
 
 def test_benchmark_of_random_weights(sdxl):
-    settings = dict(backbone="sdxl", random_weights=True, batch_size=2, steps=2, rounds=1, warmup=0, sampler="Euler", mode="shared")
+    settings = dict(
+        backbone="sdxl",
+        random_weights=True,
+        batch_size=2,
+        steps=2,
+        rounds=1,
+        warmup=0,
+        sampler="Euler",
+        mode="shared",
+    )
     result = measure(sdxl, Refiner.create(sdxl, 8), argparse.Namespace(**settings))
-    assert {name: arm["forwards"] for name, arm in result["arms"].items()} == {"unguided": 2, "guided": 4, "refined": 3}
-    assert 0 < result["refiner_bytes"] < result["unet_bytes"] < result["arms"]["refined"]["peak_bytes"]
+    assert {name: arm["forwards"] for name, arm in result["arms"].items()} == {
+        "unguided": 2,
+        "guided": 4,
+        "refined": 3,
+    }
+    assert (
+        0 < result["refiner_bytes"] < result["unet_bytes"] < result["arms"]["refined"]["peak_bytes"]
+    )
 
 
 def test_held_out_pairs_are_a_tenth_and_in_no_training_prompt():

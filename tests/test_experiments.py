@@ -14,21 +14,50 @@ from conftest import EMOJI, EMOJI_REFINER, ROOT, output
 from PIL import Image
 from safetensors.torch import load_file
 
-from noiserefine import Refiner, backbones, draw_noise
-from noiserefine.backbones import add_lora, load_pipeline
+from noiserefine import Refiner, draw_noise
 from noiserefine.inversion import ddim_inversion
+from noiserefine.models import loading as backbones
+from noiserefine.models.loading import add_lora, load_pipeline
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
-from train import denoiser_lora, evaluate, inversion_error, noise_gradients, novelty, report, reproduce, train_refiner
-from train.denoiser_lora import Trajectories, read_targets
+from train import evaluate, train_refiner
 from train.emoji import style
 from train.emoji.render import clay
-from train.networks import NETWORKS, Difference, load_network
-from train.noise_gradients import sample_with_gradient
+from train.experiments import (
+    denoiser_lora,
+    inversion_error,
+    noise_gradients,
+    novelty,
+    report,
+    reproduce,
+)
+from train.experiments.denoiser_lora import Trajectories, read_targets
+from train.experiments.networks import NETWORKS, Difference, load_network
+from train.experiments.noise_gradients import sample_with_gradient
 from train.train_refiner import latents_from
 
-TINY = ["--preset", "emoji", "--backbone", EMOJI, "--prompts", str(ROOT / "assets/prompts/emoji.txt"), "--validation_prompts", "", "--num_targets", "8",
-        "--target_steps", "2", "--steps", "2", "--batch_size", "8", "--epochs", "1", "--warmup_steps", "0"]
+TINY = [
+    "--preset",
+    "emoji",
+    "--backbone",
+    EMOJI,
+    "--prompts",
+    str(ROOT / "assets/prompts/emoji.txt"),
+    "--validation_prompts",
+    "",
+    "--num_targets",
+    "8",
+    "--target_steps",
+    "2",
+    "--steps",
+    "2",
+    "--batch_size",
+    "8",
+    "--epochs",
+    "1",
+    "--warmup_steps",
+    "0",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +71,9 @@ def run(tmp_path_factory):
     """A run of the trainer on inverted noise: its targets hold what every experiment here needs."""
     AcceleratorState._reset_state(reset_partial_state=True)
     folder = tmp_path_factory.mktemp("run")
-    train_refiner.main([*TINY, "--loss", "noise", "--inversion_steps", "10", "--output_dir", str(folder)])
+    train_refiner.main(
+        [*TINY, "--loss", "noise", "--inversion_steps", "10", "--output_dir", str(folder)]
+    )
     return folder
 
 
@@ -50,15 +81,29 @@ def test_the_loss_in_noise_space_is_the_distance_to_the_inversion(run, pipe):
     """The refiner starts as the identity: the first loss is that of x_T itself."""
     state = load_file(next((run / "targets").iterdir()))
     first = json.loads((run / "stats.jsonl").read_text().splitlines()[0])["loss"]
-    assert first == pytest.approx((draw_noise(pipe, 0, 8) - state["inverted"]).pow(2).mean().item(), rel=1e-3)
-    assert train_refiner.plan(train_refiner.parse([*TINY, "--loss", "noise", "--output_dir", "x"]), 1)[1] == {"targets": (2 * 2 + 50) * 8, "training": 2 * 8}
+    assert first == pytest.approx(
+        (draw_noise(pipe, 0, 8) - state["inverted"]).pow(2).mean().item(), rel=1e-3
+    )
+    assert train_refiner.plan(
+        train_refiner.parse([*TINY, "--loss", "noise", "--output_dir", "x"]), 1
+    )[1] == {"targets": (2 * 2 + 50) * 8, "training": 2 * 8}
 
 
 def test_inversion_is_undone_by_sampling(pipe):
     """Better the more steps there are; not perfectly (appendix A.11)."""
-    ddim, embeds = with_sampler(pipe, "DDIM"), encode_prompt(pipe, ["a red apple on a blue background", "a panda on a pink background"], guided=False)
+    ddim, embeds = (
+        with_sampler(pipe, "DDIM"),
+        encode_prompt(
+            pipe, ["a red apple on a blue background", "a panda on a pink background"], guided=False
+        ),
+    )
     x0 = latents_from(ddim, draw_noise(pipe, 3, 2), embeds, 20, 0)
-    errors = [(latents_from(ddim, ddim_inversion(pipe, x0, embeds, steps), embeds, steps, 0) - x0).pow(2).mean() for steps in (5, 40)]
+    errors = [
+        (latents_from(ddim, ddim_inversion(pipe, x0, embeds, steps), embeds, steps, 0) - x0)
+        .pow(2)
+        .mean()
+        for steps in (5, 40)
+    ]
     assert errors[1] < 0.5 * errors[0] and errors[1] < 0.2 * x0.var()
     assert type(pipe.scheduler).__name__ == "DDIMScheduler"
 
@@ -89,7 +134,10 @@ def test_other_networks(name, pipe, tmp_path):
 
 def test_difference_takes_two_forwards(pipe):
     network, count = Difference.create(pipe, 8), []
-    handles = [unet.register_forward_pre_hook(lambda module, inputs: count.append(1)) for unet in (pipe.unet, network.unet)]
+    handles = [
+        unet.register_forward_pre_hook(lambda module, inputs: count.append(1))
+        for unet in (pipe.unet, network.unet)
+    ]
     network(draw_noise(pipe, 0), "a cat")
     for handle in handles:
         handle.remove()
@@ -98,10 +146,14 @@ def test_difference_takes_two_forwards(pipe):
 
 def test_a_network_is_trained_in_the_refiners_place(tmp_path, pipe):
     train_refiner.main([*TINY, "--network", "mlp", "--epochs", "3", "--output_dir", str(tmp_path)])
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"] for line in (tmp_path / "stats.jsonl").read_text().splitlines()
+    ]
     assert losses[-1] < losses[0]
     x_T = draw_noise(pipe, 0)
-    assert type(network := load_network(tmp_path, pipe)) is NETWORKS["mlp"] and not torch.equal(network(x_T, "a cat"), x_T)
+    assert type(network := load_network(tmp_path, pipe)) is NETWORKS["mlp"] and not torch.equal(
+        network(x_T, "a cat"), x_T
+    )
     assert load_network(EMOJI_REFINER, pipe).config.parametrisation == "cancelled head"
 
 
@@ -117,7 +169,22 @@ def test_trajectories(pipe, sdxl):
 
 @pytest.mark.parametrize("loss", denoiser_lora.EVALUATIONS)
 def test_loras_on_the_denoiser(loss, run, tmp_path):
-    denoiser_lora.main(["--loss", loss, "--targets", str(run), "--steps", "3", "--batch_size", "4", "--rank", "8", "--output_dir", str(tmp_path)])
+    denoiser_lora.main(
+        [
+            "--loss",
+            loss,
+            "--targets",
+            str(run),
+            "--steps",
+            "3",
+            "--batch_size",
+            "4",
+            "--rank",
+            "8",
+            "--output_dir",
+            str(tmp_path),
+        ]
+    )
     pipe = load_pipeline(EMOJI, "cpu")
     before = output(pipe)
     assert add_lora(pipe, str(tmp_path)) == "" and not torch.equal(output(pipe), before)
@@ -134,9 +201,24 @@ def test_guidance_distillation_learns(run, tmp_path):
     def predict(name):
         return pipe.unet(x, t, embeds[name]).sample
 
-    teacher = predict("negative_prompt_embeds") + scale * (predict("prompt_embeds") - predict("negative_prompt_embeds"))
+    teacher = predict("negative_prompt_embeds") + scale * (
+        predict("prompt_embeds") - predict("negative_prompt_embeds")
+    )
     unguided = (predict("prompt_embeds") - teacher).pow(2).mean()
-    denoiser_lora.main(["--loss", "guidance", "--targets", str(run), "--steps", "25", "--batch_size", "8", "--output_dir", str(tmp_path)])
+    denoiser_lora.main(
+        [
+            "--loss",
+            "guidance",
+            "--targets",
+            str(run),
+            "--steps",
+            "25",
+            "--batch_size",
+            "8",
+            "--output_dir",
+            str(tmp_path),
+        ]
+    )
     add_lora(pipe, str(tmp_path))
     assert (predict("prompt_embeds") - teacher).pow(2).mean() < 0.9 * unguided
 
@@ -144,22 +226,60 @@ def test_guidance_distillation_learns(run, tmp_path):
 def test_the_few_step_model_ends_where_guidance_does(pipe):
     """Half-way, from guided images with noise: it leaves little more of the noise in them than the base, which has twenty steps to take it out."""
     path, x_T, t = Trajectories(pipe), draw_noise(pipe, 0, 8), torch.full((8,), 499)
-    embeds = encode_prompt(pipe, ["a red apple on a blue background", "a panda on a pink background", "a cat on a white background", "a pizza"] * 2)
+    embeds = encode_prompt(
+        pipe,
+        [
+            "a red apple on a blue background",
+            "a panda on a pink background",
+            "a cat on a white background",
+            "a pizza",
+        ]
+        * 2,
+    )
     x0 = latents_from(with_sampler(pipe, "DDIM"), x_T, embeds, 10, 0, guidance_scale=2.5)
     x = path.at(t, x0, draw_noise(pipe, 100, 8))
     with torch.no_grad():
-        few, base = [(path.x0_and_noise(t, x, each.unet(x, t, embeds["prompt_embeds"]).sample)[0] - x0).pow(2).mean() for each in (load_pipeline("emoji-turbo", "cpu"), pipe)]
+        few, base = [
+            (path.x0_and_noise(t, x, each.unet(x, t, embeds["prompt_embeds"]).sample)[0] - x0)
+            .pow(2)
+            .mean()
+            for each in (load_pipeline("emoji-turbo", "cpu"), pipe)
+        ]
     assert few < 1.5 * base
 
 
 def test_denoiser_lora_refuses(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no targets"):
-        denoiser_lora.main(["--loss", "images", "--targets", str(tmp_path), "--steps", "1", "--output_dir", str(tmp_path)])
+        denoiser_lora.main(
+            [
+                "--loss",
+                "images",
+                "--targets",
+                str(tmp_path),
+                "--steps",
+                "1",
+                "--output_dir",
+                str(tmp_path),
+            ]
+        )
     with pytest.raises(SystemExit):
-        denoiser_lora.main(["--loss", "images", "--targets", str(tmp_path), "--output_dir", str(tmp_path)])
+        denoiser_lora.main(
+            ["--loss", "images", "--targets", str(tmp_path), "--output_dir", str(tmp_path)]
+        )
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds another run"):
-        denoiser_lora.main(["--loss", "images", "--targets", str(run), "--steps", "1", "--output_dir", str(tmp_path)])
+        denoiser_lora.main(
+            [
+                "--loss",
+                "images",
+                "--targets",
+                str(run),
+                "--steps",
+                "1",
+                "--output_dir",
+                str(tmp_path),
+            ]
+        )
 
 
 def test_the_full_gradient_goes_through_every_step(pipe):
@@ -171,19 +291,58 @@ def test_the_full_gradient_goes_through_every_step(pipe):
     assert len(passed) == 3
     x0.pow(2).sum().backward()
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    sides = [latents_from(ddim, x.detach() + step * direction, embeds, 3, 0).double().pow(2).sum() for step in (-1e-2, 1e-2)]
-    assert (x.grad * direction).sum().item() == pytest.approx(((sides[1] - sides[0]) / 2e-2).item(), rel=0.02)
+    sides = [
+        latents_from(ddim, x.detach() + step * direction, embeds, 3, 0).double().pow(2).sum()
+        for step in (-1e-2, 1e-2)
+    ]
+    assert (x.grad * direction).sum().item() == pytest.approx(
+        ((sides[1] - sides[0]) / 2e-2).item(), rel=0.02
+    )
 
 
 def test_scripts_write_their_figures(tmp_path, capsys):
-    noise_gradients.main(["--backbone", EMOJI, "--n", "5", "--steps", "2", "--iterations", "8", "--rows", "8", "--lr", "0.05", "--output", str(tmp_path / "g.json"),
-                          "--plot", str(tmp_path / "g.png")])
+    noise_gradients.main(
+        [
+            "--backbone",
+            EMOJI,
+            "--n",
+            "5",
+            "--steps",
+            "2",
+            "--iterations",
+            "8",
+            "--rows",
+            "8",
+            "--lr",
+            "0.05",
+            "--output",
+            str(tmp_path / "g.json"),
+            "--plot",
+            str(tmp_path / "g.png"),
+        ]
+    )
     result = json.loads((tmp_path / "g.json").read_text())
     for name in ("msd", "full"):
-        assert np.mean(result[name]["loss"][-1]) < np.mean(result[name]["loss"][0]), "both gradients lead downhill"
-    assert len(result["jacobian"]) == 2 and all(row["diagonal"] > 10 * row["off_diagonal"] for row in result["jacobian"])
+        assert np.mean(result[name]["loss"][-1]) < np.mean(result[name]["loss"][0]), (
+            "both gradients lead downhill"
+        )
+    assert len(result["jacobian"]) == 2 and all(
+        row["diagonal"] > 10 * row["off_diagonal"] for row in result["jacobian"]
+    )
     assert Image.open(tmp_path / "g.png").width > 500
-    inversion_error.main(["--backbone", EMOJI, "--n", "2", "--steps", "3", "20", "--output", str(tmp_path / "i.json")])
+    inversion_error.main(
+        [
+            "--backbone",
+            EMOJI,
+            "--n",
+            "2",
+            "--steps",
+            "3",
+            "20",
+            "--output",
+            str(tmp_path / "i.json"),
+        ]
+    )
     steps = json.loads((tmp_path / "i.json").read_text())["steps"]
     assert steps["20"]["psnr"] > steps["3"]["psnr"] > 0
     assert "| full |" in capsys.readouterr().out
@@ -193,15 +352,33 @@ def test_novelty_finds_a_copy(tmp_path):
     """Images whose features are a training picture's are at distance 0 of it."""
     rng = np.random.default_rng(0)
     for name, count in (("train", 110), ("heldout", 6)):
-        np.save(tmp_path / f"{name}_pictures.npy", rng.integers(256, size=(count, 64, 64, 3), dtype=np.uint8))
+        np.save(
+            tmp_path / f"{name}_pictures.npy",
+            rng.integers(256, size=(count, 64, 64, 3), dtype=np.uint8),
+        )
     judge = evaluate.load_metrics(["judge"], None, torch.device("cpu"))[0].judge
-    copies = judge.judge([Image.fromarray(picture) for picture in np.load(tmp_path / "train_pictures.npy")[:4]])[2]
+    copies = judge.judge(
+        [Image.fromarray(picture) for picture in np.load(tmp_path / "train_pictures.npy")[:4]]
+    )[2]
     (tmp_path / "measured").mkdir()
     np.savez(tmp_path / "measured" / "copied-000000.npz", features=copies)
     np.savez(tmp_path / "measured" / "other-000000.npz", features=copies + 1)
-    novelty.main(["--pictures", str(tmp_path), "--measured", str(tmp_path / "measured"), "--output", str(tmp_path / "n.json")])
+    novelty.main(
+        [
+            "--pictures",
+            str(tmp_path),
+            "--measured",
+            str(tmp_path / "measured"),
+            "--output",
+            str(tmp_path / "n.json"),
+        ]
+    )
     result = json.loads((tmp_path / "n.json").read_text())
-    assert result["copied"]["distance"] == pytest.approx(0, abs=1e-2) and result["other"]["distance"] > 1 and result["held-out renders"]["distance"] > 0.1
+    assert (
+        result["copied"]["distance"] == pytest.approx(0, abs=1e-2)
+        and result["other"]["distance"] > 1
+        and result["held-out renders"]["distance"] > 0.1
+    )
 
 
 def test_a_style_is_learnt(tmp_path):
@@ -211,9 +388,27 @@ def test_a_style_is_learnt(tmp_path):
     with pytest.raises(FileNotFoundError, match="fluent-emoji-3d"):
         clay("🍎", tmp_path / "nothing")
     rng = np.random.default_rng(0)
-    np.save(tmp_path / "train_pictures.npy", rng.integers(256, size=(64, 64, 64, 3), dtype=np.uint8))
-    np.save(tmp_path / "train_classes.npy", np.stack([rng.integers(184, size=64), rng.integers(12, size=64)], 1))
-    style.main(["--pictures", str(tmp_path), "--output_dir", str(tmp_path / "lora"), "--steps", "2", "--batch_size", "4", "--rank", "8"])
+    np.save(
+        tmp_path / "train_pictures.npy", rng.integers(256, size=(64, 64, 64, 3), dtype=np.uint8)
+    )
+    np.save(
+        tmp_path / "train_classes.npy",
+        np.stack([rng.integers(184, size=64), rng.integers(12, size=64)], 1),
+    )
+    style.main(
+        [
+            "--pictures",
+            str(tmp_path),
+            "--output_dir",
+            str(tmp_path / "lora"),
+            "--steps",
+            "2",
+            "--batch_size",
+            "4",
+            "--rank",
+            "8",
+        ]
+    )
     pipe = load_pipeline(EMOJI, "cpu")
     before = output(pipe)
     assert add_lora(pipe, str(tmp_path / "lora")) == "" and not torch.equal(output(pipe), before)
@@ -221,14 +416,32 @@ def test_a_style_is_learnt(tmp_path):
 
 def test_a_model_of_the_catalogue_may_be_a_lora(run, tmp_path, monkeypatch):
     """It is folded into the UNet, which then has no adapter, and takes the base's refiner and the sampler's spacing."""
-    denoiser_lora.main(["--loss", "consistency", "--targets", str(run), "--steps", "2", "--batch_size", "4", "--rank", "8", "--output_dir", str(tmp_path)])
+    denoiser_lora.main(
+        [
+            "--loss",
+            "consistency",
+            "--targets",
+            str(run),
+            "--steps",
+            "2",
+            "--batch_size",
+            "4",
+            "--rank",
+            "8",
+            "--output_dir",
+            str(tmp_path),
+        ]
+    )
     entry = replace(backbones.BACKBONES["emoji"], lora=str(tmp_path), timestep_spacing="trailing")
     monkeypatch.setitem(backbones.BACKBONES, "fast", entry)
     pipe, plain = load_pipeline("fast", "cpu"), load_pipeline("emoji", "cpu")
     add_lora(plain, str(tmp_path))
     plain.scheduler.register_to_config(timestep_spacing="trailing")
     torch.testing.assert_close(output(pipe), output(plain), rtol=0, atol=1e-4)
-    assert not list(backbones.adapter_layers(pipe, "default_0")) and with_sampler(pipe, "Euler").scheduler.config.timestep_spacing == "trailing"
+    assert (
+        not list(backbones.adapter_layers(pipe, "default_0"))
+        and with_sampler(pipe, "Euler").scheduler.config.timestep_spacing == "trailing"
+    )
     with pytest.warns(UserWarning, match="fine-tune"):
         Refiner.from_pretrained(EMOJI_REFINER, pipe)
 
@@ -237,22 +450,42 @@ def test_every_experiment_is_a_command_that_its_script_takes(tmp_path):
     chosen = reproduce.experiments(tmp_path)
     for name, commands in chosen.items():
         for command in commands:
-            assert (ROOT / command.script).is_file() or (ROOT / f"{command.script.replace('.', '/')}.py").is_file(), name
+            assert (ROOT / command.script).is_file() or (
+                ROOT / f"{command.script.replace('.', '/')}.py"
+            ).is_file(), name
             if command.script == "train/train_refiner.py":
-                assert train_refiner.parse(list(command.options)).output_dir == str(command.result.parent)
+                assert train_refiner.parse(list(command.options)).output_dir == str(
+                    command.result.parent
+                )
             elif command.script == "train/evaluate.py":
                 assert evaluate.parse(list(command.options)).output == command.result
-    assert train_refiner.plan(train_refiner.parse(list(chosen["table1"][1].options)), 1)[1]["training"] == reproduce.BUDGET, "as many evaluations as the refiner's"
-    files = {command.kept.stem for commands in chosen.values() for command in commands if command.kept and command.kept.suffix == ".json"}
+    assert (
+        train_refiner.plan(train_refiner.parse(list(chosen["table1"][1].options)), 1)[1]["training"]
+        == reproduce.BUDGET
+    ), "as many evaluations as the refiner's"
+    files = {
+        command.kept.stem
+        for commands in chosen.values()
+        for command in commands
+        if command.kept and command.kept.suffix == ".json"
+    }
     assert {file for _, files, _, _ in report.SECTIONS for file in files} == files
     made = {str(command.result) for commands in chosen.values() for command in commands}
     for commands in chosen.values():
         for command in (command for command in commands if command.script == "train/evaluate.py"):
             asked = evaluate.parse(list(command.options))
             assert asked.backbone in (*backbones.BACKBONES, "assets/emoji")
-            judges = [str(ROOT / metric.removeprefix("judge=")) for metric in asked.metrics if metric != "judge"]
+            judges = [
+                str(ROOT / metric.removeprefix("judge="))
+                for metric in asked.metrics
+                if metric != "judge"
+            ]
             loras = [f"{asked.lora}/pytorch_lora_weights.safetensors"] if asked.lora else []
-            refiners = [f"{asked.refiner}/refiner.json"] if asked.refiner and asked.refiner != reproduce.REFINER else []
+            refiners = (
+                [f"{asked.refiner}/refiner.json"]
+                if asked.refiner and asked.refiner != reproduce.REFINER
+                else []
+            )
             assert {*judges, *loras, *refiners} <= made, command
 
 
@@ -261,13 +494,22 @@ def test_a_command_is_run_once(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "RESULTS", tmp_path / "kept")
     (tmp_path / "r" / "x").mkdir(parents=True)
     (tmp_path / "r" / "x" / "refined.webp").touch()
-    monkeypatch.setattr(subprocess, "run", lambda words, **_: (ran.append(words), (tmp_path / "r" / "x.json").write_text("{}")))
-    command = reproduce.Command("train/evaluate.py", ("--n", "2"), tmp_path / "r" / "x.json", tmp_path / "kept" / "x.json")
+    monkeypatch.setattr(
+        subprocess,
+        "run",
+        lambda words, **_: (ran.append(words), (tmp_path / "r" / "x.json").write_text("{}")),
+    )
+    command = reproduce.Command(
+        "train/evaluate.py", ("--n", "2"), tmp_path / "r" / "x.json", tmp_path / "kept" / "x.json"
+    )
     command.run()
     command.run()
     shutil.rmtree(tmp_path / "r")
     command.run()
-    assert len(ran) == 1 and {path.name for path in (tmp_path / "kept").iterdir()} == {"x.json", "x-refined.webp"}
+    assert len(ran) == 1 and {path.name for path in (tmp_path / "kept").iterdir()} == {
+        "x.json",
+        "x-refined.webp",
+    }
 
 
 def test_the_kept_report_is_of_the_kept_results(tmp_path, monkeypatch):
@@ -285,25 +527,67 @@ def test_the_kept_report_is_of_the_kept_results(tmp_path, monkeypatch):
 def test_the_report_has_a_section_for_every_experiment(tmp_path, monkeypatch, capsys):
     """Of made-up results; what is missing is named."""
     metrics = ("object_accuracy", "background_accuracy", "frechet_distance", "feature_variance")
-    arm = {"forwards": 20.0} | {metric: 0.5 for metric in metrics} | {f"{metric}_interval": [0.4, 0.6] for metric in metrics}
-    result = {"n": 1000, "prompts": 220, "first_seed": 10**6, "arms": {name: arm for name in ("gaussian", "guided", "refined", "refined_guided")}}
+    arm = (
+        {"forwards": 20.0}
+        | {metric: 0.5 for metric in metrics}
+        | {f"{metric}_interval": [0.4, 0.6] for metric in metrics}
+    )
+    result = {
+        "n": 1000,
+        "prompts": 220,
+        "first_seed": 10**6,
+        "arms": {name: arm for name in ("gaussian", "guided", "refined", "refined_guided")},
+    }
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr("sys.argv", ["report.py"])
     for name in {file for _, files, _, _ in report.SECTIONS for file in files}:
-        (tmp_path / f"{name}.json").write_text(json.dumps(result | {"results": {"validation_refined": 0.25}}))
-    (tmp_path / "inversion.json").write_text(json.dumps({"n": 2, "steps": {"10": {"psnr": 12.0, "psnr_interval": [11, 13]}}}))
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps(result | {"results": {"validation_refined": 0.25}})
+        )
+    (tmp_path / "inversion.json").write_text(
+        json.dumps({"n": 2, "steps": {"10": {"psnr": 12.0, "psnr_interval": [11, 13]}}})
+    )
     one = {"loss": [[1.0], [0.5]], "gradient_norm": [[1.0], [2.0]]}
-    (tmp_path / "gradients.json").write_text(json.dumps({"n": 1, "steps": 2, "lr": 0.1, "msd": one, "full": one,
-                                                         "jacobian": [{"t": 1, "diagonal": 1.0, "off_diagonal": 0.01}]}))
-    (tmp_path / "novelty.json").write_text(json.dumps({"refined": {"n": 2, "distance": 1.0, "distance_interval": [0.9, 1.1], "fifth_percentile": 0.5}}))
+    (tmp_path / "gradients.json").write_text(
+        json.dumps(
+            {
+                "n": 1,
+                "steps": 2,
+                "lr": 0.1,
+                "msd": one,
+                "full": one,
+                "jacobian": [{"t": 1, "diagonal": 1.0, "off_diagonal": 0.01}],
+            }
+        )
+    )
+    (tmp_path / "novelty.json").write_text(
+        json.dumps(
+            {
+                "refined": {
+                    "n": 2,
+                    "distance": 1.0,
+                    "distance_interval": [0.9, 1.1],
+                    "fifth_percentile": 0.5,
+                }
+            }
+        )
+    )
     report.main()
     text = (tmp_path / "report.md").read_text()
-    assert all(f"## {title}" in text for title, *_ in report.SECTIONS) and "Not measured yet" not in text
+    assert (
+        all(f"## {title}" in text for title, *_ in report.SECTIONS)
+        and "Not measured yet" not in text
+    )
     assert "| refined, unguided | 0.500 [0.400, 0.600] |" in text and "42.71" in text
     assert "| refined, unguided | ![refined, unguided](base-refined.webp) |" in text
     (tmp_path / "mlp.json").unlink()
     report.main()
     text = (tmp_path / "report.md").read_text()
-    assert "## Not measured yet\n\nA Gaussian for every prompt (table 10)." in text and "217.30" not in text
-    assert f"{len(report.SECTIONS) - 1} of {len(report.SECTIONS)} sections" in capsys.readouterr().out
+    assert (
+        "## Not measured yet\n\nA Gaussian for every prompt (table 10)." in text
+        and "217.30" not in text
+    )
+    assert (
+        f"{len(report.SECTIONS) - 1} of {len(report.SECTIONS)} sections" in capsys.readouterr().out
+    )

@@ -12,17 +12,18 @@ from conftest import output, perturbed
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from noiserefine import draw_noise, explore
-from noiserefine.attention import attention, first_word, watch_attention, word_tokens
-from noiserefine.blind import LEFT, NEITHER, RIGHT, Vote, in_random_order, tally, wilson
-from noiserefine.figures import difference_histogram, radial_spectrum
+from noiserefine import draw_noise
+from noiserefine.analysis import explore
+from noiserefine.analysis.attention import attention, first_word, watch_attention, word_tokens
+from noiserefine.analysis.figures import difference_histogram, radial_spectrum
+from noiserefine.analysis.recipe import Maker, Recipe
+from noiserefine.analysis.trajectory import evenly, trajectory
 from noiserefine.latents import decode, fit_preview
 from noiserefine.noise import slerp
-from noiserefine.recipe import Maker, Recipe
-from noiserefine.record import KEY, contact_sheet, read_png, save_png
+from noiserefine.page.blind import LEFT, NEITHER, RIGHT, Vote, in_random_order, tally, wilson
+from noiserefine.page.record import KEY, contact_sheet, read_png, save_png
+from noiserefine.page.stream import Worker, stream
 from noiserefine.samplers import SAMPLERS, make_scheduler, predicted_x0
-from noiserefine.stream import Worker, stream
-from noiserefine.trajectory import evenly, trajectory
 
 PROMPT = "a red apple on a blue background"
 RECIPE = Recipe(PROMPT, 3, steps=3, guidance_scale=2.5, strength=1.0)
@@ -44,13 +45,24 @@ def plain(pipe, prompt=PROMPT, **kwargs):
 
 def test_equal_images_have_equal_recipes():
     told = replace(RECIPE, negative_prompt="blurry", refiner_scale=3.0, refining_prompt="a cat")
-    assert told.gaussian == RECIPE.gaussian and told.guided != RECIPE.guided and told.refined != RECIPE.refined
-    assert replace(told, refiner_scale=None, refining_prompt=None).refined == RECIPE.refined, "unguided: the negative prompt changes nothing"
+    assert (
+        told.gaussian == RECIPE.gaussian
+        and told.guided != RECIPE.guided
+        and told.refined != RECIPE.refined
+    )
+    assert replace(told, refiner_scale=None, refining_prompt=None).refined == RECIPE.refined, (
+        "unguided: the negative prompt changes nothing"
+    )
 
 
 def test_a_negative_prompt_is_the_pipelines_own(make, pipe):
     sample = make(replace(RECIPE, negative_prompt="a green frog").guided)
-    assert np.array_equal(sample.image, plain(pipe, latents=draw_noise(pipe, 3), guidance_scale=2.5, negative_prompt="a green frog"))
+    assert np.array_equal(
+        sample.image,
+        plain(
+            pipe, latents=draw_noise(pipe, 3), guidance_scale=2.5, negative_prompt="a green frog"
+        ),
+    )
     assert not equal(sample, make(RECIPE.guided))
 
 
@@ -62,8 +74,12 @@ def test_each_recipe_is_made_once(make):
 def test_strengths(make):
     images = dict(explore.strengths(make, RECIPE, (0, 0.5, 1)))
     assert list(images) == ["strength 0", "strength 0.5", "strength 1", "guided, g = 2.5"]
-    assert equal(images["strength 0"], make(RECIPE.gaussian)) and equal(images["strength 1"], make(RECIPE.refined))
-    assert images["guided, g = 2.5"] is make(RECIPE.guided) and not equal(images["strength 0.5"], images["strength 1"])
+    assert equal(images["strength 0"], make(RECIPE.gaussian)) and equal(
+        images["strength 1"], make(RECIPE.refined)
+    )
+    assert images["guided, g = 2.5"] is make(RECIPE.guided) and not equal(
+        images["strength 0.5"], images["strength 1"]
+    )
 
 
 def test_guidance_scales(pipe, make):
@@ -72,16 +88,25 @@ def test_guidance_scales(pipe, make):
     told = perturbed(pipe, guidance_scale_range=[1, 5])
     torch.nn.init.normal_(told.unet.time_embedding.cond_proj.weight)
     images = list(explore.guidance_scales(Maker(pipe, told), replace(RECIPE, refiner_scale=2.0), 3))
-    assert [caption for caption, _ in images] == [f"{what} g = {g}" for what in ("refined for", "guided,") for g in (1, 3, 5)]
-    assert not equal(images[0][1], images[1][1]) and equal(images[3][1], make(RECIPE.gaussian)), "guided by 1 is unguided"
+    assert [caption for caption, _ in images] == [
+        f"{what} g = {g}" for what in ("refined for", "guided,") for g in (1, 3, 5)
+    ]
+    assert not equal(images[0][1], images[1][1]) and equal(images[3][1], make(RECIPE.gaussian)), (
+        "guided by 1 is unguided"
+    )
     expected = plain(pipe, latents=told(draw_noise(pipe, 3), PROMPT, guidance_scale=5.0))
     assert np.array_equal(images[2][1].image, expected)
 
 
 def test_samplers_and_steps(make):
     images = dict(explore.samplers_and_steps(make, RECIPE, (2, 3)))
-    assert len(images) == 2 * 2 * len(SAMPLERS) and images["DDIM, 3 steps, refined"] is make(RECIPE.refined)
-    assert images["Heun (EDM), 3 steps, Gaussian"].forwards == 5 and images["Euler, 2 steps, refined"].forwards == 3
+    assert len(images) == 2 * 2 * len(SAMPLERS) and images["DDIM, 3 steps, refined"] is make(
+        RECIPE.refined
+    )
+    assert (
+        images["Heun (EDM), 3 steps, Gaussian"].forwards == 5
+        and images["Euler, 2 steps, refined"].forwards == 3
+    )
 
 
 def test_bands(make):
@@ -89,13 +114,20 @@ def test_bands(make):
         images = list(explore.bands(make, RECIPE, cutoff))
         assert len(images) == 7 and equal(images[2][1], make(expected))
         part = images[3][1].x_T if cutoff else images[4][1].x_T
-        np.testing.assert_allclose(part, make(RECIPE.refined).x_T, atol=1e-5)  # all of it below 1, and above 0
+        np.testing.assert_allclose(
+            part, make(RECIPE.refined).x_T, atol=1e-5
+        )  # all of it below 1, and above 0
     x_T, mixed = draw_noise(make.pipe, 3), dict(explore.bands(make, RECIPE, 0.3))
     kept = torch.from_numpy(mixed["refined below 0.3, Gaussian above"].x_T) - x_T
     zeroed = mixed["refined below 0.3, zero above"].x_T + mixed["zero below 0.3, refined above"].x_T
     np.testing.assert_allclose(zeroed, make(RECIPE.refined).x_T, atol=1e-5)
-    redrawn = mixed["refined below 0.3, redrawn above"].x_T + mixed["redrawn below 0.3, refined above"].x_T
-    np.testing.assert_allclose(redrawn, make(RECIPE.refined).x_T + draw_noise(make.pipe, 4).numpy(), atol=1e-5)
+    redrawn = (
+        mixed["refined below 0.3, redrawn above"].x_T
+        + mixed["redrawn below 0.3, refined above"].x_T
+    )
+    np.testing.assert_allclose(
+        redrawn, make(RECIPE.refined).x_T + draw_noise(make.pipe, 4).numpy(), atol=1e-5
+    )
     low = torch.fft.fft2(kept)[..., 4:12, 4:12].abs().max()
     assert low < 1e-4 < kept.abs().max(), "nothing of the correction is above the cutoff"
 
@@ -104,10 +136,19 @@ def test_two_prompts(make, pipe, refiner):
     other, x_T = "a green frog on a yellow background", draw_noise(pipe, 3)
     images = dict(explore.two_prompts(make, RECIPE, other))
     assert equal(images["one prompt for both"], make(RECIPE.refined))
-    assert np.array_equal(images["denoised with the other"].image, plain(pipe, other, latents=refiner(x_T, PROMPT)))
-    assert np.array_equal(images["denoised with the other, guided"].image, plain(pipe, other, latents=refiner(x_T, PROMPT), guidance_scale=2.5))
-    assert np.array_equal(images["denoised with none"].image, plain(pipe, "", latents=refiner(x_T, PROMPT)))
-    assert np.array_equal(images["Gaussian noise, the other"].image, plain(pipe, other, latents=x_T))
+    assert np.array_equal(
+        images["denoised with the other"].image, plain(pipe, other, latents=refiner(x_T, PROMPT))
+    )
+    assert np.array_equal(
+        images["denoised with the other, guided"].image,
+        plain(pipe, other, latents=refiner(x_T, PROMPT), guidance_scale=2.5),
+    )
+    assert np.array_equal(
+        images["denoised with none"].image, plain(pipe, "", latents=refiner(x_T, PROMPT))
+    )
+    assert np.array_equal(
+        images["Gaussian noise, the other"].image, plain(pipe, other, latents=x_T)
+    )
 
 
 def test_interpolation(make):
@@ -118,14 +159,23 @@ def test_interpolation(make):
     x, y = draw_noise(make.pipe, 3), draw_noise(make.pipe, 8)
     np.testing.assert_allclose(images[1].x_T, slerp(x, y, 1 / 3), atol=1e-6)
     norms = [slerp(x, y, f).norm().item() for f in (0, 0.25, 0.5, 1)]
-    assert norms == pytest.approx([x.norm().item()] * 4, rel=0.1) and torch.equal(slerp(x, y, 0), x) and torch.equal(slerp(x, y, 1), y)
-    assert 0.6 < slerp(x, y, 0.5).flatten() @ x.flatten() / (x.norm() * slerp(x, y, 0.5).norm()) < 0.8, "half of the angle"
+    assert (
+        norms == pytest.approx([x.norm().item()] * 4, rel=0.1)
+        and torch.equal(slerp(x, y, 0), x)
+        and torch.equal(slerp(x, y, 1), y)
+    )
+    assert (
+        0.6 < slerp(x, y, 0.5).flatten() @ x.flatten() / (x.norm() * slerp(x, y, 0.5).norm()) < 0.8
+    ), "half of the angle"
 
 
 def test_guided_from_refined(make, pipe, refiner):
     images = dict(explore.guided_from_refined(make, RECIPE))
     assert [sample.forwards for sample in images.values()] == [3, 6, 4, 7]
-    assert np.array_equal(images["refined, guided"].image, plain(pipe, latents=refiner(draw_noise(pipe, 3), PROMPT), guidance_scale=2.5))
+    assert np.array_equal(
+        images["refined, guided"].image,
+        plain(pipe, latents=refiner(draw_noise(pipe, 3), PROMPT), guidance_scale=2.5),
+    )
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
@@ -143,10 +193,15 @@ def test_predicted_x0(pipe, monkeypatch, sampler, prediction_type):
             sigma = scheduler.sigmas[step]
             signal, level = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
         else:
-            signal, level = scheduler.alphas_cumprod[t].sqrt(), (1 - scheduler.alphas_cumprod[t]).sqrt()
+            signal, level = (
+                scheduler.alphas_cumprod[t].sqrt(),
+                (1 - scheduler.alphas_cumprod[t]).sqrt(),
+            )
         truth = noise if prediction_type == "epsilon" else signal * noise - level * x0
         x = signal * x0 + level * noise
-        sample = x if torch.equal(scheduler.scale_model_input(x, t), x) else x / signal  # some samplers count in sigmas
+        sample = (
+            x if torch.equal(scheduler.scale_model_input(x, t), x) else x / signal
+        )  # some samplers count in sigmas
         torch.testing.assert_close(predicted_x0(scheduler, truth, t, sample), x0, rtol=0, atol=1e-3)
 
 
@@ -163,19 +218,42 @@ def test_trajectory_ends_at_the_image(make, sampler):
 
 def test_views_on_sdxl(sdxl):
     """Two text encoders, pooled embeddings and time ids: everything the views do beside a plain call."""
-    make, recipe, frames = Maker(sdxl, perturbed(sdxl)), Recipe("a red apple", 3, steps=2, guidance_scale=3.0, strength=1.0), {}
+    make, recipe, frames = (
+        Maker(sdxl, perturbed(sdxl)),
+        Recipe("a red apple", 3, steps=2, guidance_scale=3.0, strength=1.0),
+        {},
+    )
     images = dict(explore.strengths(make, recipe, (0, 1)))
-    assert equal(images["strength 0"], make(recipe.gaussian)) and not equal(images["strength 1"], make(recipe.gaussian))
-    assert [sample.forwards for _, sample in explore.guided_from_refined(make, recipe)] == [2, 4, 3, 5]
-    assert len(list(explore.two_prompts(make, recipe, "a cat"))) == 6 and len(list(explore.bands(make, recipe, 0.3))) == 7
+    assert equal(images["strength 0"], make(recipe.gaussian)) and not equal(
+        images["strength 1"], make(recipe.gaussian)
+    )
+    assert [sample.forwards for _, sample in explore.guided_from_refined(make, recipe)] == [
+        2,
+        4,
+        3,
+        5,
+    ]
+    assert (
+        len(list(explore.two_prompts(make, recipe, "a cat"))) == 6
+        and len(list(explore.bands(make, recipe, 0.3))) == 7
+    )
     trajectory(make, recipe.refined, frames.__setitem__)
     maps, sample = attention(make, recipe.guided, "apple")
-    assert list(frames) == [1, 2] and len(maps) == 2 and maps.min() >= 0 and equal(sample, make(recipe.guided))
+    assert (
+        list(frames) == [1, 2]
+        and len(maps) == 2
+        and maps.min() >= 0
+        and equal(sample, make(recipe.guided))
+    )
     assert fit_preview(sdxl)(torch.randn(1, 4, 16, 16)).size == (16, 16)
 
 
 def test_evenly():
-    assert evenly(20, 7) == [0, 3, 6, 10, 13, 16, 19] and evenly(3, 7) == [0, 1, 2] and evenly(1, 7) == [0]
+    assert (
+        evenly(20, 7) == [0, 3, 6, 10, 13, 16, 19]
+        and evenly(3, 7) == [0, 1, 2]
+        and evenly(1, 7) == [0]
+    )
 
 
 def test_stopping_leaves_the_pipeline_as_it_was(make, pipe):
@@ -200,16 +278,31 @@ def test_preview_looks_like_the_image(make, pipe):
     x0, preview = {}, fit_preview(pipe)
     make.on_step = lambda recipe, latents: x0.update({recipe: latents})
     for seed in range(3):
-        image = make(replace(RECIPE.guided, seed=seed, steps=10)).image.resize((16, 16), Image.Resampling.BOX)
+        image = make(replace(RECIPE.guided, seed=seed, steps=10)).image.resize(
+            (16, 16), Image.Resampling.BOX
+        )
         rough = preview(x0[replace(RECIPE.guided, seed=seed, steps=10)])
-        assert rough.size == (16, 16) and np.corrcoef(np.asarray(rough).ravel(), np.asarray(image).ravel())[0, 1] > 0.9
+        assert (
+            rough.size == (16, 16)
+            and np.corrcoef(np.asarray(rough).ravel(), np.asarray(image).ravel())[0, 1] > 0.9
+        )
 
 
 def test_decode_is_the_pipelines_own(pipe):
     latents = output(pipe)
-    expected = pipe(PROMPT, latents=draw_noise(pipe, 3), num_inference_steps=2, guidance_scale=1.0, output_type="latent").images
-    image = pipe(PROMPT, latents=draw_noise(pipe, 3), num_inference_steps=2, guidance_scale=1.0).images[0]
-    assert np.array_equal(decode(pipe, expected)[0], image) and decode(pipe, latents.repeat(2, 1, 1, 1))[1].size == (64, 64)
+    expected = pipe(
+        PROMPT,
+        latents=draw_noise(pipe, 3),
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        output_type="latent",
+    ).images
+    image = pipe(
+        PROMPT, latents=draw_noise(pipe, 3), num_inference_steps=2, guidance_scale=1.0
+    ).images[0]
+    assert np.array_equal(decode(pipe, expected)[0], image) and decode(
+        pipe, latents.repeat(2, 1, 1, 1)
+    )[1].size == (64, 64)
 
 
 def test_attention(make, pipe):
@@ -217,36 +310,62 @@ def test_attention(make, pipe):
     maps, sample = attention(make, RECIPE.refined, "apple")
     assert equal(sample, make(RECIPE.refined))
     maps, sample = attention(make, RECIPE.guided, "apple")
-    assert maps.shape == (3, 16, 16) and not torch.allclose(maps, attention(make, RECIPE.guided, "background")[0])
+    assert maps.shape == (3, 16, 16) and not torch.allclose(
+        maps, attention(make, RECIPE.guided, "background")[0]
+    )
     count = pipe.tokenizer.model_max_length
     with watch_attention(pipe.unet, list(range(count)), 16, 16) as everything:
         output(pipe)
-    torch.testing.assert_close(torch.stack(everything), torch.full((2, 16, 16), 1 / count), msg="attention to all tokens sums to one")
+    torch.testing.assert_close(
+        torch.stack(everything),
+        torch.full((2, 16, 16), 1 / count),
+        msg="attention to all tokens sums to one",
+    )
     assert torch.equal(output(pipe), before)
-    assert attention(make, replace(RECIPE.refined, height=72, width=40), "apple")[0].shape == (3, 18, 10)
+    assert attention(make, replace(RECIPE.refined, height=72, width=40), "apple")[0].shape == (
+        3,
+        18,
+        10,
+    )
 
 
 def test_words(pipe):
-    assert [first_word(prompt) for prompt in (PROMPT, "Sailboat, at sea", "The")] == ["red", "sailboat", "the"]
+    assert [first_word(prompt) for prompt in (PROMPT, "Sailboat, at sea", "The")] == [
+        "red",
+        "sailboat",
+        "the",
+    ]
     assert word_tokens(pipe, PROMPT, "apple") == [3] and word_tokens(pipe, PROMPT, " Red ") == [2]
-    assert len(word_tokens(pipe, "a zxqv, on blue", "zxqv")) > 1, "an unknown word is several tokens"
-    with pytest.raises(ValueError, match="no word 'pear'; choose one of a, red, apple, on, blue, background"):
+    assert len(word_tokens(pipe, "a zxqv, on blue", "zxqv")) > 1, (
+        "an unknown word is several tokens"
+    )
+    with pytest.raises(
+        ValueError, match="no word 'pear'; choose one of a, red, apple, on, blue, background"
+    ):
         word_tokens(pipe, PROMPT, "pear")
 
 
 def test_figures_hold_the_noise(pipe):
     x_T, other = draw_noise(pipe, 0), draw_noise(pipe, 1)
     histogram = difference_histogram(x_T, x_T + 0.5, other).axes[0]
-    assert [text.get_text() for text in histogram.get_legend().get_texts()][1] == "to the refined noise, mean 0.50"
+    assert [text.get_text() for text in histogram.get_legend().get_texts()][
+        1
+    ] == "to the refined noise, mean 0.50"
     flat, correction = radial_spectrum(x_T, x_T + 0.5).axes[0].lines
     assert 0.5 < np.median(flat.get_ydata()) < 2, "white noise has energy 1 everywhere"
-    assert correction.get_ydata()[0] > 1e6 * correction.get_ydata()[-1], "a constant has lowest frequencies only"
+    assert correction.get_ydata()[0] > 1e6 * correction.get_ydata()[-1], (
+        "a constant has lowest frequencies only"
+    )
     assert histogram.get_xlabel() and histogram.get_ylabel()
 
 
 def test_blind_tally():
     assert wilson(0, 0) == (0, 1) and wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    votes = [Vote("p", 0, "refined", "guided", LEFT, NEITHER), Vote("p", 1, "guided", "refined", LEFT, RIGHT), Vote("p", 2, "guided", "refined", RIGHT, RIGHT)]
+    votes = [
+        Vote("p", 0, "refined", "guided", LEFT, NEITHER),
+        Vote("p", 1, "guided", "refined", LEFT, RIGHT),
+        Vote("p", 2, "guided", "refined", RIGHT, RIGHT),
+    ]
     counts = tally(votes)
     assert counts["better"]["n"] == 3 and counts["better"]["share"] == pytest.approx(2 / 3)
     assert counts["follows"] == {"n": 2, "undecided": 1, "share": 1.0, "interval": wilson(2, 2)}
@@ -254,9 +373,14 @@ def test_blind_tally():
 
 
 def test_a_png_holds_its_record(make, tmp_path):
-    image, record = make(RECIPE.refined).image, {"settings": {"prompt": "ein Äpfel 🍎 <b>", "seed": 3}}
+    image, record = (
+        make(RECIPE.refined).image,
+        {"settings": {"prompt": "ein Äpfel 🍎 <b>", "seed": 3}},
+    )
     save_png(image, tmp_path / "image.png", record)
-    assert read_png(tmp_path / "image.png") == record and np.array_equal(Image.open(tmp_path / "image.png"), image)
+    assert read_png(tmp_path / "image.png") == record and np.array_equal(
+        Image.open(tmp_path / "image.png"), image
+    )
 
 
 def png(text=None, size=(4, 4)):
@@ -267,11 +391,21 @@ def png(text=None, size=(4, 4)):
     return data.getvalue()
 
 
-@pytest.mark.parametrize("data, says", [
-    (b"", "no PNG"), (b"GIF89a nonsense", "no PNG"), (png()[:40], "PNG"), (png(), "holds no settings"), (png("{"), "damaged"), (png("[" * 10**5), "damaged"),
-    (png("[]"), "not those of this page"), (png('{"settings": 1}'), "not those of this page"), (png("{}", (5000, 4000)), "pixels"),
-    (png(json.dumps({"settings": {"prompt": "x" * 2**21}})), "damaged"),
-])
+@pytest.mark.parametrize(
+    "data, says",
+    [
+        (b"", "no PNG"),
+        (b"GIF89a nonsense", "no PNG"),
+        (png()[:40], "PNG"),
+        (png(), "holds no settings"),
+        (png("{"), "damaged"),
+        (png("[" * 10**5), "damaged"),
+        (png("[]"), "not those of this page"),
+        (png('{"settings": 1}'), "not those of this page"),
+        (png("{}", (5000, 4000)), "pixels"),
+        (png(json.dumps({"settings": {"prompt": "x" * 2**21}})), "damaged"),
+    ],
+)
 def test_other_files_are_refused(tmp_path, data, says):
     (tmp_path / "file.png").write_bytes(data)
     with pytest.raises(ValueError, match=says):
@@ -279,8 +413,13 @@ def test_other_files_are_refused(tmp_path, data, says):
 
 
 def test_contact_sheet():
-    sheet = contact_sheet([("one", Image.new("RGB", (64, 64), "red")), ("two", Image.new("RGB", (64, 64), "blue"))], "a title")
-    assert sheet.getpixel((sheet.width // 4, sheet.height // 2)) == (255, 0, 0) and sheet.getpixel((3 * sheet.width // 4, sheet.height // 2)) == (0, 0, 255)
+    sheet = contact_sheet(
+        [("one", Image.new("RGB", (64, 64), "red")), ("two", Image.new("RGB", (64, 64), "blue"))],
+        "a title",
+    )
+    assert sheet.getpixel((sheet.width // 4, sheet.height // 2)) == (255, 0, 0) and sheet.getpixel(
+        (3 * sheet.width // 4, sheet.height // 2)
+    ) == (0, 0, 255)
 
 
 def test_stream_passes_everything_on():
@@ -290,7 +429,9 @@ def test_stream_passes_everything_on():
 
     assert [value for values in stream(Worker(), work) for value in values] == list(range(100))
     lists = list(stream(Worker(), work, every=0.05))
-    assert [value for values in lists for value in values] == list(range(100)) and len(lists) < 20, "collected, not one by one"
+    assert [value for values in lists for value in values] == list(range(100)) and len(
+        lists
+    ) < 20, "collected, not one by one"
 
 
 def test_stream_raises_what_the_work_raises():

@@ -40,8 +40,14 @@ def walk(scheduler, x_T):
             alpha = scheduler.alphas_cumprod[t].double().sqrt()
         sigma = (1 - alpha**2).sqrt()
         epsilon = network(model_input.detach(), t)  # SG(epsilon_theta)
-        prediction = epsilon if scheduler.config.prediction_type == "epsilon" else (epsilon - sigma * model_input) / alpha
-        extra = {"generator": generator} if "generator" in scheduler.step.__code__.co_varnames else {}
+        prediction = (
+            epsilon
+            if scheduler.config.prediction_type == "epsilon"
+            else (epsilon - sigma * model_input) / alpha
+        )
+        extra = (
+            {"generator": generator} if "generator" in scheduler.step.__code__.co_varnames else {}
+        )
         x = scheduler.step(prediction, t, x, **extra).prev_sample
     return x
 
@@ -63,13 +69,24 @@ def test_gradient_is_that_of_detached_sampling(pipe, sampler, prediction_type):
 
 def test_zero_terminal_snr(pipe):
     """Finite where the sampler starts below t = T; refused, with the reason, where it starts at T, from pure noise."""
-    schedulers = {spacing: DDIMScheduler.from_config(make_scheduler("DDIM", pipe).config, rescale_betas_zero_snr=True, timestep_spacing=spacing)
-                  for spacing in ("leading", "trailing")}
+    schedulers = {
+        spacing: DDIMScheduler.from_config(
+            make_scheduler("DDIM", pipe).config,
+            rescale_betas_zero_snr=True,
+            timestep_spacing=spacing,
+        )
+        for spacing in ("leading", "trailing")
+    }
     schedulers["leading"].set_timesteps(N)
-    x_hat, target = torch.randn(2, 4, 8, 8, dtype=torch.float64, requires_grad=True), torch.zeros(2, 4, 8, 8, dtype=torch.float64)
+    x_hat, target = (
+        torch.randn(2, 4, 8, 8, dtype=torch.float64, requires_grad=True),
+        torch.zeros(2, 4, 8, 8, dtype=torch.float64),
+    )
     x0 = walk(schedulers["leading"], x_hat)
     (expected,) = torch.autograd.grad(F.mse_loss(x0, target), x_hat)
-    (gradient,) = torch.autograd.grad(msd_loss(x0, x_hat, target, sampler_gain(schedulers["leading"], N)), x_hat)
+    (gradient,) = torch.autograd.grad(
+        msd_loss(x0, x_hat, target, sampler_gain(schedulers["leading"], N)), x_hat
+    )
     torch.testing.assert_close(gradient, expected, rtol=2e-3, atol=1e-9)
     with pytest.raises(ValueError, match="signal-to-noise ratio is zero"):
         sampler_gain(schedulers["trailing"], N)
@@ -79,13 +96,18 @@ def test_gain_of_ddim_is_equation_26(pipe):
     scheduler = make_scheduler("DDIM", pipe)
     scheduler.set_timesteps(10)
     alphas = scheduler.alphas_cumprod
-    assert sampler_gain(scheduler, 10) == pytest.approx((alphas[0] / alphas[scheduler.timesteps[0]]).sqrt().item(), rel=1e-6)
+    assert sampler_gain(scheduler, 10) == pytest.approx(
+        (alphas[0] / alphas[scheduler.timesteps[0]]).sqrt().item(), rel=1e-6
+    )
     assert sampler_gain(scheduler, 10) == pytest.approx(8.45, abs=0.01)
 
 
 def test_ddim_is_stable_diffusions_own_from_any_scheduler(pipe, sdxl):
     """Another scheduler's config lacks settings whose defaults in DDIM would clip latents to [-1, 1]."""
-    gains = [sampler_gain(make_scheduler("DDIM", p), 10) for p in (pipe, sdxl, with_sampler(pipe, "Euler"), with_sampler(pipe, "DPM++ 2M"))]
+    gains = [
+        sampler_gain(make_scheduler("DDIM", p), 10)
+        for p in (pipe, sdxl, with_sampler(pipe, "Euler"), with_sampler(pipe, "DPM++ 2M"))
+    ]
     assert gains == [pytest.approx(8.446, abs=0.001)] * 4
 
 
@@ -98,11 +120,17 @@ def test_gain_leaves_the_scheduler_alone(pipe):
 
 def test_memory_does_not_grow_with_steps(pipe):
     """What autograd keeps for the backward pass of a training step, for N = 2 and N = 8."""
-    refiner, x_T, embeds = Refiner.create(pipe, 16), draw_noise(pipe, 0), encode_prompt(pipe, "a cat", guided=False)
+    refiner, x_T, embeds = (
+        Refiner.create(pipe, 16),
+        draw_noise(pipe, 0),
+        encode_prompt(pipe, "a cat", guided=False),
+    )
 
     def kept(steps):
         sizes = []
-        with saved_tensors_hooks(lambda tensor: sizes.append(tensor.nbytes) or tensor, lambda tensor: tensor):
+        with saved_tensors_hooks(
+            lambda tensor: sizes.append(tensor.nbytes) or tensor, lambda tensor: tensor
+        ):
             x_hat = x_T + refiner.correction(x_T, embeds)
             x0 = latents_from(with_sampler(pipe, "DDIM"), x_hat, embeds, steps, 0)
             msd_loss(x0, x_hat, torch.zeros_like(x_T), 8.0).backward()

@@ -10,13 +10,19 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from noiserefine import draw_noise
-from noiserefine.backbones import BACKBONES, load_pipeline
-from noiserefine.compare import compare
+from noiserefine.analysis.compare import compare
+from noiserefine.analysis.recipe import Maker, Recipe
+from noiserefine.analysis.spectrum import (
+    band,
+    energy_below,
+    heat_map,
+    low_frequency_difference,
+    radius,
+)
 from noiserefine.guidance import sample
+from noiserefine.models.loading import BACKBONES, load_pipeline
 from noiserefine.noise import encode_prompt, image_size
-from noiserefine.recipe import Maker, Recipe
 from noiserefine.samplers import SAMPLERS, make_scheduler, with_sampler
-from noiserefine.spectrum import band, energy_below, heat_map, low_frequency_difference, radius
 
 PROMPT = "a red apple on a blue background"
 
@@ -45,7 +51,9 @@ def test_samplers_take_unit_variance_noise(pipe, sdxl, sampler):
     """The noise is scaled by init_noise_sigma exactly once, by the pipeline."""
     for p in (pipe, sdxl):
         twin, x_T, first = with_sampler(p, sampler), draw_noise(p, 0), []
-        handle = p.unet.register_forward_pre_hook(lambda module, args, first=first: first.append(args[0]))
+        handle = p.unet.register_forward_pre_hook(
+            lambda module, args, first=first: first.append(args[0])
+        )
         twin("a cat", latents=x_T, num_inference_steps=3, guidance_scale=1.0, output_type="latent")
         handle.remove()
         assert first[0].std().item() == pytest.approx(x_T.std().item(), rel=0.01)
@@ -62,11 +70,24 @@ def test_stochastic_samplers_add_other_noise_than_x_T(pipe, monkeypatch):
 
     monkeypatch.setattr("diffusers.schedulers.scheduling_dpmsolver_multistep.randn_tensor", record)
     make = Maker(pipe)
-    images = [np.asarray(make.sample(Recipe(PROMPT, seed=3, steps=3, strength=0.0, sampler="DPM++ SDE"), draw_noise(pipe, 3)).image) for _ in range(2)]
+    images = [
+        np.asarray(
+            make.sample(
+                Recipe(PROMPT, seed=3, steps=3, strength=0.0, sampler="DPM++ SDE"),
+                draw_noise(pipe, 3),
+            ).image
+        )
+        for _ in range(2)
+    ]
     assert np.array_equal(*images), "the seed tells it"
     assert len(added) >= 4
     for noise in added:
-        assert torch.corrcoef(torch.stack([noise.flatten(), draw_noise(pipe, 3).flatten()]))[0, 1].abs() < 0.1
+        assert (
+            torch.corrcoef(torch.stack([noise.flatten(), draw_noise(pipe, 3).flatten()]))[
+                0, 1
+            ].abs()
+            < 0.1
+        )
 
 
 def test_with_sampler_leaves_the_pipeline(pipe):
@@ -79,21 +100,44 @@ def test_with_sampler_leaves_the_pipeline(pipe):
 
 def test_samplers_agree(pipe):
     """Different solvers of one equation end near each other; another noise schedule or spacing would not."""
-    results = {name: sample(with_sampler(pipe, name), prompt=PROMPT, latents=draw_noise(pipe, 0), num_inference_steps=50,
-                            output_type="latent").images for name in SAMPLERS if name != "DPM++ SDE"}
+    results = {
+        name: sample(
+            with_sampler(pipe, name),
+            prompt=PROMPT,
+            latents=draw_noise(pipe, 0),
+            num_inference_steps=50,
+            output_type="latent",
+        ).images
+        for name in SAMPLERS
+        if name != "DPM++ SDE"
+    }
     for name, x0 in results.items():
         assert (x0 - results["DDIM"]).pow(2).mean() < 0.15 * results["DDIM"].var(), name
 
 
-@pytest.mark.parametrize("cfg, pag, forwards", [(1.0, 0.0, 1), (3.0, 0.0, 2), (1.0, 2.0, 2), (3.0, 2.0, 3)])
+@pytest.mark.parametrize(
+    "cfg, pag, forwards", [(1.0, 0.0, 1), (3.0, 0.0, 2), (1.0, 2.0, 2), (3.0, 2.0, 3)]
+)
 def test_guidance_follows_its_equation(pipe, cfg, pag, forwards):
     """One step of guided sampling against equations 31 and 32 from plain forwards."""
-    x_T, embeds, scheduler = draw_noise(pipe, 0), encode_prompt(pipe, PROMPT), make_scheduler("DDIM", pipe)
+    x_T, embeds, scheduler = (
+        draw_noise(pipe, 0),
+        encode_prompt(pipe, PROMPT),
+        make_scheduler("DDIM", pipe),
+    )
     seen = []
     handle = pipe.unet.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     before = output(pipe)
     seen.clear()
-    x = sample(with_sampler(pipe, "DDIM"), guidance_scale=cfg, pag_scale=pag, latents=x_T, num_inference_steps=1, output_type="latent", **embeds).images
+    x = sample(
+        with_sampler(pipe, "DDIM"),
+        guidance_scale=cfg,
+        pag_scale=pag,
+        latents=x_T,
+        num_inference_steps=1,
+        output_type="latent",
+        **embeds,
+    ).images
     assert seen == [forwards]
     handle.remove()
     assert torch.equal(output(pipe), before)
@@ -124,13 +168,26 @@ def test_guidance_is_undone_after_an_interrupt(pipe):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sample(pipe, guidance_scale=2.0, pag_scale=2.0, prompt=PROMPT, num_inference_steps=2, callback_on_step_end=stop)
+        sample(
+            pipe,
+            guidance_scale=2.0,
+            pag_scale=2.0,
+            prompt=PROMPT,
+            num_inference_steps=2,
+            callback_on_step_end=stop,
+        )
     assert torch.equal(output(pipe), before)
 
 
 def test_compare_counts_and_shares_the_noise(pipe, refiner):
-    arms = dict(compare(Maker(pipe, refiner), Recipe(PROMPT, 3, steps=5, guidance_scale=2.5, strength=1.0)))
-    assert {name: arm.forwards for name, arm in arms.items()} == {"gaussian": 5, "guided": 10, "refined": 6}
+    arms = dict(
+        compare(Maker(pipe, refiner), Recipe(PROMPT, 3, steps=5, guidance_scale=2.5, strength=1.0))
+    )
+    assert {name: arm.forwards for name, arm in arms.items()} == {
+        "gaussian": 5,
+        "guided": 10,
+        "refined": 6,
+    }
     x_T = draw_noise(pipe, 3)
     assert np.array_equal(arms["gaussian"].x_T, x_T) and np.array_equal(arms["guided"].x_T, x_T)
     assert np.array_equal(arms["refined"].x_T, refiner(x_T, PROMPT))
@@ -139,7 +196,11 @@ def test_compare_counts_and_shares_the_noise(pipe, refiner):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_compare_at_strength_0_is_the_gaussian_column(pipe, refiner, sampler):
-    arms = dict(compare(Maker(pipe, refiner), Recipe(PROMPT, 3, steps=4, guidance_scale=7.0, sampler=sampler)))
+    arms = dict(
+        compare(
+            Maker(pipe, refiner), Recipe(PROMPT, 3, steps=4, guidance_scale=7.0, sampler=sampler)
+        )
+    )
     assert np.array_equal(arms["refined"].image, arms["gaussian"].image)
     assert not np.array_equal(arms["guided"].image, arms["gaussian"].image)
 
@@ -147,19 +208,35 @@ def test_compare_at_strength_0_is_the_gaussian_column(pipe, refiner, sampler):
 def test_compare_at_other_sizes(pipe, refiner):
     """Sizes that the UNet's downsampling does not divide included."""
     for width, height in ((72, 64), (40, 128)):
-        arms = compare(Maker(pipe, refiner), Recipe(PROMPT, 0, steps=2, guidance_scale=2.0, strength=1.0, width=width, height=height))
+        arms = compare(
+            Maker(pipe, refiner),
+            Recipe(
+                PROMPT, 0, steps=2, guidance_scale=2.0, strength=1.0, width=width, height=height
+            ),
+        )
         assert [arm.image.size for _, arm in arms] == [(width, height)] * 3
 
 
 def test_compare_on_sdxl_without_refiner(sdxl):
-    assert list(dict(compare(Maker(sdxl), Recipe("a cat", steps=2, guidance_scale=7.0, strength=1.0)))) == ["gaussian", "guided"]
+    assert list(
+        dict(compare(Maker(sdxl), Recipe("a cat", steps=2, guidance_scale=7.0, strength=1.0)))
+    ) == ["gaussian", "guided"]
 
 
-@pytest.mark.parametrize("settings, says", [
-    (dict(prompt=" "), "prompt is empty"), (dict(prompt="apple " * 40), "tokens long and this model reads 32"), (dict(seed=-1), "seed"),
-    (dict(steps=0), "steps is a whole number"), (dict(steps=500), "from 1 to 200"), (dict(guidance_scale=float("nan")), "guidance scale"),
-    (dict(strength=float("nan")), "strength"), (dict(sampler="x"), "no sampler"), (dict(width=65), "native size"),
-])
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        (dict(prompt=" "), "prompt is empty"),
+        (dict(prompt="apple " * 40), "tokens long and this model reads 32"),
+        (dict(seed=-1), "seed"),
+        (dict(steps=0), "steps is a whole number"),
+        (dict(steps=500), "from 1 to 200"),
+        (dict(guidance_scale=float("nan")), "guidance scale"),
+        (dict(strength=float("nan")), "strength"),
+        (dict(sampler="x"), "no sampler"),
+        (dict(width=65), "native size"),
+    ],
+)
 def test_compare_refuses_before_any_forward(pipe, refiner, settings, says):
     def forbidden(*_):
         raise AssertionError("a forward ran")
@@ -201,6 +278,11 @@ def test_energy_and_difference_see_a_slow_wave():
     wave = torch.sin(2 * torch.pi * torch.arange(16) / 16).expand(1, 4, 16, 16)
     assert energy_below(wave, 0.3) == pytest.approx(1, abs=1e-5)
     noise = torch.randn(1, 4, 16, 16)
-    torch.testing.assert_close(torch.from_numpy(low_frequency_difference(noise, noise + wave)), wave[0, 0].abs(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        torch.from_numpy(low_frequency_difference(noise, noise + wave)),
+        wave[0, 0].abs(),
+        rtol=0,
+        atol=1e-5,
+    )
     picture = heat_map(np.eye(8), (64, 32))
     assert isinstance(picture, Image.Image) and picture.size == (64, 32)

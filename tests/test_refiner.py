@@ -8,10 +8,10 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from noiserefine import Refiner, draw_noise
-from noiserefine.backbones import load_pipeline
+from noiserefine.analysis.recipe import ForwardCounter
 from noiserefine.latents import decode
+from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt
-from noiserefine.recipe import ForwardCounter
 from train.evaluate import held_out_prompts
 from train.metrics import load_metrics
 
@@ -40,8 +40,16 @@ def test_prompt_encoding_is_the_pipelines_own(any_pipe):
     """Embeddings encoded once give the pixels that the pipeline's own call with a prompt gives, guided and not."""
     latents = draw_noise(any_pipe, 0)
     for guidance_scale in (1.0, 4.0):
-        settings = dict(latents=latents, num_inference_steps=2, guidance_scale=guidance_scale, output_type="latent")
-        assert torch.equal(any_pipe(**settings, **encode_prompt(any_pipe, "a cat")).images, any_pipe("a cat", **settings).images)
+        settings = dict(
+            latents=latents,
+            num_inference_steps=2,
+            guidance_scale=guidance_scale,
+            output_type="latent",
+        )
+        assert torch.equal(
+            any_pipe(**settings, **encode_prompt(any_pipe, "a cat")).images,
+            any_pipe("a cat", **settings).images,
+        )
 
 
 def test_one_forward(any_pipe):
@@ -54,8 +62,16 @@ def test_one_forward(any_pipe):
 def test_conditioning_is_the_pipelines_own(any_pipe):
     """The refining pass must see the prompt exactly as the pipeline's own unguided call shows it to the UNet."""
     seen = []
-    for unet, call in ((any_pipe.unet, lambda: output(any_pipe)), ((refiner := perturbed(any_pipe)).unet, lambda: refiner(draw_noise(any_pipe, 0), "a red apple"))):
-        handle = unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    for unet, call in (
+        (any_pipe.unet, lambda: output(any_pipe)),
+        (
+            (refiner := perturbed(any_pipe)).unet,
+            lambda: refiner(draw_noise(any_pipe, 0), "a red apple"),
+        ),
+    ):
+        handle = unet.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
+        )
         call()
         handle.remove()
     theirs, ours = seen[0], seen[-1]  # in between, the pipeline's second step
@@ -66,7 +82,10 @@ def test_conditioning_is_the_pipelines_own(any_pipe):
 
 @pytest.mark.parametrize("merge", [False, True])
 def test_base_is_untouched(any_pipe, tmp_path, merge):
-    before, parameters = output(any_pipe), [(p, p.requires_grad) for p in any_pipe.unet.parameters()]
+    before, parameters = (
+        output(any_pipe),
+        [(p, p.requires_grad) for p in any_pipe.unet.parameters()],
+    )
     perturbed(any_pipe).save_pretrained(tmp_path)
     refiner = Refiner.from_pretrained(tmp_path, any_pipe, merge=merge)
     refiner(draw_noise(any_pipe, 0), PROMPTS[0])
@@ -84,7 +103,10 @@ def test_base_is_untouched(any_pipe, tmp_path, merge):
         refiner(draw_noise(any_pipe, 0), PROMPTS[0])
     handle.remove()
     assert torch.equal(output(any_pipe), before)
-    assert all(a is b and b.requires_grad == flag for a, (b, flag) in zip(any_pipe.unet.parameters(), parameters, strict=True))
+    assert all(
+        a is b and b.requires_grad == flag
+        for a, (b, flag) in zip(any_pipe.unet.parameters(), parameters, strict=True)
+    )
 
 
 def test_weights_are_shared(pipe):
@@ -113,7 +135,12 @@ def test_plain_diffusers_loads_the_file(tmp_path):
     pipe.load_lora_weights(tmp_path)
     with torch.no_grad():
         predicted = pipe.unet(x_T, 999, encode_prompt(pipe, PROMPTS)["prompt_embeds"]).sample
-    torch.testing.assert_close(x_T + (predicted - pipe.unet.conv_out.base_layer.bias[:, None, None]), refined, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        x_T + (predicted - pipe.unet.conv_out.base_layer.bias[:, None, None]),
+        refined,
+        rtol=0,
+        atol=1e-5,
+    )
 
 
 def test_a_users_lora_survives(tmp_path):
@@ -127,7 +154,11 @@ def test_a_users_lora_survives(tmp_path):
     assert torch.equal(output(pipe), before) and pipe.get_active_adapters() == ["style"]
 
 
-@pytest.mark.parametrize("change", [lambda pipe: pipe.fuse_lora(), lambda pipe: pipe.disable_lora()], ids=["fused", "disabled"])
+@pytest.mark.parametrize(
+    "change",
+    [lambda pipe: pipe.fuse_lora(), lambda pipe: pipe.disable_lora()],
+    ids=["fused", "disabled"],
+)
 def test_a_users_lora_that_is_not_active(tmp_path, change):
     """Fused into the weights it stays there, and disabled it does not disable the refiner."""
     pipe = load_pipeline(EMOJI, "cpu")
@@ -136,7 +167,9 @@ def test_a_users_lora_that_is_not_active(tmp_path, change):
     change(pipe)
     before, x_T = output(pipe), draw_noise(pipe, 0)
     assert torch.allclose(Refiner.create(pipe, 8)(x_T, "a cat"), x_T, atol=1e-4)
-    shared, merged = (Refiner.from_pretrained(EMOJI_REFINER, pipe, merge=merge) for merge in (False, True))
+    shared, merged = (
+        Refiner.from_pretrained(EMOJI_REFINER, pipe, merge=merge) for merge in (False, True)
+    )
     torch.testing.assert_close(shared(x_T, "a cat"), merged(x_T, "a cat"), rtol=0, atol=1e-4)
     assert torch.equal(output(pipe), before)
 
@@ -186,18 +219,31 @@ def edit(**values):
     def apply(folder):
         path = folder / "refiner.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
     return apply
 
 
-@pytest.mark.parametrize("damage, error, says", [
-    (truncated, ValueError, "damaged"), (foreign_key, ValueError, "superfluous"), (other_shape, ValueError, "another shape"),
-    (pickled, ValueError, "damaged"), (edit(format_version=2), ValueError, "format version 2"), (edit(rank="32"), ValueError, "rank '32'"),
-    (edit(alpha="x"), ValueError, "alpha 'x'"), (edit(base_signature=None), ValueError, "base_signature None"), (edit(timestep="x"), ValueError, "timestep"),
-    (edit(parametrisation="raw"), ValueError, "parametrisation 'raw'"),
-    (edit(architecture={"in_channels": 4}), ValueError, "another architecture"), (edit(unknown=1), ValueError, "not a refiner's configuration"),
-    (edit(prediction_type="epsilon"), ValueError, "“epsilon”"), (lambda f: (f / "refiner.json").write_text("{"), ValueError, "not a refiner's"),
-    (lambda f: (f / "refiner.json").unlink(), FileNotFoundError, "holds no refiner.json"), (shutil.rmtree, FileNotFoundError, "There is no refiner"),
-])
+@pytest.mark.parametrize(
+    "damage, error, says",
+    [
+        (truncated, ValueError, "damaged"),
+        (foreign_key, ValueError, "superfluous"),
+        (other_shape, ValueError, "another shape"),
+        (pickled, ValueError, "damaged"),
+        (edit(format_version=2), ValueError, "format version 2"),
+        (edit(rank="32"), ValueError, "rank '32'"),
+        (edit(alpha="x"), ValueError, "alpha 'x'"),
+        (edit(base_signature=None), ValueError, "base_signature None"),
+        (edit(timestep="x"), ValueError, "timestep"),
+        (edit(parametrisation="raw"), ValueError, "parametrisation 'raw'"),
+        (edit(architecture={"in_channels": 4}), ValueError, "another architecture"),
+        (edit(unknown=1), ValueError, "not a refiner's configuration"),
+        (edit(prediction_type="epsilon"), ValueError, "“epsilon”"),
+        (lambda f: (f / "refiner.json").write_text("{"), ValueError, "not a refiner's"),
+        (lambda f: (f / "refiner.json").unlink(), FileNotFoundError, "holds no refiner.json"),
+        (shutil.rmtree, FileNotFoundError, "There is no refiner"),
+    ],
+)
 def test_bad_files(pipe, tmp_path, damage, error, says):
     folder = tmp_path / "refiner"
     shutil.copytree(EMOJI_REFINER, folder)
@@ -218,9 +264,18 @@ def test_the_shipped_refiner_refines(pipe, refiner):
     (judge,) = load_metrics(["judge"], None, pipe.device)
 
     def x0(latents, guidance_scale=1.0):
-        return pipe(latents=latents, num_inference_steps=10, guidance_scale=guidance_scale, output_type="latent", **embeds).images
+        return pipe(
+            latents=latents,
+            num_inference_steps=10,
+            guidance_scale=guidance_scale,
+            output_type="latent",
+            **embeds,
+        ).images
 
     gaussian, guided, refined = x0(x_T), x0(x_T, 2.5), x0(refiner(x_T, embeds))
     assert (refined - guided).pow(2).mean() < 0.9 * (gaussian - guided).pow(2).mean()
-    shares = [judge.measure(decode(pipe, latents), prompts)["correct"][:, 0].mean() for latents in (gaussian, guided, refined)]
+    shares = [
+        judge.measure(decode(pipe, latents), prompts)["correct"][:, 0].mean()
+        for latents in (gaussian, guided, refined)
+    ]
     assert shares[0] + 0.5 * (shares[1] - shares[0]) < shares[2] and shares[0] + 0.1 < shares[1]

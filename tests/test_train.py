@@ -18,8 +18,26 @@ from noiserefine.msd import msd_loss
 from train import prompts, train_refiner
 from train.train_refiner import PRESETS, Options, Targets, check_targets_of, main, parse, plan
 
-SMALL = ["--preset", "emoji", "--num_targets", "64", "--target_steps", "6", "--steps", "4", "--batch_size", "16", "--epochs", "8",
-         "--validate_every", "16", "--num_validation", "24", "--save_every", "6"]
+SMALL = [
+    "--preset",
+    "emoji",
+    "--num_targets",
+    "64",
+    "--target_steps",
+    "6",
+    "--steps",
+    "4",
+    "--batch_size",
+    "16",
+    "--epochs",
+    "8",
+    "--validate_every",
+    "16",
+    "--num_validation",
+    "24",
+    "--save_every",
+    "6",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +63,15 @@ def test_learns_and_resumes_exactly(tmp_path, pipe):
     curve = stats(whole)
     assert [line["step"] for line in curve] == list(range(1, 33))
     assert curve[-1]["validation_refined"] < 0.9 * curve[-1]["validation_gaussian"]
-    assert {"config.json", "refiner.json", "tensorboard", "validation"} <= {path.name for path in whole.iterdir()}
+    assert {"config.json", "refiner.json", "tensorboard", "validation"} <= {
+        path.name for path in whole.iterdir()
+    }
     assert Refiner.from_pretrained(whole, pipe).config.training["steps"] == 4
 
-    for stop in (lambda: len(list((broken / "targets").glob("*.safetensors"))) >= 2, lambda: len(stats(broken)) >= 9):
+    for stop in (
+        lambda: len(list((broken / "targets").glob("*.safetensors"))) >= 2,
+        lambda: len(stats(broken)) >= 9,
+    ):
         with script("train/train_refiner.py", *SMALL, "--output_dir", broken) as process:
             while not stop():
                 assert process.poll() is None, process.stdout.read()
@@ -57,13 +80,39 @@ def test_learns_and_resumes_exactly(tmp_path, pipe):
     assert 6 <= len(stats(broken)) < 32
     finish(broken)
     names = ("step", "loss", "grad_norm", "lr", "validation_refined")
-    assert [[line.get(name) for name in names] for line in stats(broken)] == [[line.get(name) for name in names] for line in curve]
-    ours, theirs = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (broken, whole))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert [[line.get(name) for name in names] for line in stats(broken)] == [
+        [line.get(name) for name in names] for line in curve
+    ]
+    ours, theirs = (
+        load_file(folder / "pytorch_lora_weights.safetensors") for folder in (broken, whole)
+    )
+    assert ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in ours
+    )
 
 
-TINY = ["--preset", "emoji", "--backbone", EMOJI, "--prompts", str(ROOT / "assets/prompts/emoji.txt"), "--validation_prompts", "",
-        "--num_targets", "4", "--target_steps", "2", "--steps", "2", "--batch_size", "4", "--epochs", "1", "--warmup_steps", "0"]
+TINY = [
+    "--preset",
+    "emoji",
+    "--backbone",
+    EMOJI,
+    "--prompts",
+    str(ROOT / "assets/prompts/emoji.txt"),
+    "--validation_prompts",
+    "",
+    "--num_targets",
+    "4",
+    "--target_steps",
+    "2",
+    "--steps",
+    "2",
+    "--batch_size",
+    "4",
+    "--epochs",
+    "1",
+    "--warmup_steps",
+    "0",
+]
 
 
 def lora(folder):
@@ -72,7 +121,17 @@ def lora(folder):
 
 def test_accumulation_is_a_larger_batch(tmp_path):
     main([*TINY, "--output_dir", str(tmp_path / "a")])
-    main([*TINY, "--output_dir", str(tmp_path / "b"), "--batch_size", "1", "--gradient_accumulation_steps", "4"])
+    main(
+        [
+            *TINY,
+            "--output_dir",
+            str(tmp_path / "b"),
+            "--batch_size",
+            "1",
+            "--gradient_accumulation_steps",
+            "4",
+        ]
+    )
     a, b = stats(tmp_path / "a"), stats(tmp_path / "b")
     assert len(a) == len(b) == 1 and b[0]["loss"] == pytest.approx(a[0]["loss"], rel=1e-4)
     assert b[0]["grad_norm"] == pytest.approx(a[0]["grad_norm"], rel=1e-3)
@@ -81,27 +140,72 @@ def test_accumulation_is_a_larger_batch(tmp_path):
 def test_clipping_clips(tmp_path):
     """AdamW hides a factor on all gradients, until it takes them far below its epsilon of 1e-8."""
     main([*TINY, "--output_dir", str(tmp_path), "--max_grad_norm", "1e-9", "--weight_decay", "0"])
-    moved = [value.abs().max().item() for name, value in lora(tmp_path).items() if "lora_B" in name and "conv_out" not in name]  # from zero
+    moved = [
+        value.abs().max().item()
+        for name, value in lora(tmp_path).items()
+        if "lora_B" in name and "conv_out" not in name
+    ]  # from zero
     assert 0 < max(moved) < 1e-8  # 1e-4 where nothing is clipped
 
 
 def test_every_path_trains(tmp_path, pipe):
-    main([*TINY, "--output_dir", str(tmp_path), "--pag_scale", "2", "--mixed_precision", "bf16", "--gradient_checkpointing", "True", "--epochs", "2",
-          "--validation_prompts", str(ROOT / "assets/prompts/emoji_heldout.txt"), "--num_validation", "2", "--sampler", "Euler"])
-    assert [line["loss"] > 0 for line in stats(tmp_path)] == [True, True] and "validation_refined" in stats(tmp_path)[-1]
+    main(
+        [
+            *TINY,
+            "--output_dir",
+            str(tmp_path),
+            "--pag_scale",
+            "2",
+            "--mixed_precision",
+            "bf16",
+            "--gradient_checkpointing",
+            "True",
+            "--epochs",
+            "2",
+            "--validation_prompts",
+            str(ROOT / "assets/prompts/emoji_heldout.txt"),
+            "--num_validation",
+            "2",
+            "--sampler",
+            "Euler",
+        ]
+    )
+    assert [line["loss"] > 0 for line in stats(tmp_path)] == [
+        True,
+        True,
+    ] and "validation_refined" in stats(tmp_path)[-1]
     assert Refiner.from_pretrained(tmp_path, pipe).config.training["pag_scale"] == 2
 
 
 def test_processes_share_the_work(tmp_path):
     """Two processes with half the batch each take the step that one takes."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]  # what accelerate launch starts
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29517",
+    ]  # what accelerate launch starts
     main([*TINY, "--output_dir", str(tmp_path / "one"), "--target_batch_size", "2"])
-    with script(*launcher, "train/train_refiner.py", *TINY, "--output_dir", tmp_path / "two", "--target_batch_size", "2", "--batch_size", "2",
-                env=os.environ | {"ACCELERATE_USE_CPU": "true"}) as process:
+    with script(
+        *launcher,
+        "train/train_refiner.py",
+        *TINY,
+        "--output_dir",
+        tmp_path / "two",
+        "--target_batch_size",
+        "2",
+        "--batch_size",
+        "2",
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+    ) as process:
         said = process.communicate()[0]
     assert process.returncode == 0, said
     (one,), (two,) = stats(tmp_path / "one"), stats(tmp_path / "two")
-    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4) and two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4) and two[
+        "grad_norm"
+    ] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
 def brightness(images, prompts):
@@ -109,8 +213,24 @@ def brightness(images, prompts):
 
 
 def test_targets_are_kept_and_filtered(tmp_path, pipe):
-    options = parse(["--preset", "emoji", "--output_dir", str(tmp_path), "--num_targets", "6", "--target_batch_size", "4", "--target_steps", "2",
-                     "--keep_top", "2", "--score", "test_train:brightness"])
+    options = parse(
+        [
+            "--preset",
+            "emoji",
+            "--output_dir",
+            str(tmp_path),
+            "--num_targets",
+            "6",
+            "--target_batch_size",
+            "4",
+            "--target_steps",
+            "2",
+            "--keep_top",
+            "2",
+            "--score",
+            "test_train:brightness",
+        ]
+    )
 
     class OneProcess:
         process_index, num_processes, is_local_main_process = 0, 1, True
@@ -127,15 +247,25 @@ def test_targets_are_kept_and_filtered(tmp_path, pipe):
     assert [path.stat().st_mtime_ns for path in files] == before
     kept = targets.kept()
     scores = torch.cat([load_file(path)["scores"] for path in files])
-    assert torch.equal(targets.read([5, 0]), torch.stack([load_file(files[1])["x0"][1], load_file(files[0])["x0"][0]]))
+    assert torch.equal(
+        targets.read([5, 0]),
+        torch.stack([load_file(files[1])["x0"][1], load_file(files[0])["x0"][0]]),
+    )
     assert kept == sorted(scores.topk(2).indices.tolist())
     assert torch.cat([load_file(path)["seeds"] for path in files]).tolist() == list(range(6))
 
 
 def test_steps_that_are_not_finite_change_nothing(tmp_path, monkeypatch):
     """One such step is skipped and counted; many in a row end the run, and it goes on when they are over."""
-    options, losses = [*TINY, "--epochs", "25", "--save_every", "1", "--output_dir", str(tmp_path / "run")], iter([1.0, float("nan"), 1.0])
-    monkeypatch.setattr(train_refiner, "msd_loss", lambda *arguments: msd_loss(*arguments) * next(losses, float("inf")))
+    options, losses = (
+        [*TINY, "--epochs", "25", "--save_every", "1", "--output_dir", str(tmp_path / "run")],
+        iter([1.0, float("nan"), 1.0]),
+    )
+    monkeypatch.setattr(
+        train_refiner,
+        "msd_loss",
+        lambda *arguments: msd_loss(*arguments) * next(losses, float("inf")),
+    )
     with pytest.raises(ArithmeticError, match="20 steps in a row.*lower --lr"):
         main(options)
     assert [line["skipped"] for line in stats(tmp_path / "run")] == [0, 1, 0] + [1] * 20
@@ -143,23 +273,36 @@ def test_steps_that_are_not_finite_change_nothing(tmp_path, monkeypatch):
     assert all(parameter.isfinite().all() for parameter in bad["parameters"])
     monkeypatch.setattr(train_refiner, "msd_loss", msd_loss)
     main(options)
-    assert [line["skipped"] for line in stats(tmp_path / "run")][-3:] == [1, 0, 0] and all(value.isfinite().all() for value in lora(tmp_path / "run").values())
+    assert [line["skipped"] for line in stats(tmp_path / "run")][-3:] == [1, 0, 0] and all(
+        value.isfinite().all() for value in lora(tmp_path / "run").values()
+    )
 
 
 def test_ctrl_c_leaves_a_checkpoint(tmp_path):
-    with script("train/train_refiner.py", *SMALL, "--save_every", "1000", "--output_dir", tmp_path) as process:
+    with script(
+        "train/train_refiner.py", *SMALL, "--save_every", "1000", "--output_dir", tmp_path
+    ) as process:
         while len(stats(tmp_path)) < 3:
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGINT)
         said = process.communicate()[0]
-    assert process.returncode == 130 and "goes on where this one ended" in said and "Traceback" not in said
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == len(stats(tmp_path)) < 32
+    assert (
+        process.returncode == 130
+        and "goes on where this one ended" in said
+        and "Traceback" not in said
+    )
+    assert (
+        torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"]
+        == len(stats(tmp_path))
+        < 32
+    )
 
 
 @pytest.mark.parametrize("megabytes", [0.01, 1])
 def test_a_full_disk_is_said(tmp_path, megabytes):
     """Files may not grow beyond a size, which is what a full disk looks like to the writer: first targets, then the checkpoint."""
+
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(megabytes * 2**20), resource.RLIM_INFINITY))
 
@@ -174,46 +317,113 @@ def test_a_full_disk_is_said(tmp_path, megabytes):
 
 def test_paper_is_the_default(tmp_path):
     options = parse(["--output_dir", str(tmp_path), "--prompts", "x"])
-    assert (options.rank, options.guidance_scale, options.pag_scale, options.target_steps, options.steps) == (128, 7.0, 3.0, 20, 10)
+    assert (
+        options.rank,
+        options.guidance_scale,
+        options.pag_scale,
+        options.target_steps,
+        options.steps,
+    ) == (128, 7.0, 3.0, 20, 10)
     assert (options.num_targets, options.epochs, options.sampler) == (50_000, 6.0, "DDIM")
     assert all(hasattr(options, name) for preset in PRESETS.values() for name in preset)
     assert all(field.metadata["help"] for field in Options.__dataclass_fields__.values())
     # Appendix A.7 with CFG alone: 2 N' M and (1 + N + 1) M E.
-    assert plan(parse(["--output_dir", "x", "--prompts", "x", "--pag_scale", "0"]), 1)[1] == {"targets": 2_000_000, "training": 3_600_000}
+    assert plan(parse(["--output_dir", "x", "--prompts", "x", "--pag_scale", "0"]), 1)[1] == {
+        "targets": 2_000_000,
+        "training": 3_600_000,
+    }
     heun = ["--output_dir", "x", "--prompts", "x", "--pag_scale", "0", "--sampler", "Heun (EDM)"]
     assert plan(parse(heun), 1)[1] == {"targets": 39 * 100_000, "training": (19 + 2) * 300_000}
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["--preset", "nonsense"], "no preset"), (["--steps", "0"], "--steps must be above 0"), (["--guidance_scale", "1"], "need guidance"),
-    (["--keep_top", "5"], "go together"), (["--prompts", "missing.txt"], "no prompt file"), (["--backbone", "missing"], "can't be loaded"),
-    (["--rank", "4"], "rank must be at least 8"), (["--sampler", "x"], "no sampler"), (["--lr_schedule", "x"], "no lr_schedule"),
-    (["--lr_schedule", "piecewise_constant"], "no lr_schedule"), (["--keep_top", "5", "--score", "json:nothing"], "--score is module:function"), (["--height", "65"], "native size"),
-])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--preset", "nonsense"], "no preset"),
+        (["--steps", "0"], "--steps must be above 0"),
+        (["--guidance_scale", "1"], "need guidance"),
+        (["--keep_top", "5"], "go together"),
+        (["--prompts", "missing.txt"], "no prompt file"),
+        (["--backbone", "missing"], "can't be loaded"),
+        (["--rank", "4"], "rank must be at least 8"),
+        (["--sampler", "x"], "no sampler"),
+        (["--lr_schedule", "x"], "no lr_schedule"),
+        (["--lr_schedule", "piecewise_constant"], "no lr_schedule"),
+        (["--keep_top", "5", "--score", "json:nothing"], "--score is module:function"),
+        (["--height", "65"], "native size"),
+    ],
+)
 def test_bad_options_are_said_first(tmp_path, arguments, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says):
-        main(["--preset", "emoji", "--output_dir", str(tmp_path / "run"), "--backbone", EMOJI, "--prompts",
-              str(ROOT / "assets/prompts/emoji.txt"), *arguments])
+        main(
+            [
+                "--preset",
+                "emoji",
+                "--output_dir",
+                str(tmp_path / "run"),
+                "--backbone",
+                EMOJI,
+                "--prompts",
+                str(ROOT / "assets/prompts/emoji.txt"),
+                *arguments,
+            ]
+        )
     assert not (tmp_path / "run").exists()
 
 
 def test_bad_prompts_are_named(tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n" + "apple " * 50 + "\n")
     with pytest.raises(ValueError, match="prompt 2: The prompt is 52 tokens long"):
-        main(["--preset", "emoji", "--output_dir", str(tmp_path / "run"), "--backbone", EMOJI, "--prompts", str(tmp_path / "prompts.txt")])
+        main(
+            [
+                "--preset",
+                "emoji",
+                "--output_dir",
+                str(tmp_path / "run"),
+                "--backbone",
+                EMOJI,
+                "--prompts",
+                str(tmp_path / "prompts.txt"),
+            ]
+        )
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
-    main(["--preset", "emoji", "--output_dir", str(tmp_path / "run"), "--backbone", EMOJI, "--prompts", str(ROOT / "assets/prompts/emoji.txt"),
-          "--validation_prompts", str(ROOT / "assets/prompts/emoji_heldout.txt"), "--dry_run"])
+    main(
+        [
+            "--preset",
+            "emoji",
+            "--output_dir",
+            str(tmp_path / "run"),
+            "--backbone",
+            EMOJI,
+            "--prompts",
+            str(ROOT / "assets/prompts/emoji.txt"),
+            "--validation_prompts",
+            str(ROOT / "assets/prompts/emoji_heldout.txt"),
+            "--dry_run",
+        ]
+    )
     assert "368 steps" in capsys.readouterr().out and not (tmp_path / "run").exists()
 
 
 def test_other_options_do_not_continue_a_run(tmp_path):
     (tmp_path / "config.json").write_text('{"rank": 16}')
     with pytest.raises(ValueError, match="rank is 16 there and 32 here"):
-        main(["--preset", "emoji", "--output_dir", str(tmp_path), "--backbone", EMOJI, "--prompts", str(ROOT / "assets/prompts/emoji.txt"),
-              "--validation_prompts", str(ROOT / "assets/prompts/emoji_heldout.txt")])
+        main(
+            [
+                "--preset",
+                "emoji",
+                "--output_dir",
+                str(tmp_path),
+                "--backbone",
+                EMOJI,
+                "--prompts",
+                str(ROOT / "assets/prompts/emoji.txt"),
+                "--validation_prompts",
+                str(ROOT / "assets/prompts/emoji_heldout.txt"),
+            ]
+        )
 
 
 def test_targets_of_another_run(tmp_path):
@@ -222,9 +432,15 @@ def test_targets_of_another_run(tmp_path):
     main([*tiny, "--output_dir", str(tmp_path / "own")])
     main([*tiny, "--targets_of", str(tmp_path / "own"), "--output_dir", str(tmp_path / "shared")])
     assert not (tmp_path / "shared" / "targets").exists()
-    states = [load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("own", "shared")]
+    states = [
+        load_file(tmp_path / name / "pytorch_lora_weights.safetensors")
+        for name in ("own", "shared")
+    ]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    results = [json.loads((tmp_path / name / "refiner.json").read_text())["results"] for name in ("own", "shared")]
+    results = [
+        json.loads((tmp_path / name / "refiner.json").read_text())["results"]
+        for name in ("own", "shared")
+    ]
     assert results[0]["seconds_of_targets"] == results[1]["seconds_of_targets"] > 0
     other = ["--targets_of", str(tmp_path / "own"), "--output_dir", str(tmp_path / "other")]
     with pytest.raises(ValueError, match="target_steps is 6 there and 5 here"):
@@ -243,12 +459,34 @@ def test_targets_of_another_run(tmp_path):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_the_guidance_scale_is_trained(tmp_path, pipe, precision):
-    main([*TINY, "--output_dir", str(tmp_path), "--num_targets", "8", "--target_batch_size", "2", "--guidance_scale_range", "1", "5", "--epochs", "2",
-          "--mixed_precision", precision, "--validation_prompts", str(ROOT / "assets/prompts/emoji_heldout.txt"), "--num_validation", "2"])
+    main(
+        [
+            *TINY,
+            "--output_dir",
+            str(tmp_path),
+            "--num_targets",
+            "8",
+            "--target_batch_size",
+            "2",
+            "--guidance_scale_range",
+            "1",
+            "5",
+            "--epochs",
+            "2",
+            "--mixed_precision",
+            precision,
+            "--validation_prompts",
+            str(ROOT / "assets/prompts/emoji_heldout.txt"),
+            "--num_validation",
+            "2",
+        ]
+    )
     refiner = Refiner.from_pretrained(tmp_path, pipe, merge=False)
     assert refiner.config.guidance_scale_range == [1.0, 5.0]
     assert refiner.unet.time_embedding.cond_proj.weight.abs().max() > 0, "it starts at zero"
-    options = parse([*TINY, "--output_dir", "x", "--target_batch_size", "2", "--guidance_scale_range", "1", "5"])
+    options = parse(
+        [*TINY, "--output_dir", "x", "--target_batch_size", "2", "--guidance_scale_range", "1", "5"]
+    )
     scales = [Targets(options, pipe, ["a cat"]).scale(i) for i in range(200)]
     assert scales[0] == scales[1] != scales[2], "a batch has one scale"
     counts = torch.histc(torch.tensor(scales), bins=4, min=1, max=5)
@@ -263,13 +501,41 @@ def test_bad_guidance_scale_range(scales):
 
 def test_prompt_files_from_public_data(tmp_path):
     """One caption an image, no repeats, nothing that the tokenizer would cut."""
-    coco, pickapic, output = tmp_path / "captions.json", tmp_path / "train.parquet", tmp_path / "prompts.txt"
-    coco.write_text(json.dumps({"annotations": [{"image_id": i // 2, "caption": f"a cat {'on' if i % 2 == 0 else 'under'} a number  {i // 2}"}
-                                                for i in range(20)]}))
-    pandas.DataFrame({"caption": ["a dog", "a  dog", "a bird", "long " * 100, "a cat on a number 3"]}).to_parquet(pickapic)
-    arguments = ["--coco", str(coco), "--pickapic", str(pickapic), "--backbone", EMOJI, "--output", str(output)]
+    coco, pickapic, output = (
+        tmp_path / "captions.json",
+        tmp_path / "train.parquet",
+        tmp_path / "prompts.txt",
+    )
+    coco.write_text(
+        json.dumps(
+            {
+                "annotations": [
+                    {
+                        "image_id": i // 2,
+                        "caption": f"a cat {'on' if i % 2 == 0 else 'under'} a number  {i // 2}",
+                    }
+                    for i in range(20)
+                ]
+            }
+        )
+    )
+    pandas.DataFrame(
+        {"caption": ["a dog", "a  dog", "a bird", "long " * 100, "a cat on a number 3"]}
+    ).to_parquet(pickapic)
+    arguments = [
+        "--coco",
+        str(coco),
+        "--pickapic",
+        str(pickapic),
+        "--backbone",
+        EMOJI,
+        "--output",
+        str(output),
+    ]
     prompts.main([*arguments, "--coco_count", "10", "--pickapic_count", "2"])
-    assert sorted(output.read_text().splitlines()) == sorted([f"a cat on a number {i}" for i in range(10)] + ["a bird", "a dog"])
+    assert sorted(output.read_text().splitlines()) == sorted(
+        [f"a cat on a number {i}" for i in range(10)] + ["a bird", "a dog"]
+    )
     with pytest.raises(ValueError, match="Pick-a-Pic holds only 2"):
         prompts.main([*arguments, "--coco_count", "10", "--pickapic_count", "3"])
     with pytest.raises(ValueError, match="not a COCO caption file"):

@@ -32,19 +32,17 @@ from PIL import Image
 from safetensors.torch import save
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository's root, when run as a script
-
 from noiserefine import Refiner, draw_noise
-from noiserefine.backbones import add_lora, load_pipeline
+from noiserefine.analysis.recipe import ForwardCounter, check_settings
 from noiserefine.guidance import sample
+from noiserefine.models.loading import add_lora, load_pipeline
 from noiserefine.noise import encode_prompt
-from noiserefine.recipe import ForwardCounter, check_settings
-from noiserefine.record import versions
+from noiserefine.page.record import versions
 from noiserefine.refiner import signature
 from noiserefine.samplers import SAMPLERS, with_sampler
 from train.emoji.render import held_out_pairs, prompt
+from train.experiments.networks import load_network
 from train.metrics import METRICS, Metric, load_metrics
-from train.networks import load_network
 from train.prompts import coco_captions
 from train.train_refiner import atomic, read_prompts
 
@@ -61,8 +59,14 @@ class Arm:
     pag: bool = False
 
 
-ARMS = {"gaussian": Arm(), "guided": Arm(cfg=True), "pag": Arm(pag=True), "guided_pag": Arm(cfg=True, pag=True), "refined": Arm(refined=True),
-        "refined_guided": Arm(refined=True, cfg=True)}
+ARMS = {
+    "gaussian": Arm(),
+    "guided": Arm(cfg=True),
+    "pag": Arm(pag=True),
+    "guided_pag": Arm(cfg=True, pag=True),
+    "refined": Arm(refined=True),
+    "refined_guided": Arm(refined=True, cfg=True),
+}
 
 
 def held_out_prompts(n: int) -> list[str]:
@@ -80,7 +84,11 @@ def chosen_prompts(path: str | None, n: int, pipe: DiffusionPipeline) -> list[st
         return held_out_prompts(n)
     if path.endswith(".json"):
         captions = coco_captions(Path(path))
-        fitting = [caption for caption in captions if len(pipe.tokenizer(caption).input_ids) <= pipe.tokenizer.model_max_length]
+        fitting = [
+            caption
+            for caption in captions
+            if len(pipe.tokenizer(caption).input_ids) <= pipe.tokenizer.model_max_length
+        ]
     else:
         fitting = read_prompts(path, pipe)
     return np.resize(np.random.default_rng(0).permutation(fitting), n).tolist()
@@ -93,24 +101,64 @@ def interval(values: np.ndarray, name: str) -> list[float]:
     by more than they vary: there the resamples' deviations from their own mean, around the estimate.
     """
     low, high = np.percentile(values[1:], (2.5, 97.5)).tolist()
-    shift = float(values[0] - values[1:].mean()) if name in ("frechet_distance", "fid", "inception_score") else 0.0
+    shift = (
+        float(values[0] - values[1:].mean())
+        if name in ("frechet_distance", "fid", "inception_score")
+        else 0.0
+    )
     return [low + shift, high + shift]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="assets/emoji", help="folder or hub id of the pipeline")
-    parser.add_argument("--refiner", help="folder or hub id of the refiner, for the arms with refined noise")
-    parser.add_argument("--lora", help="hub id, folder or .safetensors file of a LoRA on the backbone: a fine-tune or a distilled model")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["gaussian", "guided", "refined"])
-    parser.add_argument("--prompts", help="text file with a prompt a line, or COCO's annotations (.json); the embedded model's held-out ones if not given")
-    parser.add_argument("--metrics", nargs="+", default=["judge"], help=f"of {', '.join(METRICS)}; NAME=FOLDER_OR_HUB_ID for another model than its own")
-    parser.add_argument("--real_images", type=Path, help="folder of real images, for the metric inception")
-    parser.add_argument("--reference", choices=ARMS, default="guided", help="the arm that differences and the gap closed refer to")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--backbone", default="assets/emoji", help="folder or hub id of the pipeline"
+    )
+    parser.add_argument(
+        "--refiner", help="folder or hub id of the refiner, for the arms with refined noise"
+    )
+    parser.add_argument(
+        "--lora",
+        help="hub id, folder or .safetensors file of a LoRA on the backbone: a fine-tune or a distilled model",
+    )
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, default=["gaussian", "guided", "refined"]
+    )
+    parser.add_argument(
+        "--prompts",
+        help="text file with a prompt a line, or COCO's annotations (.json); the embedded model's held-out ones if not given",
+    )
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        default=["judge"],
+        help=f"of {', '.join(METRICS)}; NAME=FOLDER_OR_HUB_ID for another model than its own",
+    )
+    parser.add_argument(
+        "--real_images", type=Path, help="folder of real images, for the metric inception"
+    )
+    parser.add_argument(
+        "--reference",
+        choices=ARMS,
+        default="guided",
+        help="the arm that differences and the gap closed refer to",
+    )
     parser.add_argument("--n", type=int, default=1000, help="images of each arm")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps of every arm")
-    parser.add_argument("--guidance_scale", type=float, default=2.5, help="CFG scale of the guided arms, diffusers' g")
-    parser.add_argument("--pag_scale", type=float, default=3.0, help="PAG scale s (equation 32) of the arms with PAG")
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        default=2.5,
+        help="CFG scale of the guided arms, diffusers' g",
+    )
+    parser.add_argument(
+        "--pag_scale",
+        type=float,
+        default=3.0,
+        help="PAG scale s (equation 32) of the arms with PAG",
+    )
     parser.add_argument("--strength", type=float, default=1.0, help="of the refinement")
     parser.add_argument("--sampler", default="DDIM", choices=list(SAMPLERS))
     parser.add_argument("--batch_size", type=int, default=50)
@@ -122,9 +170,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if args.n < 2 or args.batch_size < 1 or args.bootstrap < 1:
         parser.error("--n must be at least 2, --batch_size and --bootstrap at least 1.")
     if args.output.suffix != ".json":
-        parser.error("--output is a .json file; what it is made of is kept beside it, in a folder of that name.")
+        parser.error(
+            "--output is a .json file; what it is made of is kept beside it, in a folder of that name."
+        )
     if not args.refiner and any(ARMS[name].refined for name in args.arms):
-        parser.error("--refiner is missing, for the arms with refined noise; --arms chooses others.")
+        parser.error(
+            "--refiner is missing, for the arms with refined noise; --arms chooses others."
+        )
     return args
 
 
@@ -137,12 +189,18 @@ class Measurement:
 
     def begin(self, about: dict[str, Any]) -> None:
         """about: what the images depend on and the metrics use. Raises ValueError where the folder holds the measurements of other settings."""
-        settings = {name: str(value) for name, value in vars(self.args).items() if name not in ("arms", "output", "images", "bootstrap", "reference")}
+        settings = {
+            name: str(value)
+            for name, value in vars(self.args).items()
+            if name not in ("arms", "output", "images", "bootstrap", "reference")
+        }
         self.settings = settings | {"about": about, "versions": versions()}
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "settings.json"
         if path.exists() and json.loads(path.read_text()) != self.settings:
-            raise ValueError(f"{self.folder} holds measurements of other settings: give another --output, or remove the folder.")
+            raise ValueError(
+                f"{self.folder} holds measurements of other settings: give another --output, or remove the folder."
+            )
         if self.process.is_main_process:
             with atomic(path) as part:
                 part.write_text(json.dumps(self.settings, indent=2) + "\n")
@@ -150,30 +208,69 @@ class Measurement:
     def file(self, arm: str, start: int) -> Path:
         return self.folder / f"{arm}-{start:06d}.npz"
 
-    def make(self, pipe: DiffusionPipeline, refiner: Refiner | None, prompts: list[str], metrics: list[Metric]) -> None:
+    def make(
+        self,
+        pipe: DiffusionPipeline,
+        refiner: Refiner | None,
+        prompts: list[str],
+        metrics: list[Metric],
+    ) -> None:
         """Makes and measures the images that were not yet, every process its share."""
         args, sampling_pipe = self.args, with_sampler(pipe, self.args.sampler)
         refiner_scale = refiner.scale_input(args.guidance_scale) if refiner else None
-        for start in tqdm(self.starts[self.process.process_index::self.process.num_processes], disable=not self.process.is_local_main_process):
-            missing = [name for name in args.arms if not self.file(name, start).exists() or args.images and not picture(args.images / name, start).exists()]
+        for start in tqdm(
+            self.starts[self.process.process_index :: self.process.num_processes],
+            disable=not self.process.is_local_main_process,
+        ):
+            missing = [
+                name
+                for name in args.arms
+                if not self.file(name, start).exists()
+                or args.images
+                and not picture(args.images / name, start).exists()
+            ]
             if not missing:
                 continue
-            here = prompts[start:start + args.batch_size]
+            here = prompts[start : start + args.batch_size]
             x_T = draw_noise(pipe, FIRST_SEED + start, len(here)).to(pipe.device)
             embeds: dict[str, Any] = encode_prompt(pipe, here)
             for name in missing:
                 arm, began, counter = ARMS[name], time.perf_counter(), ForwardCounter()
-                with counter.watch(pipe.unet, *([refiner.unet] if refiner and isinstance(refiner.unet, UNet2DConditionModel) else [])):
-                    latents = refiner(x_T, embeds, args.strength, refiner_scale) if arm.refined and refiner else x_T.to(pipe.unet.dtype)
-                    images = sample(sampling_pipe, guidance_scale=args.guidance_scale if arm.cfg else 1.0, pag_scale=args.pag_scale if arm.pag else 0.0,
-                                    latents=latents, num_inference_steps=args.steps, generator=torch.Generator().manual_seed(start), **embeds).images
+                with counter.watch(
+                    pipe.unet,
+                    *(
+                        [refiner.unet]
+                        if refiner and isinstance(refiner.unet, UNet2DConditionModel)
+                        else []
+                    ),
+                ):
+                    latents = (
+                        refiner(x_T, embeds, args.strength, refiner_scale)
+                        if arm.refined and refiner
+                        else x_T.to(pipe.unet.dtype)
+                    )
+                    images = sample(
+                        sampling_pipe,
+                        guidance_scale=args.guidance_scale if arm.cfg else 1.0,
+                        pag_scale=args.pag_scale if arm.pag else 0.0,
+                        latents=latents,
+                        num_inference_steps=args.steps,
+                        generator=torch.Generator().manual_seed(start),
+                        **embeds,
+                    ).images
                 seconds = time.perf_counter() - began
-                rows = {key: value for metric in metrics for key, value in metric.measure(images, here).items()}
+                rows = {
+                    key: value
+                    for metric in metrics
+                    for key, value in metric.measure(images, here).items()
+                }
                 if args.images:
                     write(images, args.images / name, start)
                 if start == 0:
                     shown = images[:SHOWN]
-                    make_image_grid(shown, 1, len(shown), resize=min(256, shown[0].width)).save(self.folder / f"{name}.webp", quality=90)
+                    make_image_grid(shown, 1, len(shown), resize=min(256, shown[0].width)).save(
+                        self.folder / f"{name}.webp", quality=90
+                    )
                 with atomic(self.file(name, start)) as part, part.open("wb") as file:
                     np.savez(file, forwards=counter.count, seconds=seconds, **rows)  # type: ignore[arg-type]
         self.process.wait_for_everyone()
@@ -183,37 +280,85 @@ class Measurement:
         args, rng = self.args, np.random.default_rng(0)
         _, prompt_of = np.unique(prompts, return_inverse=True)
         groups = [np.flatnonzero(prompt_of == k) for k in range(prompt_of.max() + 1)]
-        resamples = [np.arange(len(groups)), *rng.integers(len(groups), size=(args.bootstrap, len(groups)))]  # the first is the sample itself
-        values, result = {}, {"n": args.n, "prompts": len(groups), "first_seed": FIRST_SEED, "settings": self.settings, "arms": {}, "differences": {}}
+        resamples = [
+            np.arange(len(groups)),
+            *rng.integers(len(groups), size=(args.bootstrap, len(groups))),
+        ]  # the first is the sample itself
+        values, result = (
+            {},
+            {
+                "n": args.n,
+                "prompts": len(groups),
+                "first_seed": FIRST_SEED,
+                "settings": self.settings,
+                "arms": {},
+                "differences": {},
+            },
+        )
         for name in args.arms:
             files = []
             for start in self.starts:
                 with np.load(self.file(name, start)) as file:
                     files.append(dict(file))
-            rows = {key: np.concatenate([file[key] for file in files]) for key in files[0] if files[0][key].ndim}
+            rows = {
+                key: np.concatenate([file[key] for file in files])
+                for key in files[0]
+                if files[0][key].ndim
+            }
             each = []
             for resample in resamples:
                 drawn = [groups[k] for k in resample]
                 ends = np.cumsum([len(group) for group in drawn])
                 images = np.concatenate(drawn)
                 here = {key: value[images] for key, value in rows.items()}
-                each.append({key: value for metric in metrics for key, value in metric.figures(here, np.split(np.arange(len(images)), ends[:-1])).items()})
-            values[name] = {metric: np.array([figures[metric] for figures in each]) for metric in each[0]}
-            result["arms"][name] = {key: sum(float(file[key]) for file in files) / args.n for key in ("forwards", "seconds")} | figures(values[name])
+                each.append(
+                    {
+                        key: value
+                        for metric in metrics
+                        for key, value in metric.figures(
+                            here, np.split(np.arange(len(images)), ends[:-1])
+                        ).items()
+                    }
+                )
+            values[name] = {
+                metric: np.array([figures[metric] for figures in each]) for metric in each[0]
+            }
+            result["arms"][name] = {
+                key: sum(float(file[key]) for file in files) / args.n
+                for key in ("forwards", "seconds")
+            } | figures(values[name])
         if args.reference in values:
-            result["differences"] = {name: figures({metric: value - values[args.reference][metric] for metric, value in values[name].items()})
-                                     for name in args.arms if name != args.reference}
+            result["differences"] = {
+                name: figures(
+                    {
+                        metric: value - values[args.reference][metric]
+                        for metric, value in values[name].items()
+                    }
+                )
+                for name in args.arms
+                if name != args.reference
+            }
         if {"gaussian", args.reference, "refined"} <= values.keys():
-            gaussian, guided, refined = (values[name] for name in ("gaussian", args.reference, "refined"))
-            result["gap_closed"] = figures({metric: (gaussian[metric] - refined[metric]) / (gaussian[metric] - guided[metric])
-                                            for metric in gaussian if metric not in ("background_accuracy", "feature_variance")})
+            gaussian, guided, refined = (
+                values[name] for name in ("gaussian", args.reference, "refined")
+            )
+            result["gap_closed"] = figures(
+                {
+                    metric: (gaussian[metric] - refined[metric])
+                    / (gaussian[metric] - guided[metric])
+                    for metric in gaussian
+                    if metric not in ("background_accuracy", "feature_variance")
+                }
+            )
         return result
 
 
 def figures(values: dict[str, np.ndarray]) -> dict:
     """Each metric's estimate and its interval; a metric that these images don't tell is left out."""
     known = {metric: array for metric, array in values.items() if np.isfinite(array).all()}
-    return {metric: float(array[0]) for metric, array in known.items()} | {f"{metric}_interval": interval(array, metric) for metric, array in known.items()}
+    return {metric: float(array[0]) for metric, array in known.items()} | {
+        f"{metric}_interval": interval(array, metric) for metric, array in known.items()
+    }
 
 
 def write(images: list[Image.Image], folder: Path, start: int) -> None:
@@ -226,9 +371,17 @@ def picture(folder: Path, i: int) -> Path:
     return folder / f"{i:05d}.png"
 
 
-TITLES = {"object_accuracy": "object accuracy ↑", "background_accuracy": "background accuracy ↑", "frechet_distance": "Fréchet distance ↓",
-          "feature_variance": "feature variance ↑", "fid": "FID ↓", "inception_score": "inception score ↑", "clip_score": "CLIPScore ↑",
-          "pick_score": "PickScore ↑", "aesthetic": "aesthetic score ↑"}
+TITLES = {
+    "object_accuracy": "object accuracy ↑",
+    "background_accuracy": "background accuracy ↑",
+    "frechet_distance": "Fréchet distance ↓",
+    "feature_variance": "feature variance ↑",
+    "fid": "FID ↓",
+    "inception_score": "inception score ↑",
+    "clip_score": "CLIPScore ↑",
+    "pick_score": "PickScore ↑",
+    "aesthetic": "aesthetic score ↑",
+}
 
 
 def cell(values: dict, metric: str) -> str:
@@ -242,37 +395,69 @@ def cell(values: dict, metric: str) -> str:
 def table(rows: list[tuple[str, dict]]) -> str:
     """A Markdown table of arms, or of figures made of them: (what it is called, its figures)."""
     metrics = [metric for metric in TITLES if any(metric in values for _, values in rows)]
-    lines = [f"| | {' | '.join(TITLES[metric] for metric in metrics)} | UNet forwards |", "|---|" + "---|" * (len(metrics) + 1)]
+    lines = [
+        f"| | {' | '.join(TITLES[metric] for metric in metrics)} | UNet forwards |",
+        "|---|" + "---|" * (len(metrics) + 1),
+    ]
     for name, values in rows:
         forwards = f"{values['forwards']:.0f}" if "forwards" in values else ""
-        lines.append(f"| {name} | {' | '.join(cell(values, metric) for metric in metrics)} | {forwards} |")
+        lines.append(
+            f"| {name} | {' | '.join(cell(values, metric) for metric in metrics)} | {forwards} |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
     args = parse()
-    process = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # which it doesn't read by itself, as Accelerator does
+    process = PartialState(
+        cpu=parse_flag_from_env("ACCELERATE_USE_CPU")
+    )  # which it doesn't read by itself, as Accelerator does
     pipe = load_pipeline(args.backbone, process.device)
     if args.lora:
         add_lora(pipe, args.lora)
     refiner = load_network(args.refiner, pipe) if args.refiner else None
-    prompts, metrics = chosen_prompts(args.prompts, args.n, pipe), load_metrics(args.metrics, args.real_images, process.device)
+    prompts, metrics = (
+        chosen_prompts(args.prompts, args.n, pipe),
+        load_metrics(args.metrics, args.real_images, process.device),
+    )
     measurement = Measurement(args, process)
-    files = [path for name in (args.lora, args.refiner, args.prompts) if name for path in sorted(Path(name).glob("*.safetensors")) or [Path(name)] if path.is_file()]
-    about: dict[str, Any] = {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files} | {"backbone_signature": signature(pipe.unet)}
+    files = [
+        path
+        for name in (args.lora, args.refiner, args.prompts)
+        if name
+        for path in sorted(Path(name).glob("*.safetensors")) or [Path(name)]
+        if path.is_file()
+    ]
+    about: dict[str, Any] = {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    } | {"backbone_signature": signature(pipe.unet)}
     if args.lora:  # and the same for those of the hub, which may change there
-        weights = {f"{part}.{name}": value for part, network in pipe.components.items() if isinstance(network, torch.nn.Module)
-                   for name, value in network.state_dict().items() if "lora_" in name}
+        weights = {
+            f"{part}.{name}": value
+            for part, network in pipe.components.items()
+            if isinstance(network, torch.nn.Module)
+            for name, value in network.state_dict().items()
+            if "lora_" in name
+        }
         about["lora_sha256"] = hashlib.sha256(save(weights)).hexdigest()
     if refiner:
         about["refiner_sha256"] = refiner.weights_sha256
-    measurement.begin(about | {name: value for metric in metrics for name, value in metric.about.items()})
+    measurement.begin(
+        about | {name: value for metric in metrics for name, value in metric.about.items()}
+    )
     measurement.make(pipe, refiner, prompts, metrics)
     if process.is_main_process:
         result = measurement.results(prompts, metrics)
         with atomic(args.output) as part:
             part.write_text(json.dumps(result, indent=2) + "\n")
-        print(table([*result["arms"].items(), *([("gap closed", result["gap_closed"])] if "gap_closed" in result else [])]))
+        print(
+            table(
+                [
+                    *result["arms"].items(),
+                    *([("gap closed", result["gap_closed"])] if "gap_closed" in result else []),
+                ]
+            )
+        )
 
 
 if __name__ == "__main__":

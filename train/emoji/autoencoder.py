@@ -32,8 +32,14 @@ def pixels(pictures: np.ndarray) -> torch.Tensor:
 def build() -> AutoencoderKL:
     widths = (32, 64, 96)
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
-        block_out_channels=widths, layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=16, sample_size=SIZE)
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=16,
+        sample_size=SIZE,
+    )
 
 
 def differences(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,8 +49,12 @@ def differences(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: np.ndarray) -> torch.Tensor:
     """The latents' means: (N, LATENT_CHANNELS, SIZE / 4, SIZE / 4) in half precision."""
-    parts = [vae.encode(pixels(part)).latent_dist.mean.half()
-             for part in tqdm(np.array_split(pictures, len(pictures) // 64), desc="encode", mininterval=10)]
+    parts = [
+        vae.encode(pixels(part)).latent_dist.mean.half()
+        for part in tqdm(
+            np.array_split(pictures, len(pictures) // 64), desc="encode", mininterval=10
+        )
+    ]
     return torch.cat(parts)
 
 
@@ -73,12 +83,18 @@ def psnr(vae: AutoencoderKL, pictures: np.ndarray) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pictures", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--start_from", type=Path, help="the folder of an autoencoder to begin with, where there is no checkpoint to go on from")
+    parser.add_argument(
+        "--start_from",
+        type=Path,
+        help="the folder of an autoencoder to begin with, where there is no checkpoint to go on from",
+    )
     args = parser.parse_args()
     pictures = np.load(args.pictures / "train_pictures.npy", mmap_mode="r")
     torch.manual_seed(0)
@@ -92,10 +108,14 @@ def main() -> None:
         x = pixels(pictures[chosen.sort().values.numpy()])
         if not whole:
             corners = torch.randint(SIZE - CROP + 1, (len(x), 2), generator=generator).tolist()
-            x = torch.stack([image[:, i:i + CROP, j:j + CROP] for image, (i, j) in zip(x, corners)])
+            x = torch.stack(
+                [image[:, i : i + CROP, j : j + CROP] for image, (i, j) in zip(x, corners)]
+            )
         posterior = vae.encode(x).latent_dist
         z = posterior.sample(generator)
-        z = z + LATENT_NOISE * z.detach().std((0, 2, 3), keepdim=True) * torch.randn(z.shape, generator=generator)
+        z = z + LATENT_NOISE * z.detach().std((0, 2, 3), keepdim=True) * torch.randn(
+            z.shape, generator=generator
+        )
         y = vae.decode(z).sample
         edges = sum((a - b).abs().mean() for a, b in zip(differences(x), differences(y)))
         return (x - y).abs().mean() + edges + 1e-4 * posterior.kl().mean() / x[0].numel()
@@ -105,7 +125,10 @@ def main() -> None:
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     normalize(vae, mean, std)
     vae.save_pretrained(args.output_dir / "vae")
-    np.save(args.output_dir / "latents.npy", ((latents - mean[:, None, None]) / std[:, None, None]).half().numpy())
+    np.save(
+        args.output_dir / "latents.npy",
+        ((latents - mean[:, None, None]) / std[:, None, None]).half().numpy(),
+    )
     held_out = np.load(args.pictures / "heldout_pictures.npy")[::7]
     print(f"held-out PSNR {psnr(vae, held_out):.2f} dB on {len(held_out)} pictures")
 

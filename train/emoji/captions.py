@@ -1,6 +1,6 @@
 """What the embedded backbone reads: captions of the pictures and a tokenizer that keeps their words whole.
 
-    python -m train.emoji.captions      writes the prompt lists assets/prompts/emoji*.txt
+python -m train.emoji.captions      writes the prompt lists assets/prompts/emoji*.txt
 """
 
 import json
@@ -15,12 +15,19 @@ from train.emoji.render import BACKGROUNDS, article, held_out_pairs, objects, pr
 MAX_TOKENS = 32
 COLOUR_SYNONYMS = {"gray": ("grey",), "purple": ("violet",), "teal": ("turquoise",)}
 WITH_BACKGROUND = ("{an_object} on {a_colour} background",) * 4 + (
-    "{object} on {a_colour} background", "{object} on {colour}", "{an_object} on {colour}", "{object}, {colour} background",
-    "a picture of {an_object} on {a_colour} background", "{an_object} in front of {a_colour} background")
+    "{object} on {a_colour} background",
+    "{object} on {colour}",
+    "{an_object} on {colour}",
+    "{object}, {colour} background",
+    "a picture of {an_object} on {a_colour} background",
+    "{an_object} in front of {a_colour} background",
+)
 WITHOUT_BACKGROUND = ("{an_object}", "{object}", "a picture of {an_object}")
 
 
-def caption(object_index: int, background_index: int, rng: random.Random) -> tuple[str, tuple[int, int]]:
+def caption(
+    object_index: int, background_index: int, rng: random.Random
+) -> tuple[str, tuple[int, int]]:
     """One of the ways to describe a picture, and the object and background that it names (beyond the last one: none).
 
     A tenth of the captions is empty, for classifier-free guidance; a sixth does not name the background;
@@ -34,7 +41,9 @@ def caption(object_index: int, background_index: int, rng: random.Random) -> tup
     colour = rng.choice((colour, *COLOUR_SYNONYMS.get(colour, ())))
     bare = rng.random() < 1 / 6
     template = rng.choice(WITHOUT_BACKGROUND if bare else WITH_BACKGROUND)
-    words = template.format(object=name, an_object=article(name), colour=colour, a_colour=article(colour)).split(" ")
+    words = template.format(
+        object=name, an_object=article(name), colour=colour, a_colour=article(colour)
+    ).split(" ")
     if rng.random() < 0.1:
         unknown = "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 7)))
         words.insert(rng.randint(0, len(words)), unknown)
@@ -46,17 +55,41 @@ def build_tokenizer() -> CLIPTokenizer:
 
     Other words fall into pieces, down to single bytes, as they do in CLIP.
     """
-    texts = [*WITH_BACKGROUND, *WITHOUT_BACKGROUND, *BACKGROUNDS, *(s for more in COLOUR_SYNONYMS.values() for s in more)]
-    texts += [text for thing in objects() for text in (thing.name, *thing.synonyms)] + ["a an the photo image emoji drawing"]
-    words = sorted({word for text in texts for word in text.replace("{", " ").replace("}", " ").replace(",", " ").split()})
+    texts = [
+        *WITH_BACKGROUND,
+        *WITHOUT_BACKGROUND,
+        *BACKGROUNDS,
+        *(s for more in COLOUR_SYNONYMS.values() for s in more),
+    ]
+    texts += [text for thing in objects() for text in (thing.name, *thing.synonyms)] + [
+        "a an the photo image emoji drawing"
+    ]
+    words = sorted(
+        {
+            word
+            for text in texts
+            for word in text.replace("{", " ").replace("}", " ").replace(",", " ").split()
+        }
+    )
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    bpe.train_from_iterator([" ".join(words)] * 2, trainers.BpeTrainer(vocab_size=10**6, min_frequency=2, end_of_word_suffix="</w>",
-                                                                      show_progress=False))
+    bpe.train_from_iterator(
+        [" ".join(words)] * 2,
+        trainers.BpeTrainer(
+            vocab_size=10**6, min_frequency=2, end_of_word_suffix="</w>", show_progress=False
+        ),
+    )
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    symbols = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(merge) for merge in merges)]
-    vocabulary = {symbol: i for i, symbol in enumerate(dict.fromkeys([*symbols, "<|startoftext|>", "<|endoftext|>"]))}
+    symbols = [
+        *alphabet,
+        *(letter + "</w>" for letter in alphabet),
+        *("".join(merge) for merge in merges),
+    ]
+    vocabulary = {
+        symbol: i
+        for i, symbol in enumerate(dict.fromkeys([*symbols, "<|startoftext|>", "<|endoftext|>"]))
+    }
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
 
 

@@ -34,9 +34,16 @@ class Judge(nn.Module):
         super().__init__()
         widths, layers = (3, 32, 48, 64, 96, 96, FEATURES), []
         for i, (a, b) in enumerate(zip(widths, widths[1:])):
-            layers += [nn.Conv2d(a, b, 3, stride=2 - i % 2, padding=1), nn.GroupNorm(8, b), nn.SiLU()]
+            layers += [
+                nn.Conv2d(a, b, 3, stride=2 - i % 2, padding=1),
+                nn.GroupNorm(8, b),
+                nn.SiLU(),
+            ]
         self.body = nn.Sequential(*layers)
-        self.object, self.background = nn.Linear(FEATURES, len(objects())), nn.Linear(FEATURES, len(BACKGROUNDS))
+        self.object, self.background = (
+            nn.Linear(FEATURES, len(objects())),
+            nn.Linear(FEATURES, len(BACKGROUNDS)),
+        )
         self.register_buffer("real_mean", torch.zeros(FEATURES))
         self.register_buffer("real_covariance", torch.zeros(FEATURES, FEATURES))
 
@@ -53,30 +60,51 @@ class Judge(nn.Module):
     @torch.inference_mode()
     def judge(self, images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Object index (N,), background index (N,) and features (N, 128) of images of any size."""
-        arrays = [np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)) for image in images]
-        parts = [self(pixels(np.stack(arrays[i:i + 256]))) for i in range(0, len(arrays), 256)]
+        arrays = [
+            np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+            for image in images
+        ]
+        parts = [self(pixels(np.stack(arrays[i : i + 256]))) for i in range(0, len(arrays), 256)]
         object_logits, background_logits, features = (torch.cat(part) for part in zip(*parts))
-        return object_logits.argmax(1).numpy(), background_logits.argmax(1).numpy(), features.double().numpy()
+        return (
+            object_logits.argmax(1).numpy(),
+            background_logits.argmax(1).numpy(),
+            features.double().numpy(),
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pictures", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/emoji/classifier.pt"))
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--start_from", type=Path, help="a judge to begin with; with --steps 0 only its figures of real renders are made anew")
+    parser.add_argument(
+        "--start_from",
+        type=Path,
+        help="a judge to begin with; with --steps 0 only its figures of real renders are made anew",
+    )
     args = parser.parse_args()
-    pictures = np.concatenate([np.load(args.pictures / f"{name}_pictures.npy") for name in ("train", "judge")])
-    classes = torch.from_numpy(np.concatenate([np.load(args.pictures / f"{name}_classes.npy") for name in ("train", "judge")])).long()
+    pictures = np.concatenate(
+        [np.load(args.pictures / f"{name}_pictures.npy") for name in ("train", "judge")]
+    )
+    classes = torch.from_numpy(
+        np.concatenate(
+            [np.load(args.pictures / f"{name}_classes.npy") for name in ("train", "judge")]
+        )
+    ).long()
     torch.manual_seed(1)
     model = Judge.from_pretrained(args.start_from) if args.start_from else Judge()
 
     def loss(generator: torch.Generator) -> torch.Tensor:
         chosen = torch.randint(len(pictures), (64,), generator=generator).sort().values
         thing, colour, _ = model(pixels(pictures[chosen.numpy()]))
-        return F.cross_entropy(thing, classes[chosen, 0]) + F.cross_entropy(colour, classes[chosen, 1])
+        return F.cross_entropy(thing, classes[chosen, 0]) + F.cross_entropy(
+            colour, classes[chosen, 1]
+        )
 
     fit(model, loss, args.checkpoint, steps=args.steps, lr=args.lr, seed=1, ema=0.99)
     held_out = np.load(args.pictures / "heldout_pictures.npy")
@@ -85,8 +113,10 @@ def main() -> None:
     model.real_mean.copy_(torch.from_numpy(features.mean(0)))
     model.real_covariance.copy_(torch.from_numpy(np.cov(features, rowvar=False)))
     save_file(model.state_dict(), args.output)
-    print(f"held-out renders, n={len(truth)}: object accuracy {np.mean(thing == truth[:, 0]):.4f}, "
-          f"background accuracy {np.mean(colour == truth[:, 1]):.4f}")
+    print(
+        f"held-out renders, n={len(truth)}: object accuracy {np.mean(thing == truth[:, 0]):.4f}, "
+        f"background accuracy {np.mean(colour == truth[:, 1]):.4f}"
+    )
 
 
 if __name__ == "__main__":

@@ -10,8 +10,17 @@ from torch import nn
 from tqdm import tqdm
 
 
-def fit(model: nn.Module, loss: Callable[[torch.Generator], torch.Tensor], checkpoint: Path, *, steps: int, lr: float,
-        seed: int = 0, ema: float = 0.999, save_every: int = 500) -> nn.Module:
+def fit(
+    model: nn.Module,
+    loss: Callable[[torch.Generator], torch.Tensor],
+    checkpoint: Path,
+    *,
+    steps: int,
+    lr: float,
+    seed: int = 0,
+    ema: float = 0.999,
+    save_every: int = 500,
+) -> nn.Module:
     """Minimises loss(generator) over the model's parameters; returns the model with averaged weights.
 
     AdamW, gradients clipped to norm 1, a warm-up over the first 2 % of the steps and a cosine down to 3 % of lr.
@@ -29,9 +38,14 @@ def fit(model: nn.Module, loss: Callable[[torch.Generator], torch.Tensor], check
         optimizer.load_state_dict(state["optimizer"])
         average, start = state["average"], state["step"]
 
-    running, progress = None, tqdm(range(start, steps), initial=start, total=steps, mininterval=10, desc=checkpoint.stem)
+    running, progress = (
+        None,
+        tqdm(range(start, steps), initial=start, total=steps, mininterval=10, desc=checkpoint.stem),
+    )
     for step in progress:
-        factor = min(1, (step + 1) / (0.02 * steps)) * (0.03 + 0.97 * (1 + math.cos(math.pi * step / steps)) / 2)
+        factor = min(1, (step + 1) / (0.02 * steps)) * (
+            0.03 + 0.97 * (1 + math.cos(math.pi * step / steps)) / 2
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr * factor
         value = loss(torch.Generator().manual_seed(seed * 10**9 + step))
@@ -39,11 +53,18 @@ def fit(model: nn.Module, loss: Callable[[torch.Generator], torch.Tensor], check
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(ema, (step + 1) / (step + 10)))
+        torch._foreach_lerp_(
+            average, [p.detach() for p in parameters], 1 - min(ema, (step + 1) / (step + 10))
+        )
         running = value.item() if running is None else 0.99 * running + 0.01 * value.item()
         progress.set_postfix(loss=f"{running:.4f}")
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            state = {"parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict(), "average": average, "step": step + 1}
+            state = {
+                "parameters": [p.detach() for p in parameters],
+                "optimizer": optimizer.state_dict(),
+                "average": average,
+                "step": step + 1,
+            }
             torch.save(state, checkpoint.with_suffix(".part"))
             os.replace(checkpoint.with_suffix(".part"), checkpoint)
     for p, mean in zip(parameters, average):

@@ -12,16 +12,18 @@ import numpy as np
 import torch
 from diffusers.training_utils import cast_training_params
 
-from noiserefine.backbones import load_pipeline
+from noiserefine.models.loading import load_pipeline
 from noiserefine.refiner import save_lora
 from train.emoji.autoencoder import encode
 from train.emoji.denoiser import denoising_loss
 from train.emoji.fit import fit
-from train.networks import Raw
+from train.experiments.networks import Raw
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pictures", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True, help="where the LoRA is written")
     parser.add_argument("--rank", type=int, default=16)
@@ -32,13 +34,27 @@ def main(arguments: list[str] | None = None) -> None:
     pipe = load_pipeline("emoji", "cpu", torch.float32)
     latents_file = args.pictures / "latents.npy"
     if not latents_file.exists():
-        np.save(latents_file, encode(pipe.vae, np.load(args.pictures / "train_pictures.npy")).numpy())
-    latents, classes = torch.from_numpy(np.load(latents_file)), np.load(args.pictures / "train_classes.npy")
+        np.save(
+            latents_file, encode(pipe.vae, np.load(args.pictures / "train_pictures.npy")).numpy()
+        )
+    latents, classes = (
+        torch.from_numpy(np.load(latents_file)),
+        np.load(args.pictures / "train_classes.npy"),
+    )
     torch.manual_seed(0)
     pipe.unet.requires_grad_(False)
     unet = Raw.create(pipe, args.rank).unet
     cast_training_params(unet)
-    loss = denoising_loss(unet, pipe.scheduler, pipe.tokenizer, pipe.text_encoder, latents, classes, args.batch_size, pipe.vae.config.scaling_factor)
+    loss = denoising_loss(
+        unet,
+        pipe.scheduler,
+        pipe.tokenizer,
+        pipe.text_encoder,
+        latents,
+        classes,
+        args.batch_size,
+        pipe.vae.config.scaling_factor,
+    )
     fit(unet, loss, args.pictures / "style.pt", steps=args.steps, lr=args.lr)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     save_lora(pipe, unet.half(), args.output_dir)

@@ -25,15 +25,32 @@ EMBEDDING = 192
 
 
 def build(vocabulary: int, eos_token_id: int) -> CLIPTextModel:
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=vocabulary, hidden_size=EMBEDDING, intermediate_size=4 * EMBEDDING, num_hidden_layers=2,
-        num_attention_heads=6, max_position_embeddings=MAX_TOKENS, projection_dim=EMBEDDING,
-        bos_token_id=eos_token_id - 1, eos_token_id=eos_token_id, pad_token_id=eos_token_id))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=EMBEDDING,
+            intermediate_size=4 * EMBEDDING,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            max_position_embeddings=MAX_TOKENS,
+            projection_dim=EMBEDDING,
+            bos_token_id=eos_token_id - 1,
+            eos_token_id=eos_token_id,
+            pad_token_id=eos_token_id,
+        )
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, required=True, help="where text_encoder/ and tokenizer/ are written")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work_dir",
+        type=Path,
+        required=True,
+        help="where text_encoder/ and tokenizer/ are written",
+    )
     parser.add_argument("--steps", type=int, default=800)
     args = parser.parse_args()
     tokenizer = build_tokenizer()
@@ -41,25 +58,46 @@ def main() -> None:
     pairs = np.argwhere(~held_out_pairs()).tolist()
     torch.manual_seed(0)
     text_encoder = build(len(tokenizer), tokenizer.eos_token_id)
-    heads = nn.ModuleList(nn.Linear(EMBEDDING, count + 1) for count in (len(objects()), len(BACKGROUNDS)))  # the last: none
+    heads = nn.ModuleList(
+        nn.Linear(EMBEDDING, count + 1) for count in (len(objects()), len(BACKGROUNDS))
+    )  # the last: none
 
     def errors(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy over the positions after the words, and which captions are understood at the first of them."""
         rng = random.Random(generator.initial_seed())
-        captions, classes = zip(*(caption(thing, colour, rng) for thing, colour in (rng.choice(pairs) for _ in range(64))))
-        tokens = tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
+        captions, classes = zip(
+            *(
+                caption(thing, colour, rng)
+                for thing, colour in (rng.choice(pairs) for _ in range(64))
+            )
+        )
+        tokens = tokenizer(
+            list(captions), padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
         hidden, ended = text_encoder(tokens).last_hidden_state, tokens == tokenizer.eos_token_id
         cross_entropy, understood = torch.tensor(0.0), torch.tensor(True)
         for head, truth in zip(heads, torch.tensor(classes).T):
             logits = head(hidden[ended])
-            cross_entropy = cross_entropy + F.cross_entropy(logits, truth[:, None].expand(tokens.shape)[ended])
-            understood = understood & (head(hidden[torch.arange(len(tokens)), ended.int().argmax(1)]).argmax(1) == truth)
+            cross_entropy = cross_entropy + F.cross_entropy(
+                logits, truth[:, None].expand(tokens.shape)[ended]
+            )
+            understood = understood & (
+                head(hidden[torch.arange(len(tokens)), ended.int().argmax(1)]).argmax(1) == truth
+            )
         return cross_entropy, understood
 
-    fit(nn.ModuleList([text_encoder, heads]), lambda generator: errors(generator)[0], args.work_dir / "text_encoder.pt",
-        steps=args.steps, lr=1e-3, ema=0.99)
+    fit(
+        nn.ModuleList([text_encoder, heads]),
+        lambda generator: errors(generator)[0],
+        args.work_dir / "text_encoder.pt",
+        steps=args.steps,
+        lr=1e-3,
+        ema=0.99,
+    )
     with torch.inference_mode():
-        understood = torch.cat([errors(torch.Generator().manual_seed(2**40 + i))[1] for i in range(16)])
+        understood = torch.cat(
+            [errors(torch.Generator().manual_seed(2**40 + i))[1] for i in range(16)]
+        )
     print(f"captions understood: {understood.float().mean():.4f}, n={len(understood)}")
     text_encoder.save_pretrained(args.work_dir / "text_encoder")
 

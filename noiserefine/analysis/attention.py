@@ -1,0 +1,96 @@
+"""Where in the image the UNet looks for a word: its cross-attention, watched and not touched (figure 20)."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from torch.nn.functional import interpolate
+
+from noiserefine.analysis.recipe import Maker, Recipe, Sample
+from noiserefine.noise import image_size
+
+
+def plain_words(prompt: str) -> list[str]:
+    """The prompt's words, in lower case and without punctuation around them."""
+    return [word.strip(",.;:!?()\"'").lower() for word in prompt.split()]
+
+
+def first_word(prompt: str) -> str:
+    """The prompt's first word that is no article."""
+    words = plain_words(prompt)
+    return next((word for word in words if word not in ("a", "an", "the")), words[0])
+
+
+def word_tokens(pipe: DiffusionPipeline, prompt: str, word: str) -> list[int]:
+    """The positions of a word's tokens among the prompt's, its first occurrence. Raises ValueError for a word that is not in it."""
+    words, plain = prompt.split(), plain_words(prompt)
+    if word.strip().lower() not in plain:
+        raise ValueError(
+            f"The prompt holds no word {word!r}; choose one of {', '.join(dict.fromkeys(plain))}."
+        )
+    i = plain.index(word.strip().lower())
+    before, after = (len(pipe.tokenizer(" ".join(words[:end])).input_ids) - 1 for end in (i, i + 1))
+    return list(range(before, after))
+
+
+@contextlib.contextmanager
+def watch_attention(
+    unet: UNet2DConditionModel, tokens: list[int], height: int, width: int
+) -> Iterator[list[torch.Tensor]]:
+    """While open, every forward of the UNet appends its attention to the tokens, (height, width) at the latent's size, to the list.
+
+    The mean over cross-attention layers, heads and tokens, for the last image of the batch: with guidance the one with the prompt.
+    """
+    maps, layers = [], []
+
+    def watch_layer(attn, args, kwargs):
+        hidden, context = args[0][-1:], kwargs["encoder_hidden_states"][-1:]
+        query, key = (
+            attn.head_to_batch_dim(projected)
+            for projected in (attn.to_q(hidden), attn.to_k(context))
+        )
+        share = attn.get_attention_scores(query, key)[..., tokens].mean((0, 2))
+        factor = 2 ** round(
+            math.log2(height * width / len(share)) / 2
+        )  # each level halves the sides, rounding up
+        shape = (math.ceil(height / factor), math.ceil(width / factor))
+        layers.append(
+            interpolate(share.float().view(1, 1, *shape), size=(height, width), mode="bilinear")[
+                0, 0
+            ].cpu()
+        )
+
+    def finish(*_):
+        maps.append(torch.stack(layers).mean(0))
+        layers.clear()
+
+    handles = [
+        layer.register_forward_pre_hook(watch_layer, with_kwargs=True)
+        for name, layer in unet.named_modules()
+        if name.endswith("attn2")
+    ]
+    handles.append(unet.register_forward_hook(finish))
+    try:
+        with torch.compiler.set_stance(
+            "force_eager"
+        ):  # compiled blocks would not call what watches their layers
+            yield maps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attention(make: Maker, recipe: Recipe, word: str) -> tuple[torch.Tensor, Sample]:
+    """The attention to a word of the prompt in every forward of the recipe's sampling, (forwards, h, w) at the latent's size, and the image.
+
+    The refining pass is not among the forwards.  Raises ValueError for a word that is not in the prompt.
+    """
+    make.check(recipe)
+    tokens = word_tokens(make.pipe, recipe.prompt, word)
+    factor = make.pipe.vae_scale_factor
+    height, width = (side // factor for side in image_size(make.pipe, recipe.height, recipe.width))
+    with watch_attention(make.pipe.unet, tokens, height, width) as maps:
+        sample = make.sample(recipe, make.draw(recipe))
+    return torch.stack(maps), sample

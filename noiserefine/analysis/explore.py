@@ -1,0 +1,111 @@
+"""Families of images that show what refining does, one function for each of the paper's figures.
+
+Each takes a Maker and a recipe with the guidance scale of the guided images and the strength of the refined ones, and
+yields (caption, Sample) one by one; a recipe that was made before is not made again.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from noiserefine.analysis.recipe import Maker, Recipe, Sample
+from noiserefine.analysis.spectrum import band
+from noiserefine.noise import MAX_SEED, slerp
+from noiserefine.samplers import SAMPLERS
+
+STRENGTHS = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5)
+STEPS = (10, 20, 50)
+INTERPOLATIONS = 7
+Images = Iterator[tuple[str, Sample]]
+
+
+def strengths(make: Maker, recipe: Recipe, values: Sequence[float] = STRENGTHS) -> Images:
+    """The refined image over the refinement strength, and the guided one to compare with (figure 13)."""
+    for strength in values:
+        yield f"strength {strength:g}", make(replace(recipe, strength=strength).refined)
+    if recipe.guidance_scale > 1:
+        yield f"guided, g = {recipe.guidance_scale:g}", make(recipe.guided)
+
+
+def guidance_scales(make: Maker, recipe: Recipe, count: int = 5) -> Images:
+    """Refined images over the guidance scale the refiner is told, then guided ones at the same scales (figure 23).
+
+    Raises ValueError for a refiner that takes no guidance scale.
+    """
+    assert make.refiner is not None
+    make.refiner.check_guidance_scale(recipe.refiner_scale or recipe.guidance_scale)
+    assert make.refiner.config.guidance_scale_range is not None  # as was checked
+    low, high = make.refiner.config.guidance_scale_range
+    scales = [low + (high - low) * i / (count - 1) for i in range(count)]
+    for scale in scales:
+        yield f"refined for g = {scale:g}", make(replace(recipe, refiner_scale=scale).refined)
+    for scale in scales:
+        yield f"guided, g = {scale:g}", make(replace(recipe, guidance_scale=scale).guided)
+
+
+def samplers_and_steps(make: Maker, recipe: Recipe, steps: Sequence[int] = STEPS) -> Images:
+    """For each sampler and number of steps the refined image and the Gaussian one (figure 28)."""
+    for sampler in SAMPLERS:
+        for count in steps:
+            here = replace(recipe, sampler=sampler, steps=count)
+            yield f"{sampler}, {count} steps, refined", make(here.refined)
+            yield f"{sampler}, {count} steps, Gaussian", make(here.gaussian)
+
+
+def two_prompts(make: Maker, recipe: Recipe, other: str) -> Images:
+    """Noise refined with the recipe's prompt, denoised with another one or with none (figure 21)."""
+    here = replace(recipe, refining_prompt=recipe.prompt)
+    there, nothing = replace(here, prompt=other), replace(here, prompt="")
+    yield "one prompt for both", make(recipe.refined)
+    yield "denoised with the other", make(there.refined)
+    yield "denoised with none", make(nothing.refined)
+    yield "Gaussian noise, the other", make(there.gaussian)
+    if recipe.guidance_scale > 1:
+        yield "denoised with the other, guided", make(there)
+        yield "Gaussian noise, the other, guided", make(there.guided)
+
+
+def interpolation(make: Maker, recipe: Recipe, seed: int, count: int = INTERPOLATIONS) -> Images:
+    """From the recipe's noise to another seed's along the sphere: unguided images, then those refined on the way (figure 22).
+
+    Raises ValueError for the recipe's own seed.
+    """
+    if seed == recipe.seed:
+        raise ValueError(
+            f"Both seeds are {seed}: there is nothing between them. Choose another one."
+        )
+    ends = make.draw(recipe), make.draw(replace(recipe, seed=seed))
+    for name, here in (("Gaussian", recipe.gaussian), ("refined", recipe.refined)):
+        yield f"{name}, seed {recipe.seed}", make(here)
+        for i in range(1, count - 1):
+            yield f"{name}, {i / (count - 1):.2g}", make(here, slerp(*ends, i / (count - 1)))
+        yield f"{name}, seed {seed}", make(replace(here, seed=seed))
+
+
+def guided_from_refined(make: Maker, recipe: Recipe) -> Images:
+    """Guidance from Gaussian noise and from refined noise, and both noises without it (appendix A.5, table 6)."""
+    yield "Gaussian, unguided", make(recipe.gaussian)
+    yield "Gaussian, guided", make(recipe.guided)
+    yield "refined, unguided", make(recipe.refined)
+    yield "refined, guided", make(recipe)
+
+
+def bands(make: Maker, recipe: Recipe, cutoff: float) -> Images:
+    """What the frequencies of the refined noise below a cutoff, of the largest radius, do (figures 15 to 19)."""
+    refined, gaussian = make(recipe.refined), make(recipe.gaussian)
+    x_T = make.draw(recipe)
+    x_hat = torch.from_numpy(refined.x_T)
+    redrawn = make.draw(replace(recipe, seed=(recipe.seed + 1) % (MAX_SEED + 1)))
+    low, redrawn_low, plain = band(x_hat, 0, cutoff), band(redrawn, 0, cutoff), recipe.gaussian
+    yield "refined noise", refined
+    yield "Gaussian noise", gaussian
+    mixed = {0.0: gaussian, 1.0: refined}.get(cutoff)
+    yield (
+        f"refined below {cutoff:g}, Gaussian above",
+        mixed or make(plain, x_T + band(x_hat - x_T, 0, cutoff)),
+    )
+    yield f"refined below {cutoff:g}, zero above", make(plain, low)
+    yield f"zero below {cutoff:g}, refined above", make(plain, x_hat - low)
+    yield f"refined below {cutoff:g}, redrawn above", make(plain, low + redrawn - redrawn_low)
+    yield f"redrawn below {cutoff:g}, refined above", make(plain, redrawn_low + x_hat - low)

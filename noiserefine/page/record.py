@@ -1,0 +1,83 @@
+"""Images that carry what they were made from: in their PNG files, on a contact sheet."""
+
+import importlib.metadata
+import json
+import textwrap
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+KEY = "noiserefine"  # of the text chunk
+MAX_PIXELS, MAX_TEXT = 16_000_000, 100_000  # of a file that is read back; of its pixels nothing is
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that the pixels depend on."""
+    return {
+        name: importlib.metadata.version(name)
+        for name in ("torch", "diffusers", "transformers", "peft")
+    }
+
+
+def save_png(image: Image.Image, path: str | Path, record: dict) -> None:
+    """Writes the image with the record, as JSON, in a text chunk."""
+    chunks = PngInfo()
+    chunks.add_itxt(KEY, json.dumps(record, ensure_ascii=False))
+    image.save(path, "PNG", pnginfo=chunks)
+
+
+def read_png(path: str | Path) -> dict:
+    """The record of a PNG file that `save_png` wrote. Raises ValueError for every other file."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            size, text = image.size, image.info.get(KEY)
+    except (
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        SyntaxError,
+        ValueError,
+        OSError,
+    ) as error:
+        raise ValueError(
+            f"This is no PNG file that can be read ({type(error).__name__}); drop one that was downloaded from this page."
+        ) from error
+    if size[0] * size[1] > MAX_PIXELS:
+        raise ValueError(
+            f"This PNG has {size[0]} x {size[1]} pixels; images of this page have at most {MAX_PIXELS:,}."
+        )
+    if text is None:
+        raise ValueError(
+            "This PNG holds no settings: it was not downloaded from this page, or another program wrote it anew."
+        )
+    try:
+        if len(text) > MAX_TEXT:
+            raise ValueError
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("The settings in this PNG are damaged.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise ValueError("The settings in this PNG are not those of this page.")
+    return record
+
+
+def contact_sheet(
+    images: list[tuple[str, Image.Image]], title: str, side: int = 384
+) -> Image.Image:
+    """The captioned images in a row under a title of any length, each scaled to at least `side` pixels of width."""
+    width = max(side, images[0][1].width)
+    height = round(width * images[0][1].height / images[0][1].width)
+    gap, line = width // 24, width // 12
+    font, small = ImageFont.load_default(line * 0.7), ImageFont.load_default(line * 0.6)
+    title = textwrap.fill(title, 30 * len(images))
+    top = 2 * gap + line * (title.count("\n") + 1)
+    sheet = Image.new(
+        "RGB", (len(images) * (width + gap) + gap, top + height + gap + line), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    draw.multiline_text((gap, gap), title, "black", font)
+    for i, (caption, image) in enumerate(images):
+        left = gap + i * (width + gap)
+        sheet.paste(image.resize((width, height), Image.Resampling.BICUBIC), (left, top))
+        draw.text((left, top + height + gap // 2), caption, "#555555", small)
+    return sheet

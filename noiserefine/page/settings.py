@@ -1,0 +1,160 @@
+"""What visitors may ask for, and how it comes: from the page, an API call, a link or a PNG."""
+
+import os
+import urllib.parse
+from dataclasses import dataclass, fields
+
+from noiserefine.models.catalogue import ASSETS, BACKBONES
+
+try:
+    from spaces.config import Config
+
+    ZERO_GPU = Config.zero_gpu
+except ImportError:  # it matters on Hugging Face's ZeroGPU only
+    ZERO_GPU = False
+
+DEFAULT = "emoji"
+MAX_TEXT = 2000  # characters
+
+
+def any_model_allowed() -> bool:
+    """Whether users may name models, refiners and LoRAs of their own: at home yes, on a Space only if its owner sets NOISEREFINE_ANY_MODEL=1."""
+    return os.environ.get("NOISEREFINE_ANY_MODEL", "0" if "SPACE_ID" in os.environ else "1") == "1"
+
+
+FREE_CHOICE = (
+    any_model_allowed() and not ZERO_GPU
+)  # there, a download would run in a visitor's seconds of GPU
+# On ZeroGPU a model has to be placed before the first visitor comes, and every one slows the start.
+SERVED = ["emoji", "sd21"] if ZERO_GPU else list(BACKBONES)
+REFINERS = {
+    "emoji-scales": ("Emoji, told the guidance scale", str(ASSETS / "refiners" / "emoji-scales"))
+}  # beside the backbones' own: title, folder
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a visitor chose to make images with."""
+
+    backbone: str  # a name of BACKBONES, a hub id, a folder or a .safetensors checkpoint
+    refiner: str = ""  # a hub id or folder; empty for the backbone's own
+    lora: str = ""  # a hub id, folder or .safetensors file; empty for none
+    lora_weight: float = 1.0
+
+    @property
+    def title(self) -> str:
+        return BACKBONES[self.backbone].title if self.backbone in BACKBONES else self.backbone
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a visitor asks for, as it comes: from the page, an API call, a link or a PNG."""
+
+    prompt: str
+    seed: float = 7
+    backbone: str = DEFAULT
+    steps: float = BACKBONES[DEFAULT].steps
+    guidance_scale: float = BACKBONES[DEFAULT].guidance_scale or 1.0
+    strength: float = 1.0
+    sampler: str = BACKBONES[DEFAULT].sampler
+    width: float | None = 0
+    height: float | None = 0
+    refiner: str = ""
+    lora: str = ""
+    lora_weight: float = 1.0
+    negative_prompt: str = ""
+
+    @property
+    def model(self) -> Model:
+        """Raises ValueError for names that visitors may not give here."""
+        name = text(self.backbone, "The backbone").strip()
+        name = next((key for key, listed in BACKBONES.items() if listed.source == name), name)
+        lora = text(self.lora, "The LoRA").strip()
+        refiner = text(self.refiner, "The refiner").strip()
+        _, folder = REFINERS.get(refiner, ("", refiner))
+        model = Model(
+            name, folder, lora, number(self.lora_weight, "The LoRA's weight") if lora else 1.0
+        )
+        if not model.backbone:
+            raise ValueError("No backbone is chosen.")
+        ours = ((model.backbone, BACKBONES), (refiner, ["", *REFINERS]), (model.lora, [""]))
+        named = [name for name, known in ours if name not in known]
+        if named and not FREE_CHOICE:
+            raise ValueError(
+                f"This Space serves its own models only; {named[0]} is none of them. Duplicate the Space, or run the app "
+                "on your machine, to use any model."
+            )
+        if model.backbone in BACKBONES and model.backbone not in SERVED:
+            raise ValueError(
+                f"{model.title} is not served here; choose one of {', '.join(SERVED)}, or run the app on your machine."
+            )
+        return model
+
+
+def guided(model: Model) -> bool:
+    """Whether guidance applies to the model."""
+    return model.backbone not in BACKBONES or BACKBONES[model.backbone].guidance_scale is not None
+
+
+def text(value: str | None, what: str, most: int = MAX_TEXT) -> str:
+    """The value itself, "" for None. Raises ValueError where it is no text of Unicode characters, or a very long one."""
+    if value is None:
+        return ""
+    if (
+        not isinstance(value, str)
+        or len(value) > most
+        or value.encode(errors="ignore").decode() != value
+    ):  # halves of characters
+        raise ValueError(f"{what} is a text of at most {most} characters; got {ascii(value)[:40]}.")
+    return value
+
+
+def number(value: float | None, what: str) -> float:
+    """The value itself. Raises ValueError where it is none or no number."""
+    if value is None:
+        raise ValueError(f"{what} is missing: it is a number.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e15:
+        raise ValueError(f"{what} is a number; got {ascii(value)[:40]}.")
+    return value
+
+
+def whole(value: float | None, what: str) -> int:
+    """The number as an int. Raises ValueError where it is no whole number."""
+    plain = number(value, what)
+    if plain != int(plain):
+        raise ValueError(f"{what} is a whole number; got {value!r}.")
+    return int(plain)
+
+
+def link(settings: Settings) -> str:
+    """A query string with what differs from the defaults."""
+    return "?" + urllib.parse.urlencode(
+        {
+            field.name: getattr(settings, field.name)
+            for field in fields(Settings)
+            if getattr(settings, field.name) not in (field.default, None, "")
+        }
+    )
+
+
+def restored(values: dict) -> list:
+    """The values of a link or PNG in the order of Settings, the defaults for what it doesn't hold; None for a prompt that it doesn't.
+
+    Raises ValueError where one is not of the setting's kind; whether it makes sense is checked when it is used.
+    """
+    updates = []
+    for field in fields(Settings):
+        value, default = values.get(field.name), "" if field.name == "prompt" else field.default
+        if value is None:
+            updates.append(None if field.name == "prompt" else default)
+        elif isinstance(default, str):
+            updates.append(text(value, field.name))
+        else:
+            try:
+                plain = float(value)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ValueError(
+                    f"{field.name} is a number; the file or link holds {str(value)[:40]!r}."
+                ) from error
+            updates.append(int(plain) if number(plain, field.name) == int(plain) else plain)
+    return updates

@@ -1,0 +1,72 @@
+"""The pictures of the page in the README: starts the app, generates, takes a screenshot in headless Chromium.
+
+python tests/tools/screenshot.py --output assets/pictures/page.png
+python tests/tools/screenshot.py --tab Frequencies --output assets/pictures/views.png
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--prompt", default="a panda on a pink background")
+    parser.add_argument("--tab", help="take a picture of this tab only")
+    parser.add_argument("--width", type=int, default=1120)
+    parser.add_argument("--dark", action="store_true")
+    parser.add_argument("--port", type=int, default=7879)
+    args = parser.parse_args()
+    server = subprocess.Popen(
+        [sys.executable, "app.py", "--port", str(args.port)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while "Running on local URL" not in server.stdout.readline():
+            if server.poll() is not None:
+                sys.exit("The app ended.")
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(
+                executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+            )
+            page = browser.new_page(
+                viewport={"width": args.width, "height": 900},
+                color_scheme="dark" if args.dark else "light",
+            )
+            page.goto(f"http://127.0.0.1:{args.port}")
+            page.get_by_label("Prompt", exact=True).fill(args.prompt)
+            page.get_by_label("Prompt", exact=True).press("Enter")
+            page.wait_for_function(
+                "document.querySelectorAll('#noise img').length == 2", timeout=120_000
+            )
+            page.wait_for_timeout(6000)  # messages go
+            if args.tab:
+                page.get_by_role("tab", name=args.tab, exact=True).click()
+                panel = page.locator("[role=tabpanel]").locator("visible=true")
+                panel.get_by_role("button", name="Show", exact=True).click()
+                images, seen = panel.locator(".images img"), -1
+                images.first.wait_for(timeout=120_000)
+                while seen < (seen := images.count()):  # they come one by one
+                    page.wait_for_timeout(4000)
+                page.mouse.move(0, 0)
+                panel.screenshot(path=args.output)
+            else:
+                page.screenshot(path=args.output, full_page=True)
+            browser.close()
+    finally:
+        server.kill()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Noise refining networks to compare the refiner with: other parametrisations, no pretraining, a Gaussian for every prompt.
+
+All of them correct x_T by what `correction` returns and are trained by train_refiner.py, with --network.  They are experiments:
+their files are for evaluate.py, and neither the app nor plain diffusers loads them.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch import nn
+
+from noiserefine.refiner import (
+    CONFIG_NAME,
+    Refiner,
+    RefinerConfig,
+    check_tensors,
+    read_tensors,
+    with_lora,
+)
+
+WEIGHTS_NAME = "network.safetensors"
+
+
+class Alternative(Refiner):
+    """A refining network that is not the refiner, kept as the plain tensors that training changes."""
+
+    name: str
+
+    @classmethod
+    def create(
+        cls,
+        pipe: DiffusionPipeline,
+        rank: int = 128,
+        alpha: float | None = None,
+        guidance_scale_range: list[float] | None = None,
+    ) -> "Alternative":
+        if guidance_scale_range is not None:
+            raise ValueError(
+                f"The network {cls.name} takes no guidance scale: leave --guidance_scale_range out."
+            )
+        config = Refiner.create(pipe, rank, alpha).config
+        config.parametrisation = cls.name
+        return cls(pipe, config, cls.build(pipe, config))
+
+    @classmethod
+    def build(cls, pipe: DiffusionPipeline, config: RefinerConfig) -> Any:
+        raise TypeError("one of NETWORKS has it")
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        theirs = {id(parameter) for parameter in self.pipe.unet.parameters()}
+        return {
+            name: parameter.data
+            for name, parameter in self.unet.named_parameters()
+            if id(parameter) not in theirs
+        }
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        save_file(
+            {name: value.contiguous() for name, value in self.trained().items()},
+            Path(folder) / WEIGHTS_NAME,
+        )
+        (Path(folder) / CONFIG_NAME).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, pipe: DiffusionPipeline, merge: bool | None = None
+    ) -> "Alternative":
+        network = cls.create(
+            pipe, json.loads((Path(name_or_path) / CONFIG_NAME).read_text())["rank"]
+        )
+        state, trained = read_tensors(Path(name_or_path) / WEIGHTS_NAME), network.trained()
+        check_tensors(Path(name_or_path) / WEIGHTS_NAME, state, trained)
+        for name, value in state.items():
+            trained[name].copy_(value)
+        return network
+
+
+class Autocast(Alternative):
+    """A network whose own weights stay in float32, at the pipeline's precision."""
+
+    def correction(
+        self,
+        x_T: torch.Tensor,
+        embeds: dict[str, torch.Tensor],
+        guidance_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        dtype = self.pipe.unet.dtype
+        with torch.autocast(x_T.device.type, dtype, enabled=dtype != torch.float32):
+            return super().correction(x_T, embeds)
+
+
+class Raw(Alternative):
+    """x_T + UNet_lora(x_T): the residual of section 3.3 as it is written, which starts far from x_T."""
+
+    name = "raw"
+
+    @classmethod
+    def build(cls, pipe: DiffusionPipeline, config: RefinerConfig) -> UNet2DConditionModel:
+        unet = with_lora(pipe.unet, config)
+        unet.conv_out.get_base_layer().bias = pipe.unet.conv_out.bias
+        return unet
+
+
+class Difference(Raw):
+    """x_T + UNet_lora(x_T) - UNet(x_T): starts at x_T, and costs a second forward."""
+
+    name = "difference"
+
+    def correction(
+        self,
+        x_T: torch.Tensor,
+        embeds: dict[str, torch.Tensor],
+        guidance_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        with torch.no_grad():
+            base = Refiner(self.pipe, self.config, self.pipe.unet).correction(x_T, embeds)
+        return super().correction(x_T, embeds) - base
+
+
+class Scratch(Autocast):
+    """The same UNet without its pretrained weights, trained whole (table 14); its last layer starts at zero, so that it starts at x_T."""
+
+    name = "scratch"
+
+    @classmethod
+    def build(cls, pipe: DiffusionPipeline, config: RefinerConfig) -> UNet2DConditionModel:
+        unet = UNet2DConditionModel.from_config(pipe.unet.config).to(pipe.device)
+        nn.init.zeros_(unet.conv_out.weight)
+        nn.init.zeros_(unet.conv_out.bias)
+        return unet
+
+
+class GaussianOfPrompt(nn.Module):
+    """A two-layer MLP on the mean prompt embedding that predicts mean and standard deviation of the noise, as corrections of 0 and 1."""
+
+    def __init__(self, width: int, shape: tuple[int, int, int], hidden: int = 512):
+        super().__init__()
+        self.shape = shape
+        self.layers = nn.Sequential(
+            nn.Linear(width, hidden),
+            nn.SiLU(),
+            nn.Linear(hidden, 2 * shape[0] * shape[1] * shape[2]),
+        )
+        for parameter in self.layers[-1].parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(
+        self, x: torch.Tensor, timestep: int, encoder_hidden_states: torch.Tensor, **_
+    ) -> SimpleNamespace:
+        mean, log_deviation = (
+            self.layers(encoder_hidden_states.mean(1)).view(len(x), 2, *self.shape).unbind(1)
+        )
+        return SimpleNamespace(sample=mean + (log_deviation.exp() - 1) * x)
+
+
+class Mlp(Autocast):
+    """x_T moved to N(mu, sigma^2) of the prompt (appendix A.9.2, table 10); for the model's native size only."""
+
+    name = "mlp"
+
+    @classmethod
+    def build(cls, pipe: DiffusionPipeline, config: RefinerConfig) -> GaussianOfPrompt:
+        size = pipe.unet.config.sample_size
+        return GaussianOfPrompt(
+            pipe.unet.config.cross_attention_dim, (pipe.unet.config.in_channels, size, size)
+        ).to(pipe.device)
+
+
+NETWORKS: dict[str, type[Refiner]] = {"lora": Refiner} | {
+    kind.name: kind for kind in (Raw, Difference, Scratch, Mlp)
+}
+
+
+def load_network(name_or_path: str | Path, pipe: DiffusionPipeline) -> Refiner:
+    """A refiner, or one of the NETWORKS that train_refiner.py made in its place; raises what Refiner.from_pretrained raises."""
+    folder = Path(name_or_path)
+    if (folder / WEIGHTS_NAME).is_file():
+        return NETWORKS[
+            json.loads((folder / CONFIG_NAME).read_text())["parametrisation"]
+        ].from_pretrained(folder, pipe)
+    return Refiner.from_pretrained(name_or_path, pipe)

@@ -25,7 +25,7 @@ except ImportError:  # it matters on Hugging Face's ZeroGPU only
 import gradio as gr
 from PIL import Image
 
-from noiserefine.models.catalogue import BACKBONES, OFFLOADS, SAMPLERS
+from noiserefine.models.catalogue import BACKBONES, OFFLOADS, SAMPLERS, Model
 from noiserefine.page.blind import LEFT, NEITHER, QUESTIONS, RIGHT, Vote, tally
 from noiserefine.page.record import contact_sheet, read_png, save_png, versions
 from noiserefine.page.settings import (
@@ -33,7 +33,6 @@ from noiserefine.page.settings import (
     REFINERS,
     SERVED,
     ZERO_GPU,
-    Model,
     Settings,
     link,
     restored,

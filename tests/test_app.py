@@ -30,11 +30,11 @@ import app
 from noiserefine import Refiner, draw_noise
 from noiserefine.analysis.recipe import Maker, Recipe, Sample
 from noiserefine.models import pool as models
-from noiserefine.models.catalogue import BACKBONES
+from noiserefine.models.catalogue import BACKBONES, Model
 from noiserefine.models.loading import load_pipeline
 from noiserefine.page import settings, views
 from noiserefine.page.record import read_png, save_png
-from noiserefine.page.settings import Model, Settings, any_model_allowed, link, restored
+from noiserefine.page.settings import Settings, any_model_allowed, link, restored
 from noiserefine.page.stream import stream
 from train.tools.architectures import random_pipeline
 

@@ -141,6 +141,28 @@ BACKBONES = {
     ),
 }
 
+
+@dataclass(frozen=True)
+class Model:
+    """A backbone with its refiner and LoRA: everything that images are made with."""
+
+    backbone: str  # a name of BACKBONES, a hub id, a folder or a .safetensors checkpoint
+    refiner: str = ""  # a hub id or folder; empty for the backbone's default
+    lora: str = ""  # a hub id, folder or .safetensors file; empty for none
+    lora_weight: float = 1.0
+
+    @property
+    def title(self) -> str:
+        """Return the backbone's title, or its source where the catalogue does not list it."""
+        return BACKBONES[self.backbone].title if self.backbone in BACKBONES else self.backbone
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Return False for models that are distilled to be sampled without guidance."""
+        listed = BACKBONES.get(self.backbone)
+        return listed is None or listed.guidance_scale is not None
+
+
 # Samplers by the names people know, as diffusers' schedulers (paper, appendix A.10).
 # What another scheduler's config may lack is always set: from_config would take defaults that Stable Diffusion does not use.
 SAMPLERS: dict[str, tuple[str, dict[str, bool | str]]] = {

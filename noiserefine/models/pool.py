@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from noiserefine.latents import fit_preview
-from noiserefine.models.catalogue import BACKBONES, OFFLOADS
+from noiserefine.models.catalogue import BACKBONES, OFFLOADS, Model
 from noiserefine.models.loading import (
     add_lora,
     default_device,
@@ -21,7 +21,6 @@ from noiserefine.models.loading import (
     training_command,
 )
 from noiserefine.models.offload import offload
-from noiserefine.page.settings import Model, guided
 from noiserefine.refiner import Refiner, revision
 
 
@@ -111,7 +110,7 @@ class Models:
             )
         else:
             scales = "takes no guidance scale" + (
-                ": the slider drives the guided column only." if guided(model) else "."
+                ": the slider drives the guided column only." if model.takes_guidance else "."
             )
             if refiner.config.guidance_scale_range is not None:
                 low, high = refiner.config.guidance_scale_range

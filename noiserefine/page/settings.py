@@ -4,7 +4,7 @@ import os
 import urllib.parse
 from dataclasses import dataclass, fields
 
-from noiserefine.models.catalogue import ASSETS, BACKBONES
+from noiserefine.models.catalogue import ASSETS, BACKBONES, Model
 
 try:
     from spaces.config import Config
@@ -30,20 +30,6 @@ SERVED = ["emoji", "sd21"] if ZERO_GPU else list(BACKBONES)
 REFINERS = {
     "emoji-scales": ("Emoji, told the guidance scale", str(ASSETS / "refiners" / "emoji-scales"))
 }  # beside the backbones' own: title, folder
-
-
-@dataclass(frozen=True)
-class Model:
-    """What a visitor chose to make images with."""
-
-    backbone: str  # a name of BACKBONES, a hub id, a folder or a .safetensors checkpoint
-    refiner: str = ""  # a hub id or folder; empty for the backbone's own
-    lora: str = ""  # a hub id, folder or .safetensors file; empty for none
-    lora_weight: float = 1.0
-
-    @property
-    def title(self) -> str:
-        return BACKBONES[self.backbone].title if self.backbone in BACKBONES else self.backbone
 
 
 @dataclass(frozen=True)
@@ -89,11 +75,6 @@ class Settings:
                 f"{model.title} is not served here; choose one of {', '.join(SERVED)}, or run the app on your machine."
             )
         return model
-
-
-def guided(model: Model) -> bool:
-    """Whether guidance applies to the model."""
-    return model.backbone not in BACKBONES or BACKBONES[model.backbone].guidance_scale is not None
 
 
 def text(value: str | None, what: str, most: int = MAX_TEXT) -> str:

@@ -25,6 +25,7 @@ from noiserefine.analysis.spectrum import (
     low_frequency_difference,
 )
 from noiserefine.analysis.trajectory import FRAMES, evenly, trajectory
+from noiserefine.models.catalogue import Model
 from noiserefine.models.pool import Loaded, Models
 from noiserefine.noise import MAX_SEED
 from noiserefine.page.blind import in_random_order
@@ -32,9 +33,7 @@ from noiserefine.page.settings import (
     MAX_TEXT,
     REFINERS,
     ZERO_GPU,
-    Model,
     Settings,
-    guided,
     number,
     text,
     whole,
@@ -414,7 +413,7 @@ def work(
         recipe = replace(
             asked,
             refiner_scale=scale,
-            guidance_scale=asked.guidance_scale if guided(model) else 1.0,
+            guidance_scale=asked.guidance_scale if model.takes_guidance else 1.0,
         )
         make = Maker(
             loaded.pipe,
@@ -439,7 +438,7 @@ def work(
                 }
             }
         )
-        VIEWS[view](Job(loaded, make, recipe, guided(model), report), *extras)
+        VIEWS[view](Job(loaded, make, recipe, model.takes_guidance, report), *extras)
 
     try:
         for updates in stream(WORKER, show, PREVIEW_SECONDS):

@@ -184,9 +184,9 @@ def base(count: Callable[[int], int]) -> Iterator[Figure]:
     import gradio as gr
 
     import app
-    from noiserefine.models.catalogue import SAMPLERS
+    from noiserefine.models.catalogue import SAMPLERS, Model
     from noiserefine.page import views
-    from noiserefine.page.settings import Model, Settings
+    from noiserefine.page.settings import Settings
     from noiserefine.page.stream import stream
     from train.tools.architectures import random_pipeline
 
@@ -383,8 +383,8 @@ def good(seed: int = 7, steps: int = 2, strength: float = 1.0, prompt: str = PRO
 def alone(seed: int, steps: int, strength: float = 1.0, prompt: str = PROMPT) -> list[np.ndarray]:
     """The three columns, made in this process."""
     from noiserefine.analysis.recipe import Maker, Recipe
+    from noiserefine.models.catalogue import Model
     from noiserefine.page import views
-    from noiserefine.page.settings import Model
 
     loaded = views.MODELS.get(Model("emoji"))
     make, recipe = (

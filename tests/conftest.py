@@ -1,44 +1,88 @@
+"""What the tests share: models, a browser, a free port, scripts as processes."""
+
 import os
 
-os.environ["HF_HUB_OFFLINE"] = (
-    "1"  # read when huggingface_hub is imported; the scripts that tests start inherit it
-)
+# Read when huggingface_hub and torch are imported; the scripts that tests start inherit them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import contextlib
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from playwright.sync_api import sync_playwright
 
 from noiserefine import Refiner
 from noiserefine.models.loading import load_pipeline
+from tests.chromium import NoBrowserError, launch
 from train.tools.architectures import random_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 EMOJI, EMOJI_REFINER = str(ROOT / "assets" / "emoji"), str(ROOT / "assets" / "refiners" / "emoji")
 
 
+def pytest_collection_modifyitems(items):
+    """Mark the tests that use a browser, and skip those for a card where there is none."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def pipe():
+    """Return the embedded model."""
     return load_pipeline(EMOJI, "cpu")
 
 
 @pytest.fixture(scope="session")
 def refiner(pipe):
+    """Return the embedded model's refiner."""
     return Refiner.from_pretrained(EMOJI_REFINER, pipe)
 
 
 @pytest.fixture(scope="session")
 def sdxl():
-    """SDXL's conditioning at a hundredth of its size: two text encoders, pooled embeddings, time ids; random weights."""
+    """Return SDXL at a hundredth of its size, with random weights.
+
+    It has SDXL's conditioning: two text encoders, pooled embeddings and time ids.
+    """
     torch.manual_seed(0)
     return random_pipeline("sdxl", small=True)
 
 
+@pytest.fixture
+def browser():
+    """Return a headless Chromium.
+
+    Where none can be had the test is skipped with the reason, in CI it fails.
+    """
+    with sync_playwright() as playwright:
+        try:
+            browser = launch(playwright)
+        except NoBrowserError as error:
+            if os.environ.get("CI"):
+                raise
+            pytest.skip(str(error))
+        yield browser
+        browser.close()
+
+
+def free_port() -> int:
+    """Return a port of this machine that nothing listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
 def perturbed(pipe, rank=16, **kwargs) -> Refiner:
-    """A refiner that does something, without training."""
+    """Return a refiner that changes the noise, without training it."""
     torch.manual_seed(1)
     refiner = Refiner.create(pipe, rank, **kwargs)
     for name, parameter in refiner.unet.named_parameters():
@@ -48,7 +92,7 @@ def perturbed(pipe, rank=16, **kwargs) -> Refiner:
 
 
 def output(pipe, **kwargs) -> torch.Tensor:
-    """Unguided latents of a fixed prompt and seed: what must never change."""
+    """Return the unguided latents of a fixed prompt and seed: what must never change."""
     latents = torch.randn(
         1, pipe.unet.config.in_channels, 16, 16, generator=torch.Generator().manual_seed(5)
     )
@@ -64,7 +108,7 @@ def output(pipe, **kwargs) -> torch.Tensor:
 
 @contextlib.contextmanager
 def script(*arguments, **kwargs):
-    """A script of the repository as a process of its own, run from the root."""
+    """Start a script of the repository as a process of its own, from the root, and end it."""
     process = subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,

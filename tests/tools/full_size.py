@@ -1,9 +1,9 @@
-"""The refiner in half precision on the big models' whole architectures, with random weights: what is too large for pytest.
+"""Check the refiner in half precision on the big models' whole architectures, with random weights.
 
-    python tests/tools/full_size.py           # every architecture, on the card if there is one; 15 GB
-    python tests/tools/full_size.py --small   # at a hundredth of the width, in float32
+    python -m tests.tools.full_size           # every architecture, on the card if there is one; 15 GB
+    python -m tests.tools.full_size --small   # at a hundredth of the width, in float32
 
-A line a check; ends with status 1 if one fails.
+Prints a line for each check. The exit status is 1 if one fails.
 """
 
 import argparse

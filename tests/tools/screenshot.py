@@ -1,18 +1,18 @@
-"""The pictures of the page in the README: starts the app, generates, takes a screenshot in headless Chromium.
+"""Make the README's pictures of the page: start the app, generate, take a screenshot.
 
-python tests/tools/screenshot.py --output assets/pictures/page.png
-python tests/tools/screenshot.py --tab Frequencies --output assets/pictures/views.png
+python -m tests.tools.screenshot --output assets/pictures/page.png
+python -m tests.tools.screenshot --tab Frequencies --output assets/pictures/views.png
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.chromium import launch
+from tests.conftest import ROOT, free_port
 
 
 def main() -> None:
@@ -24,10 +24,10 @@ def main() -> None:
     parser.add_argument("--tab", help="take a picture of this tab only")
     parser.add_argument("--width", type=int, default=1120)
     parser.add_argument("--dark", action="store_true")
-    parser.add_argument("--port", type=int, default=7879)
     args = parser.parse_args()
+    port = free_port()
     server = subprocess.Popen(
-        [sys.executable, "app.py", "--port", str(args.port)],
+        [sys.executable, "app.py", "--port", str(port)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -37,14 +37,12 @@ def main() -> None:
             if server.poll() is not None:
                 sys.exit("The app ended.")
         with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(
-                executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
-            )
+            browser = launch(playwright)
             page = browser.new_page(
                 viewport={"width": args.width, "height": 900},
                 color_scheme="dark" if args.dark else "light",
             )
-            page.goto(f"http://127.0.0.1:{args.port}")
+            page.goto(f"http://127.0.0.1:{port}")
             page.get_by_label("Prompt", exact=True).fill(args.prompt)
             page.get_by_label("Prompt", exact=True).press("Enter")
             page.wait_for_function(

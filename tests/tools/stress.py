@@ -1,8 +1,8 @@
 """Robustness in figures: one line each, `name: value (goal)`; the exit status is 1 where one falls short.
 
-python tests/tools/stress.py              # all of it
-python tests/tools/stress.py --quick      # a tenth of the counts, a few minutes
-python tests/tools/stress.py --only training base requests uploads refiners visitors memory
+python -m tests.tools.stress              # all of it
+python -m tests.tools.stress --quick      # a tenth of the counts, a few minutes
+python -m tests.tools.stress --only training base requests uploads refiners visitors memory
 """
 
 import argparse
@@ -22,17 +22,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
 import httpx
 import numpy as np
 import psutil
 import torch
-from conftest import EMOJI, EMOJI_REFINER, output, perturbed
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
+
+from tests.conftest import EMOJI, EMOJI_REFINER, ROOT, output, perturbed
 
 PROMPT = "a red apple on a blue background"
 PORT = 7893
@@ -49,7 +47,8 @@ class Figure:
 def sha256_of_output() -> str:
     """What a process that did nothing else makes of a fixed prompt and seed."""
     code = (
-        "import sys, hashlib; sys.path[:0] = ['.', 'tests']; from conftest import EMOJI, output; from noiserefine.models.loading import load_pipeline; "
+        "import hashlib; from noiserefine.models.loading import load_pipeline; "
+        "from tests.conftest import EMOJI, output; "
         "print(hashlib.sha256(output(load_pipeline(EMOJI, 'cpu')).numpy().tobytes()).hexdigest())"
     )
     return subprocess.run(

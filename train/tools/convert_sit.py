@@ -1,6 +1,6 @@
 """Convert SiT's published checkpoint into a diffusers folder in safetensors.
 
-    python -m train.tools.convert_sit SiT-XL-2-256x256.pt --vae sd-vae-ft-ema --output_dir sit-xl
+    python train/tools/convert_sit.py SiT-XL-2-256x256.pt --vae sd-vae-ft-ema --output_dir sit-xl
 
 A DiT checkpoint, which predicts eps, has the same names and shapes: the file does not tell.
 """

@@ -15,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from noiserefine.refiner import RefinerConfig, with_lora
-from train.tools.architectures import build_unet
+from train.tools.architectures import build_denoiser
 from train.train_refiner import parse, plan
 
 MAX_SIDE = 128  # of a feature map; what is square and larger is queries by keys
@@ -53,7 +53,7 @@ def main() -> None:
     for preset in ("sd21", "sdxl"):
         options = parse(["--preset", preset, "--prompts", "x", "--output_dir", "x"])
         with torch.device("meta"):
-            unet = build_unet(preset).half().requires_grad_(False)
+            unet = build_denoiser(preset).half().requires_grad_(False)
             refining = with_lora(
                 unet, RefinerConfig(options.rank, options.rank, "", {}, "", [])
             ).half()

@@ -1,0 +1,177 @@
+"""Write the tables of README.md and assets/results/README.md from the figures in assets/.
+
+    python train/tools/readme_table.py
+
+A table stands between two comments, `<!-- begin NAME -->` and `<!-- end NAME -->`. NAME is a key of
+TABLES, whose function reads JSON files that the measuring scripts wrote.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from noiserefine.models.catalogue import ASSETS, BACKBONES
+
+RESULTS = ASSETS / "results"
+PAGES = (ASSETS.parent / "README.md", RESULTS / "README.md")
+BLOCK = re.compile(r"<!-- begin (\w+) -->\n.*?<!-- end \1 -->", re.DOTALL)
+ARMS = {
+    "gaussian": "Gaussian noise",
+    "guided": "Gaussian noise, guided",
+    "refined": "refined noise",
+}
+
+
+def _evaluations() -> dict[str, dict]:
+    """Return the results of train/evaluate.py by their model's name, in the catalogue's order."""
+    found = {name: RESULTS / f"{name}.json" for name in BACKBONES}
+    return {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
+
+
+def _number(figures: dict, name: str, digits: int = 2) -> str:
+    low, high = figures[f"{name}_interval"]
+    return f"{figures[name]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _percent(figures: dict, name: str) -> str:
+    low, high = figures[f"{name}_interval"]
+    return f"{100 * figures[name]:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def summary() -> str:
+    """Return one row for each embedded model: accuracy of the arms, share of the gap closed."""
+    header = ["model", *ARMS.values(), "gap closed: accuracy, %", "Fréchet distance, %"]
+    rows = []
+    for name, result in _evaluations().items():
+        accuracy = [f"{result['arms'][arm]['object_accuracy']:.3f}" for arm in ARMS]
+        closed = result["gap_closed"]
+        shares = [_percent(closed, metric) for metric in ("object_accuracy", "frechet_distance")]
+        rows.append([BACKBONES[name].title, *accuracy, *shares])
+    return _table(header, rows)
+
+
+def arms() -> str:
+    """Return all figures of every embedded model's three arms."""
+    metrics = {
+        "object_accuracy": ("object accuracy ↑", 3),
+        "background_accuracy": ("background accuracy ↑", 3),
+        "frechet_distance": ("Fréchet distance ↓", 2),
+        "feature_variance": ("feature variance ↑", 2),
+    }
+    parts = []
+    for name, result in _evaluations().items():
+        measured = result["arms"]["guided"]
+        shown = {metric: show for metric, show in metrics.items() if metric in measured}
+        rows = [
+            [title, *(_number(result["arms"][arm], metric, shown[metric][1]) for metric in shown)]
+            + [f"{result['arms'][arm]['forwards']:.0f}"]
+            for arm, title in ARMS.items()
+        ]
+        run = result["settings"]
+        parts.append(
+            f"**{BACKBONES[name].title}**: n = {result['n']} images of {result['prompts']} "
+            f"held-out prompts an arm, seeds from {result['first_seed']}, {run['steps']} steps of "
+            f"{run['sampler']}, guidance scale {run['guidance_scale']}.\n\n"
+            + _table(["arm", *(title for title, _ in shown.values()), "forwards"], rows)
+        )
+    return "\n\n".join(parts)
+
+
+def training() -> str:
+    """Return how each embedded refiner was trained, and how long it took."""
+    header = ["refiner", "rank", "targets", "N'", "N", "steps", "seconds", "MB"]
+    header.append("latent distance to guided: before, after")
+    rows = []
+    for path in sorted((ASSETS / "refiners").glob("*/refiner.json")):
+        config = json.loads(path.read_text())
+        run, results = config["training"], config["results"]
+        size = sum(file.stat().st_size for file in path.parent.glob("*.safetensors")) / 1e6
+        rows.append(
+            [
+                path.parent.name,
+                *(str(value) for value in (config["rank"], run["num_targets"])),
+                *(str(run[name]) for name in ("target_steps", "steps", "optimizer_steps")),
+                f"{results['seconds_of_targets'] + results['seconds_of_steps']:.0f}",
+                f"{size:.1f}",
+                f"{results['validation_gaussian']:.3f}, {results['validation_refined']:.3f}",
+            ]
+        )
+    return _table(header, rows)
+
+
+def benchmark() -> str:
+    """Return the seconds of the whole pipeline in each arm."""
+    header = ["model", "device, precision", "images a call", "unguided", "guided", "refined"]
+    header += ["refined / unguided", "refined / guided"]
+    rows = []
+    for path in sorted(RESULTS.glob("benchmark*.json")):
+        run = json.loads(path.read_text())
+        weights = " (random weights)" if run["random_weights"] else ""
+        rows.append(
+            [
+                f"{Path(run['backbone']).name}{weights}",
+                f"{run['device']}, {run['dtype'].removeprefix('torch.')}",
+                str(run["batch_size"]),
+                *(f"{arm['seconds']:.2f} s" for arm in run["arms"].values()),
+                *(f"{run[f'refined_over_{arm}']:.3f}" for arm in ("unguided", "guided")),
+            ]
+        )
+    return _table(header, rows)
+
+
+def guidance_scales() -> str:
+    """Return how refined images follow the guidance scale that the refiner is given."""
+    result = json.loads((RESULTS / "guidance_scales.json").read_text())
+    scales = result["scales"]
+    rows = [
+        [f"{scale:g}", _number(guided, "object_accuracy"), _number(refined, "object_accuracy")]
+        + [f"{distance:.3f}" for distance in distances]
+        for scale, guided, refined, distances in zip(
+            scales,
+            result["guided"],
+            result["refined"],
+            result["distance_of_refined_to_guided"],
+            strict=True,
+        )
+    ]
+    header = ["g", "guided", "refined", *(f"to {scale:g}" for scale in scales)]
+    return f"n = {result['n']}, seeds from {result['first_seed']}.\n\n" + _table(header, rows)
+
+
+def msd() -> str:
+    """Return the time and memory of a training step."""
+    run = json.loads((RESULTS / "msd.json").read_text())
+    memory = ", ".join(
+        f"{peak / 1e6:.0f} MB for N = {steps}" for steps, peak in run["peak_bytes"].items()
+    )
+    return (
+        f"A step takes {run['step_over_parts']:.2f} times its forwards and its backward timed "
+        f"alone (rank {run['rank']}, batch {run['batch_size']}, median of {run['rounds']} rounds). "
+        f"Peak memory: {memory}."
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    table.__name__: table for table in (summary, arms, training, benchmark, guidance_scales, msd)
+}
+
+
+def filled(page: str) -> str:
+    """Return the page with its tables made anew."""
+    return BLOCK.sub(
+        lambda found: (
+            f"<!-- begin {found[1]} -->\n\n{TABLES[found[1]]()}\n\n<!-- end {found[1]} -->"
+        ),
+        page,
+    )
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))

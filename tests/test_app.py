@@ -8,6 +8,8 @@ import io
 import pickle
 import re
 import shutil
+import socket
+import threading
 import time
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
@@ -26,16 +28,19 @@ from mcp.client.streamable_http import streamable_http_client
 from PIL import Image
 from safetensors.torch import load_file
 
-import app
 from noiserefine import Refiner, draw_noise
+from noiserefine.analysis.explore import INTERPOLATIONS, STEPS, STRENGTHS
 from noiserefine.analysis.recipe import Maker, Recipe, Sample
 from noiserefine.models import pool as models
-from noiserefine.models.catalogue import BACKBONES, Model
+from noiserefine.models.catalogue import BACKBONES, SAMPLERS, Model
 from noiserefine.models.loading import load_pipeline
-from noiserefine.page import settings, views
+from noiserefine.page import handlers, jobs, settings
+from noiserefine.page.events import Arm, Figure, Made, NoArm, Note, Pair, Picture, Progress
 from noiserefine.page.record import read_png, save_png
+from noiserefine.page.screen import made_from
 from noiserefine.page.settings import Settings, any_model_allowed, link, restored
 from noiserefine.page.stream import stream
+from noiserefine.page.views import ARMS, VIEWS
 from train.tools.architectures import random_pipeline
 
 PROMPT = "a red apple on a blue background"
@@ -45,15 +50,16 @@ GOOD = [PROMPT, 7, "emoji", 5, 2.5, 1.0, "DDIM", 0, 0, "", "", 1.0]
 
 @pytest.fixture(scope="module")
 def url():
-    with script("app.py", "--host", "127.0.0.1", "--port", "7871") as process:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with script("app.py", "--host", "127.0.0.1", "--port", port) as process:
         line = ""
         while "Running on local URL" not in line:
             line = process.stdout.readline()
             assert line, "the server ended"
-        import threading
-
         threading.Thread(target=process.stdout.read, daemon=True).start()
-        yield "http://127.0.0.1:7871"
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
@@ -136,38 +142,49 @@ def test_nan_is_refused(position):
         shown(*inputs)
 
 
-def shown(*inputs, view="compare", extras=(), last=None):
-    """What the page shows at the end."""
-    state, made = {}, {}
-    for update in app.run(view, Settings(*inputs), extras, last or {}):
-        state |= pickle.loads(pickle.dumps(update))  # on ZeroGPU all of it passes between processes
-        made |= state["made"]
-    return state | {"made": made}
+def shown(*inputs, view="compare", last=None, **controls):
+    """Return what a view reports, by name; the pictures of its gallery as "images"."""
+    state = {"images": [], "made": {}, "absent": {}}
+    for events in handlers.run(view, Settings(*inputs), controls, last or {}):
+        for event in pickle.loads(pickle.dumps(events)):  # ZeroGPU passes them between processes
+            match event:
+                case Made():
+                    state["made"][event.model, event.sample.recipe] = event.sample
+                case Arm():
+                    state[event.arm] = event.sample
+                case NoArm():
+                    state["absent"][event.arm] = event.reason
+                case Picture():
+                    state["images"].append((event.caption, event.image))
+                case Figure():
+                    state[event.output] = event.figure
+                case Note():
+                    state["note"] = event.text
+                case Pair():
+                    state["pair"] = event
+    return state
 
 
 @pytest.fixture
 def sampled(monkeypatch):
     """The recipes that are sampled, as they are."""
     recipes, sample = [], Maker.sample
-    monkeypatch.setattr(
-        Maker,
-        "sample",
-        lambda make, recipe, x_T: recipes.append(recipe) or sample(make, recipe, x_T),
-    )
+
+    def sample_and_note(make, recipe, *args):
+        recipes.append(recipe)
+        return sample(make, recipe, *args)
+
+    monkeypatch.setattr(Maker, "sample", sample_and_note)
     return recipes
 
 
-def same(first, second, names=tuple(app.ARMS)):
+def same(first, second, names=tuple(ARMS)):
     """Whether the columns are equal in every pixel."""
     return [np.array_equal(first[name].image, second[name].image) for name in names]
 
 
 def forwards(state):
-    return {
-        name: int(re.search(r"\*\*(\d+)\*\*", state[f"{name}_cost"])[1])
-        for name in app.ARMS
-        if name in state
-    }
+    return {arm: state[arm].forwards for arm in ARMS if arm in state}
 
 
 def test_what_changes_nothing_is_not_sampled_again(sampled):
@@ -183,36 +200,47 @@ def test_what_changes_nothing_is_not_sampled_again(sampled):
 
 
 SHOWN = {
-    "strength": ((), 8),
-    "samplers": ((), 30),
-    "frequencies": ((0.3,), 7),
-    "trajectory": ((), 15),
-    "two_prompts": (("a green frog",), 6),
-    "interpolation": ((8,), 14),
-    "guided_from_refined": ((), 4),
-    "attention": (("apple",), 15),
-    "many": (("a cat\n\na dog", 2), 12),
+    "strength": ({}, len(STRENGTHS) + 1),
+    "samplers": ({}, 2 * len(SAMPLERS) * len(STEPS)),
+    "frequencies": ({"cutoff": 0.3}, 7),
+    "trajectory": ({}, len(ARMS) * GOOD[3]),
+    "two_prompts": ({"other": "a green frog"}, 6),
+    "interpolation": ({"other_seed": 8}, 2 * INTERPOLATIONS),
+    "guided_from_refined": ({}, 4),
+    "attention": ({"word": "apple"}, len(ARMS) * GOOD[3]),
+    "many": ({"prompts": "a cat\n\na dog", "count": 2}, 2 * 2 * len(ARMS)),
 }
 
 
 @pytest.mark.parametrize("view", SHOWN)
 def test_every_view_shows_its_images(sampled, view):
-    extras, count = SHOWN[view]
-    state = shown(*GOOD, view=view, extras=extras)
+    controls, count = SHOWN[view]
+    state = shown(*GOOD, view=view, **controls)
     assert len(state["images"]) == count and all(caption for caption, _ in state["images"])
     sampled.clear()
-    again = shown(*GOOD, view=view, extras=extras, last=state["made"])
+    again = shown(*GOOD, view=view, last=state["made"], **controls)
     assert view in ("trajectory", "attention") or not sampled, "these two watch the sampling"
     for (_, first), (_, second) in zip(state["images"], again["images"], strict=True):
         assert np.array_equal(getattr(first, "image", first), getattr(second, "image", second))
     if view == "attention":
-        assert (
-            shown(*GOOD, view=view, extras=("",))["images"][0][0] == "Gaussian, “red” in forward 1"
-        ), "the prompt's first after the article"
+        assert shown(*GOOD, view=view, word="")["images"][0][0] == "Gaussian, “red” in forward 1", (
+            "the prompt's first after the article"
+        )
     if view == "frequencies":
         assert (
             state["overlay"].size == (64, 64) and state["histogram"].axes and state["spectrum"].axes
         )
+
+
+def test_every_view_with_a_tab_is_tested():
+    assert {name for name, view in VIEWS.items() if view.title} == SHOWN.keys() | {"guidance_scale"}
+    assert all(
+        view.text and set(view.controls) == set(controls_of(name)) for name, view in VIEWS.items()
+    )
+
+
+def controls_of(view):
+    return SHOWN[view][0] if view in SHOWN else {"opponent": "guided"} if view == "blind" else {}
 
 
 def test_the_slider_drives_a_refiner_that_is_told_the_scale():
@@ -229,34 +257,34 @@ def test_the_slider_drives_a_refiner_that_is_told_the_scale():
 
 
 @pytest.mark.parametrize(
-    "view, extras, says",
+    "view, controls, says",
     [
-        ("guidance_scale", (), "choose “Emoji, told the guidance scale”"),
-        ("frequencies", (1.5,), "from 0 to 1"),
-        ("frequencies", (float("nan"),), "is a number"),
-        ("interpolation", (7,), "Both seeds are 7"),
-        ("interpolation", (1.5,), "whole number"),
-        ("two_prompts", (" ",), "other prompt is empty"),
-        ("two_prompts", ("apple " * 60,), "tokens long"),
-        ("interpolation", (-1,), "seed is a whole"),
-        ("interpolation", (None,), "is a number"),
-        ("attention", ("pear",), "no word 'pear'"),
-        ("blind", ("nobody",), "no 'nobody' image"),
-        ("many", ("a cat", 1000), "in one go"),
-        ("many", ("a cat", 0), "in one go"),
-        ("many", ("a cat", 1.5), "whole number"),
+        ("guidance_scale", {}, "choose “Emoji, told the guidance scale”"),
+        ("frequencies", {"cutoff": 1.5}, "from 0 to 1"),
+        ("frequencies", {"cutoff": float("nan")}, "is a number"),
+        ("interpolation", {"other_seed": 7}, "Both seeds are 7"),
+        ("interpolation", {"other_seed": 1.5}, "whole number"),
+        ("two_prompts", {"other": " "}, "other prompt is empty"),
+        ("two_prompts", {"other": "apple " * 60}, "tokens long"),
+        ("interpolation", {"other_seed": -1}, "seed is a whole"),
+        ("interpolation", {"other_seed": None}, "is a number"),
+        ("attention", {"word": "pear"}, "no word 'pear'"),
+        ("blind", {"opponent": "nobody"}, "no 'nobody' image"),
+        ("many", {"prompts": "a cat", "count": 1000}, "in one go"),
+        ("many", {"prompts": "a cat", "count": 0}, "in one go"),
+        ("many", {"prompts": "a cat", "count": 1.5}, "whole number"),
     ],
 )
-def test_views_refuse_with_a_sentence(view, extras, says):
+def test_views_refuse_with_a_sentence(view, controls, says):
     def forbidden(*_):
         raise AssertionError("a forward ran")
 
-    handle = views.MODELS.get(Model("emoji")).pipe.unet.register_forward_pre_hook(forbidden)
+    handle = jobs.MODELS.get(Model("emoji")).pipe.unet.register_forward_pre_hook(forbidden)
     try:
         with pytest.raises(gr.Error, match=says):
-            shown(*GOOD, view=view, extras=extras)
+            shown(*GOOD, view=view, **controls)
         with pytest.raises(gr.Error, match="tokens long"):
-            shown(*GOOD, "blurry " * 60, view=view, extras=extras)
+            shown(*GOOD, "blurry " * 60, view=view, **controls)
     finally:
         handle.remove()
 
@@ -267,13 +295,7 @@ def test_views_refuse_with_a_sentence(view, extras, says):
 )
 def test_views_that_show_refining_refuse_strength_0(view):
     with pytest.raises(gr.Error, match="strength is 0"):
-        shown(
-            *GOOD[:5],
-            0,
-            *GOOD[6:],
-            view=view,
-            extras=SHOWN[view][0] if view in SHOWN else ("guided",),
-        )
+        shown(*GOOD[:5], 0, *GOOD[6:], view=view, **controls_of(view))
     assert len(shown(*GOOD[:5], 0, *GOOD[6:], view="strength")["images"]) == 8
 
 
@@ -287,36 +309,29 @@ def test_views_of_a_model_without_refiner_or_guidance(turbo):
         "refine",
     ):
         with pytest.raises(gr.Error, match="needs a refiner"):
-            shown(
-                *turbo,
-                view=view,
-                extras={"frequencies": (0.3,), "interpolation": (8,)}.get(view, ()),
-            )
+            shown(*turbo, view=view, **controls_of(view))
     assert (
         len(shown(*turbo, view="trajectory")["images"]) == 1
-        and len(shown(*turbo, view="attention", extras=("apple",))["images"]) == 1
+        and len(shown(*turbo, view="attention", word="apple")["images"]) == 1
     )
 
 
 def test_a_blind_pair_is_the_two_arms():
-    state = shown(*GOOD, view="blind", extras=("guided",))
-    prompt, seed, *sides = state["pair"]
-    columns = shown(PROMPT, seed, *GOOD[2:])
-    assert prompt == PROMPT and sorted(sides) == ["guided", "refined"]
-    assert all(
-        np.array_equal(state[place], columns[arm].image)
-        for place, arm in zip(("left", "right"), sides)
-    )
+    pair = shown(*GOOD, view="blind", opponent="guided")["pair"]
+    columns = shown(PROMPT, pair.seed, *GOOD[2:])
+    assert pair.prompt == PROMPT and sorted(pair.arms) == ["guided", "refined"]
+    for image, arm in zip((pair.left, pair.right), pair.arms, strict=True):
+        assert np.array_equal(image, columns[arm].image)
 
 
 def test_stop_leaves_everything_as_it_was():
     before = shown(*GOOD)
     for updates in (1, 2, 3):
-        running = app.run("compare", Settings(*GOOD[:3], 100, *GOOD[4:]), (), {})
+        running = handlers.run("compare", Settings(*GOOD[:3], 100, *GOOD[4:]), {}, {})
         for _ in range(updates):
             next(running)
         running.close()
-        list(stream(views.WORKER, lambda report: None))  # free after the next step
+        list(stream(jobs.WORKER, lambda report: None))  # free after the next step
     assert all(same(before, shown(*GOOD)))
 
 
@@ -327,8 +342,8 @@ def test_a_view_leaves_nothing_to_the_garbage_collector():
     try:
         for view in ("compare", "strength", "trajectory"):
             shown(*GOOD, view=view)
-        list(stream(views.WORKER, lambda report: None))  # the last job's frame is gone
-        assert not [thing for thing in gc.get_objects() if isinstance(thing, (Maker, views.Job))]
+        list(stream(jobs.WORKER, lambda report: None))  # the last job's frame is gone
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, (Maker, jobs.Job))]
     finally:
         gc.enable()
 
@@ -342,9 +357,13 @@ def test_two_at_once_do_not_disturb_each_other():
 
 
 def test_what_was_finished_before_a_stop_is_kept(sampled):
-    running, made = app.run("compare", Settings(*GOOD), (), {}), {}
+    running, made = handlers.run("compare", Settings(*GOOD), {}, {}), {}
     while not made:
-        made = next(running)["made"]
+        made = {
+            (event.model, event.sample.recipe): event.sample
+            for event in next(running)
+            if isinstance(event, Made)
+        }
     running.close()
     sampled.clear()
     shown(*GOOD, last=made)
@@ -354,19 +373,19 @@ def test_what_was_finished_before_a_stop_is_kept(sampled):
 def test_the_newest_images_are_kept(monkeypatch):
     made = shown(*GOOD)["made"]
     names = list(made)
-    monkeypatch.setattr(app, "KEPT_PIXELS", 2 * 64 * 64)
-    app.keep_newest(made)
+    monkeypatch.setattr(handlers, "MAX_PIXELS", 2 * 64 * 64)
+    handlers.keep_newest(made)
     assert list(made) == names[1:]
-    monkeypatch.setattr(app, "KEPT_IMAGES", 1)
-    app.keep_newest(made)
+    monkeypatch.setattr(handlers, "MAX_IMAGES", 1)
+    handlers.keep_newest(made)
     assert list(made) == names[2:]
 
 
 def test_unfinished_images_are_shown():
-    previews = []
-    for update in app.run("compare", Settings(*GOOD[:3], 60, *GOOD[4:]), (), {}):
-        previews += [name for name in app.ARMS if isinstance(update.get(name), Image.Image)]
-    assert set(previews) == set(app.ARMS)
+    previews = set()
+    for events in handlers.run("compare", Settings(*GOOD[:3], 60, *GOOD[4:]), {}, {}):
+        previews |= {event.arm for event in events if isinstance(event, Progress)}
+    assert previews == set(ARMS)
 
 
 def test_an_image_restores_the_settings_that_make_it_again(client):
@@ -392,7 +411,7 @@ def test_an_image_restores_the_settings_that_make_it_again(client):
     assert np.array_equal(
         shown(*restored(record["settings"]))["refined"].image, pixels(strong["image"])
     )
-    for path, arm in zip(keep[1:], app.ARMS, strict=True):
+    for path, arm in zip(keep[1:], ARMS, strict=True):
         record = read_png(path)
         assert (
             record["arm"] == arm
@@ -417,9 +436,9 @@ def test_an_images_settings_are_its_own():
     page = asdict(Settings(PROMPT))
     sample = Sample(Recipe("a cat", 3, 10, "Euler", 3.0, 0.5), None, None, 21, 0.1)
     own = dict(prompt="a cat", seed=3, steps=10, sampler="Euler", guidance_scale=3.0, strength=0.5)
-    assert app.made_from({"settings": page}, sample)["settings"] == page | own
+    assert made_from({"settings": page}, sample)["settings"] == page | own
     unguided = replace(sample, recipe=sample.recipe.gaussian)
-    assert app.made_from({"settings": page}, unguided)["settings"] == page | own | {
+    assert made_from({"settings": page}, unguided)["settings"] == page | own | {
         "guidance_scale": page["guidance_scale"],
         "strength": page["strength"],
     }
@@ -451,7 +470,7 @@ def test_a_link_names_the_shipped_refiner_not_its_place():
 def test_strength_zero_is_said():
     state = shown(PROMPT, 7, "emoji", 4, 2.5, 0.0)
     assert (
-        "strength is 0" in state["says"]
+        "strength is 0" in state["note"]
         and "heat" not in state
         and same(state, state | {"gaussian": state["refined"]}) == [True] * 3
     )
@@ -468,7 +487,7 @@ def test_endpoints_are_named_and_described(client):
     assert endpoints.keys() >= {
         f"/{view}" for view in (*SHOWN, "compare", "refine", "guidance_scale")
     }
-    for view in views.VIEWS:
+    for view in VIEWS:
         if f"/{view}" in endpoints:
             names = [
                 parameter["parameter_name"] for parameter in endpoints[f"/{view}"]["parameters"]
@@ -531,16 +550,16 @@ def test_compiled_blocks_make_the_same_images(monkeypatch):
     monkeypatch.setattr(
         torch, "compile", functools.partial(torch.compile, backend="eager")
     )  # the real one takes minutes
-    monkeypatch.setattr(views, "MODELS", models.Models())
-    views.MODELS.compiled = True
+    monkeypatch.setattr(jobs, "MODELS", models.Models())
+    jobs.MODELS.compiled = True
     state = shown(*GOOD)
     blocks = [
         module
-        for module in views.MODELS.get(Model("emoji")).pipe.unet.modules()
+        for module in jobs.MODELS.get(Model("emoji")).pipe.unet.modules()
         if module._compiled_call_impl
     ]
     assert blocks and all(same(plain, state)) and forwards(state) == forwards(plain)
-    assert len(shown(*GOOD, view="attention", extras=("apple",))["images"]) == 15
+    assert len(shown(*GOOD, view="attention", word="apple")["images"]) == 15
 
 
 @pytest.fixture
@@ -548,18 +567,18 @@ def turbo(tmp_path, monkeypatch):
     """A small model with SD-Turbo's architecture, scheduler and place in the catalogue."""
     random_pipeline("sd-turbo", small=True).save_pretrained(tmp_path)
     monkeypatch.setitem(BACKBONES, "sd-turbo", replace(BACKBONES["sd-turbo"], source=str(tmp_path)))
-    monkeypatch.setattr(views, "MODELS", models.Models())
+    monkeypatch.setattr(jobs, "MODELS", models.Models())
     return [PROMPT, 7, "sd-turbo", 1, 7.0, 1.0, "Euler", 0, 0, "", "", 1.0]
 
 
 def test_turbo_has_no_guided_column_and_no_refiner_yet(turbo):
     state = shown(*turbo)
     assert (
-        "Not applicable" in state["guided_cost"]
+        "Not applicable" in state["absent"]["guided"]
         and "guided" not in state
         and "refined" not in state
     )
-    assert f"--backbone {BACKBONES['sd21-base'].source}" in state["says"] and state[
+    assert f"--backbone {BACKBONES['sd21-base'].source}" in state["note"] and state[
         "gaussian"
     ].image.size == (128, 128)
 
@@ -574,7 +593,7 @@ def test_a_refiner_that_the_user_names(turbo, tmp_path):
         shown(*turbo)
     turbo[4] = 4.0
     state = shown(*turbo)
-    assert forwards(state) == {"gaussian": 1, "refined": 2} and "the slider drives" in state["says"]
+    assert forwards(state) == {"gaussian": 1, "refined": 2} and "the slider drives" in state["note"]
     with pytest.raises(gr.Error, match="another architecture"):
         shown(*GOOD[:9], str(refiner), "", 1.0)
 
@@ -640,12 +659,12 @@ def test_a_loras_weight_does_not_load_the_model_again(monkeypatch, tmp_path):
 def test_offload_reaches_the_page(monkeypatch):
     """Model offload computes on a CPU too; the sequential one only on accelerators, but it must get as far as computing."""
     plain = shown(*GOOD)
-    monkeypatch.setattr(views, "MODELS", models.Models())
-    views.MODELS.offload = "model"
+    monkeypatch.setattr(jobs, "MODELS", models.Models())
+    jobs.MODELS.offload = "model"
     assert all(same(plain, shown(*GOOD)))
-    monkeypatch.setattr(views, "MODELS", models.Models())
-    views.MODELS.offload = "sequential"
-    loaded = views.MODELS.get(Model("emoji"))
+    monkeypatch.setattr(jobs, "MODELS", models.Models())
+    jobs.MODELS.offload = "sequential"
+    loaded = jobs.MODELS.get(Model("emoji"))
     assert "guidance scale" in loaded.says
     assert (
         loaded.refiner.unet.conv_in.weight.device.type
@@ -656,21 +675,16 @@ def test_offload_reaches_the_page(monkeypatch):
 
 def test_seconds_of_gpu_fit_a_visitors_quota():
     """An anonymous visitor of ZeroGPU has about two minutes a day."""
+
+    def seconds(view, *values, **controls):
+        return handlers.seconds_of_gpu(view, Settings(PROMPT, 0, *values), controls, {})
+
     for name, backbone in BACKBONES.items():
-        assert (
-            10 <= app.seconds_of_gpu("compare", Settings(PROMPT, 0, name, backbone.steps), ()) <= 30
-        )
-        for view in views.VIEWS:
-            assert (
-                10
-                <= app.seconds_of_gpu(view, Settings(PROMPT, 0, name, backbone.steps), ("", 4))
-                <= 120
-            ), view
-    assert (
-        app.seconds_of_gpu("compare", Settings(PROMPT, 0, "sd21", float("nan")), ())
-        and app.seconds_of_gpu("compare", Settings(PROMPT, 0, None, 10**9), ()) < 120
-    )
-    assert app.seconds_of_gpu("many", Settings(PROMPT, 0, "sd21", 20), (None, float("nan")))
+        assert 10 <= seconds("compare", name, backbone.steps) <= 30
+        for view in VIEWS:
+            assert 10 <= seconds(view, name, backbone.steps, prompts="", count=4) <= 120, view
+    assert seconds("compare", "sd21", float("nan")) and seconds("compare", None, 10**9) < 120
+    assert seconds("many", "sd21", 20, prompts=None, count=float("nan"))
 
 
 def test_page_goes_on_after_errors(client):
@@ -849,7 +863,7 @@ def test_in_a_browser(url, tmp_path, width, height):
         assert prompt.input_value() == "a sailboat"
         page.get_by_label("Steps").first.fill("4")
         prompt.fill(PROMPT)
-        for tab in [about.title for about in app.VIEWS.values() if about.title] + ["Blind test"]:
+        for tab in [about.title for about in VIEWS.values() if about.title] + ["Blind test"]:
             look_at(page, tab)
         vote(page)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -859,7 +873,11 @@ def test_in_a_browser(url, tmp_path, width, height):
 
 
 def test_runs_without_the_spaces_package(tmp_path):
-    code = "import sys; sys.modules['spaces'] = None; import app; print(app.ZERO_GPU, app.run.__name__, 'torch' in sys.modules)"
+    code = (
+        "import sys; sys.modules['spaces'] = None; import app; "
+        "from noiserefine.page.handlers import run; "
+        "print(app.ZERO_GPU, run.__name__, 'torch' in sys.modules)"
+    )
     with script("-c", code) as process:
         assert process.communicate()[0].strip().endswith("False run False"), (
             "torch is not imported before it is needed"

@@ -199,7 +199,7 @@ def test_known_arms_are_not_sampled_again(pipe, refiner):
         handle.remove()
     assert len(count) == 3, "the refining pass and two steps"
     assert again["guided"] is first["guided"] and not np.array_equal(
-        again["refined"].x_T, first["refined"].x_T
+        again["refined"].latents, first["refined"].latents
     )
 
 

@@ -113,20 +113,20 @@ def test_bands(make):
     for cutoff, expected in ((0, RECIPE.gaussian), (1, RECIPE.refined)):
         images = list(explore.bands(make, RECIPE, cutoff))
         assert len(images) == 7 and equal(images[2][1], make(expected))
-        part = images[3][1].x_T if cutoff else images[4][1].x_T
+        part = images[3][1].latents if cutoff else images[4][1].latents
         np.testing.assert_allclose(
-            part, make(RECIPE.refined).x_T, atol=1e-5
+            part, make(RECIPE.refined).latents, atol=1e-5
         )  # all of it below 1, and above 0
     x_T, mixed = draw_noise(make.pipe, 3), dict(explore.bands(make, RECIPE, 0.3))
-    kept = torch.from_numpy(mixed["refined below 0.3, Gaussian above"].x_T) - x_T
-    zeroed = mixed["refined below 0.3, zero above"].x_T + mixed["zero below 0.3, refined above"].x_T
-    np.testing.assert_allclose(zeroed, make(RECIPE.refined).x_T, atol=1e-5)
+    kept = torch.from_numpy(mixed["refined below 0.3, Gaussian above"].latents) - x_T
+    zeroed = mixed["refined below 0.3, zero above"].latents + mixed["zero below 0.3, refined above"].latents
+    np.testing.assert_allclose(zeroed, make(RECIPE.refined).latents, atol=1e-5)
     redrawn = (
-        mixed["refined below 0.3, redrawn above"].x_T
-        + mixed["redrawn below 0.3, refined above"].x_T
+        mixed["refined below 0.3, redrawn above"].latents
+        + mixed["redrawn below 0.3, refined above"].latents
     )
     np.testing.assert_allclose(
-        redrawn, make(RECIPE.refined).x_T + draw_noise(make.pipe, 4).numpy(), atol=1e-5
+        redrawn, make(RECIPE.refined).latents + draw_noise(make.pipe, 4).numpy(), atol=1e-5
     )
     low = torch.fft.fft2(kept)[..., 4:12, 4:12].abs().max()
     assert low < 1e-4 < kept.abs().max(), "nothing of the correction is above the cutoff"
@@ -157,7 +157,7 @@ def test_interpolation(make):
     assert equal(images[0], make(RECIPE.gaussian)) and equal(images[3], make(there.gaussian))
     assert equal(images[4], make(RECIPE.refined)) and equal(images[7], make(there.refined))
     x, y = draw_noise(make.pipe, 3), draw_noise(make.pipe, 8)
-    np.testing.assert_allclose(images[1].x_T, slerp(x, y, 1 / 3), atol=1e-6)
+    np.testing.assert_allclose(images[1].latents, slerp(x, y, 1 / 3), atol=1e-6)
     norms = [slerp(x, y, f).norm().item() for f in (0, 0.25, 0.5, 1)]
     assert (
         norms == pytest.approx([x.norm().item()] * 4, rel=0.1)
@@ -260,14 +260,13 @@ def test_stopping_leaves_the_pipeline_as_it_was(make, pipe):
     before, scheduler = output(pipe), pipe.scheduler
     steps = []
 
-    def stop(recipe, x0):
+    def stop(x0):
         steps.append(x0)
         if len(steps) == 2:
             raise KeyboardInterrupt
 
-    make.on_step = stop
     with pytest.raises(KeyboardInterrupt):
-        make(RECIPE.refined)
+        make(RECIPE.refined, on_x0=stop)
     assert not make.known and steps[0].shape == (1, 8, 16, 16)
     assert pipe.scheduler is scheduler and torch.equal(output(pipe), before)
     assert not any(module._forward_pre_hooks for module in pipe.unet.modules())
@@ -275,13 +274,12 @@ def test_stopping_leaves_the_pipeline_as_it_was(make, pipe):
 
 def test_preview_looks_like_the_image(make, pipe):
     """The rough picture against the image reduced to its size; a constant one would correlate with nothing."""
-    x0, preview = {}, fit_preview(pipe)
-    make.on_step = lambda recipe, latents: x0.update({recipe: latents})
+    preview = fit_preview(pipe)
     for seed in range(3):
-        image = make(replace(RECIPE.guided, seed=seed, steps=10)).image.resize(
-            (16, 16), Image.Resampling.BOX
-        )
-        rough = preview(x0[replace(RECIPE.guided, seed=seed, steps=10)])
+        x0 = []
+        sample = make(replace(RECIPE.guided, seed=seed, steps=10), on_x0=x0.append)
+        image = sample.image.resize((16, 16), Image.Resampling.BOX)
+        rough = preview(x0[-1])
         assert (
             rough.size == (16, 16)
             and np.corrcoef(np.asarray(rough).ravel(), np.asarray(image).ravel())[0, 1] > 0.9

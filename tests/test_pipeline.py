@@ -189,8 +189,8 @@ def test_compare_counts_and_shares_the_noise(pipe, refiner):
         "refined": 6,
     }
     x_T = draw_noise(pipe, 3)
-    assert np.array_equal(arms["gaussian"].x_T, x_T) and np.array_equal(arms["guided"].x_T, x_T)
-    assert np.array_equal(arms["refined"].x_T, refiner(x_T, PROMPT))
+    assert np.array_equal(arms["gaussian"].latents, x_T) and np.array_equal(arms["guided"].latents, x_T)
+    assert np.array_equal(arms["refined"].latents, refiner(x_T, PROMPT))
     assert arms["gaussian"].image.size == (64, 64)
 
 

@@ -1,4 +1,4 @@
-"""Where in the image the UNet looks for a word: its cross-attention, watched and not touched (figure 20)."""
+"""Cross-attention of a UNet to a word of the prompt, recorded during sampling (figure 20)."""
 
 import contextlib
 import math
@@ -13,18 +13,21 @@ from noiserefine.noise import image_size
 
 
 def plain_words(prompt: str) -> list[str]:
-    """The prompt's words, in lower case and without punctuation around them."""
+    """Return the prompt's words in lower case, without punctuation around them."""
     return [word.strip(",.;:!?()\"'").lower() for word in prompt.split()]
 
 
 def first_word(prompt: str) -> str:
-    """The prompt's first word that is no article."""
+    """Return the prompt's first word that is no article."""
     words = plain_words(prompt)
     return next((word for word in words if word not in ("a", "an", "the")), words[0])
 
 
 def word_tokens(pipe: DiffusionPipeline, prompt: str, word: str) -> list[int]:
-    """The positions of a word's tokens among the prompt's, its first occurrence. Raises ValueError for a word that is not in it."""
+    """Return the token positions of a word's first occurrence in the prompt.
+
+    Raises ValueError for a word that the prompt does not hold.
+    """
     words, plain = prompt.split(), plain_words(prompt)
     if word.strip().lower() not in plain:
         raise ValueError(
@@ -39,9 +42,10 @@ def word_tokens(pipe: DiffusionPipeline, prompt: str, word: str) -> list[int]:
 def watch_attention(
     unet: UNet2DConditionModel, tokens: list[int], height: int, width: int
 ) -> Iterator[list[torch.Tensor]]:
-    """While open, every forward of the UNet appends its attention to the tokens, (height, width) at the latent's size, to the list.
+    """Append the attention to the tokens, (height, width), to the yielded list at every forward.
 
-    The mean over cross-attention layers, heads and tokens, for the last image of the batch: with guidance the one with the prompt.
+    The maps are means over cross-attention layers, heads and tokens, at the latents' size, for
+    the last image of the batch: under guidance the one with the prompt.
     """
     maps, layers = [], []
 
@@ -52,9 +56,8 @@ def watch_attention(
             for projected in (attn.to_q(hidden), attn.to_k(context))
         )
         share = attn.get_attention_scores(query, key)[..., tokens].mean((0, 2))
-        factor = 2 ** round(
-            math.log2(height * width / len(share)) / 2
-        )  # each level halves the sides, rounding up
+        # Each level of the UNet halves the sides, rounding up.
+        factor = 2 ** round(math.log2(height * width / len(share)) / 2)
         shape = (math.ceil(height / factor), math.ceil(width / factor))
         layers.append(
             interpolate(share.float().view(1, 1, *shape), size=(height, width), mode="bilinear")[
@@ -73,9 +76,7 @@ def watch_attention(
     ]
     handles.append(unet.register_forward_hook(finish))
     try:
-        with torch.compiler.set_stance(
-            "force_eager"
-        ):  # compiled blocks would not call what watches their layers
+        with torch.compiler.set_stance("force_eager"):  # compiled blocks call no hooks
             yield maps
     finally:
         for handle in handles:
@@ -83,9 +84,10 @@ def watch_attention(
 
 
 def attention(make: Maker, recipe: Recipe, word: str) -> tuple[torch.Tensor, Sample]:
-    """The attention to a word of the prompt in every forward of the recipe's sampling, (forwards, h, w) at the latent's size, and the image.
+    """Sample the recipe; return the attention to a word in every forward, and the sample.
 
-    The refining pass is not among the forwards.  Raises ValueError for a word that is not in the prompt.
+    The maps are (forwards, h, w) at the latents' size; the refining pass is not among them.
+    Raises ValueError for a word that is not in the prompt.
     """
     make.check(recipe)
     tokens = word_tokens(make.pipe, recipe.prompt, word)

@@ -1,7 +1,7 @@
-"""Families of images that show what refining does, one function for each of the paper's figures.
+"""Series of images that show what refining does, one function for each of the paper's figures.
 
-Each takes a Maker and a recipe with the guidance scale of the guided images and the strength of the refined ones, and
-yields (caption, Sample) one by one; a recipe that was made before is not made again.
+Each function takes a Maker and a recipe that holds the guidance scale of the guided images and
+the strength of the refined ones, and yields (caption, Sample) one by one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ Images = Iterator[tuple[str, Sample]]
 
 
 def strengths(make: Maker, recipe: Recipe, values: Sequence[float] = STRENGTHS) -> Images:
-    """The refined image over the refinement strength, and the guided one to compare with (figure 13)."""
+    """Yield the refined image over the strength, then the guided one (figure 13)."""
     for strength in values:
         yield f"strength {strength:g}", make(replace(recipe, strength=strength).refined)
     if recipe.guidance_scale > 1:
@@ -29,13 +29,13 @@ def strengths(make: Maker, recipe: Recipe, values: Sequence[float] = STRENGTHS) 
 
 
 def guidance_scales(make: Maker, recipe: Recipe, count: int = 5) -> Images:
-    """Refined images over the guidance scale the refiner is told, then guided ones at the same scales (figure 23).
+    """Yield refined images over the refiner's guidance scale, then guided ones (figure 23).
 
     Raises ValueError for a refiner that takes no guidance scale.
     """
     assert make.refiner is not None
     make.refiner.check_guidance_scale(recipe.refiner_scale or recipe.guidance_scale)
-    assert make.refiner.config.guidance_scale_range is not None  # as was checked
+    assert make.refiner.config.guidance_scale_range is not None
     low, high = make.refiner.config.guidance_scale_range
     scales = [low + (high - low) * i / (count - 1) for i in range(count)]
     for scale in scales:
@@ -45,30 +45,31 @@ def guidance_scales(make: Maker, recipe: Recipe, count: int = 5) -> Images:
 
 
 def samplers_and_steps(make: Maker, recipe: Recipe, steps: Sequence[int] = STEPS) -> Images:
-    """For each sampler and number of steps the refined image and the Gaussian one (figure 28)."""
+    """Yield the refined and the Gaussian image of every sampler and number of steps (figure 28)."""
     for sampler in SAMPLERS:
         for count in steps:
-            here = replace(recipe, sampler=sampler, steps=count)
-            yield f"{sampler}, {count} steps, refined", make(here.refined)
-            yield f"{sampler}, {count} steps, Gaussian", make(here.gaussian)
+            sampled = replace(recipe, sampler=sampler, steps=count)
+            yield f"{sampler}, {count} steps, refined", make(sampled.refined)
+            yield f"{sampler}, {count} steps, Gaussian", make(sampled.gaussian)
 
 
 def two_prompts(make: Maker, recipe: Recipe, other: str) -> Images:
-    """Noise refined with the recipe's prompt, denoised with another one or with none (figure 21)."""
-    here = replace(recipe, refining_prompt=recipe.prompt)
-    there, nothing = replace(here, prompt=other), replace(here, prompt="")
+    """Yield noise refined with one prompt, denoised with another one or none (figure 21)."""
+    with_other = replace(recipe, refining_prompt=recipe.prompt, prompt=other)
+    with_none = replace(with_other, prompt="")
     yield "one prompt for both", make(recipe.refined)
-    yield "denoised with the other", make(there.refined)
-    yield "denoised with none", make(nothing.refined)
-    yield "Gaussian noise, the other", make(there.gaussian)
+    yield "denoised with the other", make(with_other.refined)
+    yield "denoised with none", make(with_none.refined)
+    yield "Gaussian noise, the other", make(with_other.gaussian)
     if recipe.guidance_scale > 1:
-        yield "denoised with the other, guided", make(there)
-        yield "Gaussian noise, the other, guided", make(there.guided)
+        yield "denoised with the other, guided", make(with_other)
+        yield "Gaussian noise, the other, guided", make(with_other.guided)
 
 
 def interpolation(make: Maker, recipe: Recipe, seed: int, count: int = INTERPOLATIONS) -> Images:
-    """From the recipe's noise to another seed's along the sphere: unguided images, then those refined on the way (figure 22).
+    """Yield images on the way from the recipe's noise to another seed's (figure 22).
 
+    First unguided ones from Gaussian noise on the sphere, then those refined on the way.
     Raises ValueError for the recipe's own seed.
     """
     if seed == recipe.seed:
@@ -76,15 +77,15 @@ def interpolation(make: Maker, recipe: Recipe, seed: int, count: int = INTERPOLA
             f"Both seeds are {seed}: there is nothing between them. Choose another one."
         )
     ends = make.draw(recipe), make.draw(replace(recipe, seed=seed))
-    for name, here in (("Gaussian", recipe.gaussian), ("refined", recipe.refined)):
-        yield f"{name}, seed {recipe.seed}", make(here)
+    for name, arm in (("Gaussian", recipe.gaussian), ("refined", recipe.refined)):
+        yield f"{name}, seed {recipe.seed}", make(arm)
         for i in range(1, count - 1):
-            yield f"{name}, {i / (count - 1):.2g}", make(here, slerp(*ends, i / (count - 1)))
-        yield f"{name}, seed {seed}", make(replace(here, seed=seed))
+            yield f"{name}, {i / (count - 1):.2g}", make(arm, slerp(*ends, i / (count - 1)))
+        yield f"{name}, seed {seed}", make(replace(arm, seed=seed))
 
 
 def guided_from_refined(make: Maker, recipe: Recipe) -> Images:
-    """Guidance from Gaussian noise and from refined noise, and both noises without it (appendix A.5, table 6)."""
+    """Yield both noises without and with guidance (appendix A.5, table 6)."""
     yield "Gaussian, unguided", make(recipe.gaussian)
     yield "Gaussian, guided", make(recipe.guided)
     yield "refined, unguided", make(recipe.refined)
@@ -92,10 +93,10 @@ def guided_from_refined(make: Maker, recipe: Recipe) -> Images:
 
 
 def bands(make: Maker, recipe: Recipe, cutoff: float) -> Images:
-    """What the frequencies of the refined noise below a cutoff, of the largest radius, do (figures 15 to 19)."""
+    """Yield images from noises mixed at a cutoff of the radial frequency (figures 15 to 19)."""
     refined, gaussian = make(recipe.refined), make(recipe.gaussian)
     x_T = make.draw(recipe)
-    x_hat = torch.from_numpy(refined.x_T)
+    x_hat = torch.from_numpy(refined.latents)
     redrawn = make.draw(replace(recipe, seed=(recipe.seed + 1) % (MAX_SEED + 1)))
     low, redrawn_low, plain = band(x_hat, 0, cutoff), band(redrawn, 0, cutoff), recipe.gaussian
     yield "refined noise", refined

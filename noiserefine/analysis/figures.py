@@ -1,4 +1,4 @@
-"""Plots of how refined noise differs from Gaussian noise, as matplotlib figures that read on light and on dark."""
+"""Matplotlib figures of how refined noise differs from Gaussian noise, for light and dark pages."""
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ INK, GAUSSIAN, REFINED = "#8a8580", "#7f8fa6", "#f97316"
 
 
 def axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    """A figure with one pair of labelled axes, without a background of its own."""
+    """Return a figure without background and its one pair of labelled axes."""
     figure = Figure(figsize=(5, 3.2), layout="constrained", facecolor="none", dpi=150)
     axes = figure.subplots()
     axes.set_facecolor("none")
@@ -26,7 +26,7 @@ def axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def difference_histogram(x_T: torch.Tensor, x_hat: torch.Tensor, other: torch.Tensor) -> Figure:
-    """How far each entry of x_T, (1, C, h, w), moved, against its distance to another random noise (figure 9)."""
+    """Plot how far each entry of x_T moved, beside its distance to another noise (figure 9)."""
     figure, ax = axes(
         "How far each entry of x_T moved", "absolute difference", "share of the entries"
     )
@@ -49,7 +49,7 @@ def difference_histogram(x_T: torch.Tensor, x_hat: torch.Tensor, other: torch.Te
 
 
 def radial_spectrum(x_T: torch.Tensor, x_hat: torch.Tensor, count: int = 12) -> Figure:
-    """Energy of the correction x_hat - x_T, of (1, C, h, w), and of x_T over the radial frequency (figure 9)."""
+    """Plot the energy of the correction x_hat - x_T and of x_T over frequency (figure 9)."""
     figure, ax = axes(
         "Where the correction is",
         "radial frequency, of the largest",

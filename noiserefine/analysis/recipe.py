@@ -1,7 +1,6 @@
-"""What an image is made from, and how it is made."""
+"""Recipes: everything an image depends on beside the models, and the maker that samples them."""
 
 import contextlib
-import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,15 +24,15 @@ from noiserefine.noise import (
 from noiserefine.refiner import Refiner, check_strength
 from noiserefine.samplers import SAMPLERS, watch_x0, with_sampler
 
-MAX_STEPS = 200
+MAX_STEPS, MAX_GUIDANCE_SCALE = 200, 30
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an image depends on beside the models.
+    """Everything an image depends on beside the models.
 
-    With guidance_scale and strength both set it is guided sampling from refined noise (appendix A.5);
-    `gaussian`, `guided` and `refined` are the three columns that belong to it.
+    With guidance_scale and strength both set, the image is sampled with guidance from refined
+    noise (appendix A.5). `gaussian`, `guided` and `refined` give the three arms of a comparison.
     """
 
     prompt: str
@@ -42,29 +41,30 @@ class Recipe:
     sampler: str = "DDIM"
     guidance_scale: float = 1.0  # diffusers' g; 1 is unguided
     strength: float = 0.0  # of the refinement; 0 is Gaussian noise
-    refiner_scale: float | None = None  # the guidance scale that a refiner is told which takes one
-    refining_prompt: str | None = None  # what the refiner reads in place of the prompt
+    refiner_scale: float | None = None  # guidance scale given to a refiner that takes one
+    refining_prompt: str | None = None  # read by the refiner in place of the prompt
     negative_prompt: str = ""
     height: int | None = None  # pixels; None for the model's own
     width: int | None = None
-    noise: str | None = (
-        None  # SHA-256 of the noise it starts from, where that is given in place of the seed's
-    )
+    noise: str | None = None  # SHA-256 of a starting noise given in place of the seed's
 
     @property
     def gaussian(self) -> "Recipe":
+        """Return the recipe of unguided sampling from Gaussian noise."""
         return replace(self, guidance_scale=1.0, strength=0.0).reduced()
 
     @property
     def guided(self) -> "Recipe":
+        """Return the recipe of guided sampling from Gaussian noise."""
         return replace(self, strength=0.0).reduced()
 
     @property
     def refined(self) -> "Recipe":
+        """Return the recipe of unguided sampling from refined noise."""
         return replace(self, guidance_scale=1.0).reduced()
 
     def reduced(self) -> "Recipe":
-        """Without what changes nothing, so that equal images have equal recipes."""
+        """Return the recipe without fields that change nothing: equal images have equal recipes."""
         recipe = self
         if self.guidance_scale == 1:
             recipe = replace(recipe, negative_prompt="")
@@ -73,28 +73,30 @@ class Recipe:
         return recipe
 
     def check(self) -> None:
-        """Raises ValueError for what no model can make an image from."""
+        """Raise ValueError for what no model can make an image from."""
         if (
             not isinstance(self.prompt, str)
             or not self.prompt.strip()
             and self.refining_prompt is None
         ):
             raise ValueError(
-                "The prompt is empty: describe a picture, for example “a red apple on a blue background”."
+                "The prompt is empty: describe a picture, for example “a red apple on a blue "
+                "background”."
             )
         check_seed(self.seed)
         check_settings(self.steps, self.guidance_scale, self.strength, self.sampler)
 
 
 def check_settings(steps: int, guidance_scale: float, strength: float, sampler: str) -> None:
-    """Raises ValueError for values no sampling can be done with."""
+    """Raise ValueError for values that no sampler can work with."""
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
         raise ValueError(
             f"The number of steps is a whole number from 1 to {MAX_STEPS}; got {steps!r}."
         )
-    if not 1 <= guidance_scale <= 30:
+    if not 1 <= guidance_scale <= MAX_GUIDANCE_SCALE:
         raise ValueError(
-            f"The guidance scale is a number from 1 (none) to 30; got {guidance_scale}."
+            f"The guidance scale is a number from 1 (none) to {MAX_GUIDANCE_SCALE}; "
+            f"got {guidance_scale}."
         )
     check_strength(strength)
     if sampler not in SAMPLERS:
@@ -103,22 +105,22 @@ def check_settings(steps: int, guidance_scale: float, strength: float, sampler: 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image that was made."""
+    """A finished image."""
 
     recipe: Recipe
     image: Image.Image
-    x_T: np.ndarray  # the noise it started from, (1, C, h, w) in float32, unit variance
-    forwards: int  # of the UNet, for one image; a guided step counts two
+    latents: np.ndarray  # where sampling began: x_T or x_hat, (1, C, h, w), float32
+    forwards: int  # of the denoiser, for one image; a guided step counts two
     seconds: float
 
 
 class Maker:
-    """Makes images from recipes with one pipeline and its refiner; each recipe once, and each prompt is encoded once.
+    """Makes images from recipes with one pipeline and its refiner, each recipe once.
 
-    known    samples that need not be made, by reduced recipe
+    known    samples that need not be made again, by reduced recipe
     on_made  called with every new sample
-    on_step  called with the recipe and the predicted x0, (1, C, h, w), at every step; what it raises stops the
-             sampling and leaves the pipeline as it was
+    on_step  called before every step of every image; what it raises stops the sampling and
+             leaves the pipeline as it was
     """
 
     def __init__(
@@ -127,14 +129,14 @@ class Maker:
         refiner: Refiner | None = None,
         known: Mapping[Recipe, Sample] | None = None,
         on_made: Callable[[Sample], None] = lambda sample: None,
-        on_step: Callable[[Recipe, torch.Tensor], None] | None = None,
+        on_step: Callable[[], None] = lambda: None,
     ):
         self.pipe, self.refiner, self.on_made, self.on_step = pipe, refiner, on_made, on_step
         self.known = dict(known or {})
         self.embeds: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
 
     def encode(self, prompt: str, negative_prompt: str) -> dict[str, torch.Tensor]:
-        """What `encode_prompt` returns for guided sampling, once for each pair of prompts."""
+        """Return `encode_prompt` for guided sampling, computed once for each pair of prompts."""
         if (prompt, negative_prompt) not in self.embeds:
             self.embeds[prompt, negative_prompt] = encode_prompt(
                 self.pipe, prompt, negative_prompt=negative_prompt
@@ -142,7 +144,7 @@ class Maker:
         return self.embeds[prompt, negative_prompt]
 
     def check(self, recipe: Recipe) -> None:
-        """Raises ValueError for what these models cannot make, without a forward."""
+        """Raise ValueError for what these models cannot make, without a forward."""
         recipe.check()
         for prompt in (recipe.prompt, recipe.negative_prompt, recipe.refining_prompt or ""):
             check_prompt_length(self.pipe, prompt)
@@ -154,8 +156,17 @@ class Maker:
                 )
             self.refiner.check_guidance_scale(recipe.refiner_scale)
 
-    def __call__(self, recipe: Recipe, x_T: torch.Tensor | None = None) -> Sample:
-        """The image of the recipe, from a given x_T, (1, C, h, w), or from the seed's. Raises ValueError for one that these models cannot make."""
+    def __call__(
+        self,
+        recipe: Recipe,
+        x_T: torch.Tensor | None = None,
+        on_x0: Callable[[torch.Tensor], None] | None = None,
+    ) -> Sample:
+        """Return the image of the recipe, from a given x_T (1, C, h, w) or from the seed's.
+
+        on_x0 is called with the predicted x0, (1, C, h, w), of every step that is sampled.
+        Raises ValueError for a recipe that these models cannot make.
+        """
         recipe = recipe.reduced()
         if x_T is not None:
             recipe = replace(
@@ -163,16 +174,17 @@ class Maker:
             )
         if recipe not in self.known:
             self.check(recipe)
-            self.known[recipe] = self.sample(recipe, self.draw(recipe) if x_T is None else x_T)
+            x_T = self.draw(recipe) if x_T is None else x_T
+            self.known[recipe] = self.sample(recipe, x_T, on_x0)
             self.on_made(self.known[recipe])
         return self.known[recipe]
 
     def draw(self, recipe: Recipe) -> torch.Tensor:
-        """x_T of the recipe's seed and size, as `draw_noise` returns it."""
+        """Return x_T of the recipe's seed and size, as `draw_noise` does."""
         return draw_noise(self.pipe, recipe.seed, height=recipe.height, width=recipe.width)
 
     def refine(self, recipe: Recipe, x_T: torch.Tensor) -> torch.Tensor:
-        """x_T refined as the recipe says, on the pipeline's device in its precision; unchanged at strength 0."""
+        """Return x_T refined by the recipe's strength, on the pipeline's device."""
         if recipe.strength == 0:
             return x_T.to(self.pipe._execution_device, self.pipe.unet.dtype)
         prompt = recipe.prompt if recipe.refining_prompt is None else recipe.refining_prompt
@@ -181,18 +193,27 @@ class Maker:
             x_T, self.encode(prompt, recipe.negative_prompt), recipe.strength, recipe.refiner_scale
         )
 
-    def sample(self, recipe: Recipe, x_T: torch.Tensor) -> Sample:
-        """The image that the recipe makes of an x_T, (1, C, h, w), sampled whether it was made before or not."""
+    def sample(
+        self,
+        recipe: Recipe,
+        x_T: torch.Tensor,
+        on_x0: Callable[[torch.Tensor], None] | None = None,
+    ) -> Sample:
+        """Sample the recipe from x_T, (1, C, h, w), whether it was made before or not."""
         embeds: dict[str, Any] = self.encode(recipe.prompt, recipe.negative_prompt)
         height, width = image_size(self.pipe, recipe.height, recipe.width)
         pipe = with_sampler(self.pipe, recipe.sampler)
-        watched = (
-            watch_x0(pipe.scheduler, functools.partial(self.on_step, recipe))
-            if self.on_step
-            else contextlib.nullcontext()
-        )
+
+        def watch(x0: torch.Tensor) -> None:
+            self.on_step()
+            if on_x0:
+                on_x0(x0)
+
         began, counter = time.perf_counter(), ForwardCounter()
-        with watched, counter.watch(pipe.unet, *([self.refiner.unet] if self.refiner else [])):
+        with (
+            watch_x0(pipe.scheduler, watch),
+            counter.watch(pipe.unet, *([self.refiner.unet] if self.refiner else [])),
+        ):
             latents = self.refine(recipe, x_T)
             # Stochastic samplers draw from the seed too, so that the arms differ in one thing only.
             image = sample(
@@ -205,13 +226,12 @@ class Maker:
                 generator=step_generator(recipe.seed),
                 **embeds,
             ).images[0]
-        return Sample(
-            recipe, image, latents.float().cpu().numpy(), counter.count, time.perf_counter() - began
-        )
+        seconds = time.perf_counter() - began
+        return Sample(recipe, image, latents.float().cpu().numpy(), counter.count, seconds)
 
 
 class ForwardCounter:
-    """Counts the images that pass through UNets: a guided step counts two."""
+    """Counts the images that pass through networks: a guided step counts two."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from PIL import Image
 
 from noiserefine.analysis.recipe import Maker, Recipe
@@ -12,7 +13,7 @@ FRAMES = 7
 
 
 def evenly(total: int, count: int) -> list[int]:
-    """Indices of at most `count` evenly spaced ones of `total` things, the first and the last among them."""
+    """Return at most `count` evenly spaced indices of `total` items, the first and the last too."""
     count = min(count, total)
     return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
 
@@ -20,19 +21,18 @@ def evenly(total: int, count: int) -> list[int]:
 def trajectory(
     make: Maker, recipe: Recipe, on_frame: Callable[[int, Image.Image], None], frames: int = FRAMES
 ) -> None:
-    """Makes the recipe's image and calls on_frame(forward, picture) for predicted x0 of evenly spaced forwards, the first and the last among them.
+    """Sample the recipe and call on_frame(forward, picture) with the predicted x0 on the way.
 
-    For a sampler with two forwards a step each counts; guidance counts none.
+    The frames are evenly spaced over the forwards, the first and the last among them. A sampler
+    with two forwards a step has a frame for each; guidance adds none.
     """
-    wanted, seen = evenly(unet_calls(recipe.sampler, recipe.steps), frames), 0
+    wanted, forward = evenly(unet_calls(recipe.sampler, recipe.steps), frames), 0
 
-    def on_step(recipe, x0):
-        nonlocal seen
-        if seen in wanted:
-            on_frame(seen + 1, decode(make.pipe, x0)[0])
-        seen += 1
-        if make.on_step:
-            make.on_step(recipe, x0)
+    def on_x0(x0: torch.Tensor) -> None:
+        nonlocal forward
+        if forward in wanted:
+            on_frame(forward + 1, decode(make.pipe, x0)[0])
+        forward += 1
 
-    watched = Maker(make.pipe, make.refiner, on_step=on_step)
-    watched(recipe)
+    make.check(recipe)
+    make.sample(recipe.reduced(), make.draw(recipe), on_x0)

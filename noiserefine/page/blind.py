@@ -1,4 +1,4 @@
-"""A blind comparison of two arms by a person (tables 3, 16 and 17): which image is better, which follows the prompt."""
+"""A blind comparison of two arms by a person (tables 3, 16 and 17)."""
 
 import math
 import random
@@ -10,7 +10,7 @@ LEFT, RIGHT, NEITHER = "left", "right", "can't tell"
 
 @dataclass(frozen=True)
 class Vote:
-    """An answer to both questions about one pair."""
+    """The answers to both questions about one pair."""
 
     prompt: str
     seed: int
@@ -21,14 +21,14 @@ class Vote:
 
 
 def in_random_order(first: str, second: str) -> tuple[str, str]:
-    """The two arms, either one first with equal chance."""
+    """Return the two arms, either one first with equal chance."""
     pair = [first, second]
     random.SystemRandom().shuffle(pair)
     return pair[0], pair[1]
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927); all of [0, 1] for n = 0."""
+    """Return the 95 % score interval of a share (Wilson 1927); [0, 1] for n = 0."""
     if n == 0:
         return 0.0, 1.0
     z, share = 1.959964, successes / n
@@ -38,7 +38,10 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def tally(votes: list[Vote]) -> dict[str, dict]:
-    """For each question how often the refined image was chosen: n decided, undecided, share and its interval."""
+    """Return for each question how often the refined image was chosen.
+
+    n decided votes, undecided ones, the share of the decided and its interval.
+    """
     result = {}
     for question in QUESTIONS:
         decided = [vote for vote in votes if getattr(vote, question) != NEITHER]

@@ -9,11 +9,11 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 KEY = "noiserefine"  # of the text chunk
-MAX_PIXELS, MAX_TEXT = 16_000_000, 100_000  # of a file that is read back; of its pixels nothing is
+MAX_PIXELS, MAX_TEXT = 16_000_000, 100_000  # of a file that is read back
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that the pixels depend on."""
+    """Return the versions of the packages that pixels depend on."""
     return {
         name: importlib.metadata.version(name)
         for name in ("torch", "diffusers", "transformers", "peft")
@@ -21,14 +21,14 @@ def versions() -> dict[str, str]:
 
 
 def save_png(image: Image.Image, path: str | Path, record: dict) -> None:
-    """Writes the image with the record, as JSON, in a text chunk."""
+    """Write the image with the record, as JSON, in a text chunk."""
     chunks = PngInfo()
     chunks.add_itxt(KEY, json.dumps(record, ensure_ascii=False))
     image.save(path, "PNG", pnginfo=chunks)
 
 
 def read_png(path: str | Path) -> dict:
-    """The record of a PNG file that `save_png` wrote. Raises ValueError for every other file."""
+    """Return the record of a file that `save_png` wrote. Raises ValueError for other files."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             size, text = image.size, image.info.get(KEY)
@@ -40,15 +40,18 @@ def read_png(path: str | Path) -> dict:
         OSError,
     ) as error:
         raise ValueError(
-            f"This is no PNG file that can be read ({type(error).__name__}); drop one that was downloaded from this page."
+            f"This is no PNG file that can be read ({type(error).__name__}); drop one that was "
+            "downloaded from this page."
         ) from error
     if size[0] * size[1] > MAX_PIXELS:
         raise ValueError(
-            f"This PNG has {size[0]} x {size[1]} pixels; images of this page have at most {MAX_PIXELS:,}."
+            f"This PNG has {size[0]} x {size[1]} pixels; images of this page have at most "
+            f"{MAX_PIXELS:,}."
         )
     if text is None:
         raise ValueError(
-            "This PNG holds no settings: it was not downloaded from this page, or another program wrote it anew."
+            "This PNG holds no settings: it was not downloaded from this page, or another program "
+            "wrote it anew."
         )
     try:
         if len(text) > MAX_TEXT:
@@ -64,7 +67,7 @@ def read_png(path: str | Path) -> dict:
 def contact_sheet(
     images: list[tuple[str, Image.Image]], title: str, side: int = 384
 ) -> Image.Image:
-    """The captioned images in a row under a title of any length, each scaled to at least `side` pixels of width."""
+    """Return the captioned images in a row under a title, each at least `side` pixels wide."""
     width = max(side, images[0][1].width)
     height = round(width * images[0][1].height / images[0][1].width)
     gap, line = width // 24, width // 12

@@ -1,4 +1,4 @@
-"""What visitors may ask for, and how it comes: from the page, an API call, a link or a PNG."""
+"""The settings of a visitor, as they come from the page, an API call, a link or a PNG."""
 
 import os
 import urllib.parse
@@ -10,31 +10,34 @@ try:
     from spaces.config import Config
 
     ZERO_GPU = Config.zero_gpu
-except ImportError:  # it matters on Hugging Face's ZeroGPU only
+except ImportError:  # only Hugging Face's ZeroGPU needs it
     ZERO_GPU = False
 
 DEFAULT = "emoji"
 MAX_TEXT = 2000  # characters
+MAX_NUMBER = 1e15  # below it floats hold every whole number
 
 
 def any_model_allowed() -> bool:
-    """Whether users may name models, refiners and LoRAs of their own: at home yes, on a Space only if its owner sets NOISEREFINE_ANY_MODEL=1."""
+    """Return whether users may name models, refiners and LoRAs of their own.
+
+    At home they may; on a Space only if its owner sets NOISEREFINE_ANY_MODEL=1.
+    """
     return os.environ.get("NOISEREFINE_ANY_MODEL", "0" if "SPACE_ID" in os.environ else "1") == "1"
 
 
-FREE_CHOICE = (
-    any_model_allowed() and not ZERO_GPU
-)  # there, a download would run in a visitor's seconds of GPU
-# On ZeroGPU a model has to be placed before the first visitor comes, and every one slows the start.
+# On ZeroGPU a download would run in a visitor's seconds of GPU; a model has to be placed before
+# the first visitor comes, and every one slows the start.
+FREE_CHOICE = any_model_allowed() and not ZERO_GPU
 SERVED = ["emoji", "sd21"] if ZERO_GPU else list(BACKBONES)
 REFINERS = {
     "emoji-scales": ("Emoji, told the guidance scale", str(ASSETS / "refiners" / "emoji-scales"))
-}  # beside the backbones' own: title, folder
+}  # in addition to the backbones' defaults: title, folder
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a visitor asks for, as it comes: from the page, an API call, a link or a PNG."""
+    """What a visitor asks for, unchecked."""
 
     prompt: str
     seed: float = 7
@@ -52,7 +55,7 @@ class Settings:
 
     @property
     def model(self) -> Model:
-        """Raises ValueError for names that visitors may not give here."""
+        """Return the model. Raises ValueError for names that visitors may not give."""
         name = text(self.backbone, "The backbone").strip()
         name = next((key for key, listed in BACKBONES.items() if listed.source == name), name)
         lora = text(self.lora, "The LoRA").strip()
@@ -63,52 +66,57 @@ class Settings:
         )
         if not model.backbone:
             raise ValueError("No backbone is chosen.")
-        ours = ((model.backbone, BACKBONES), (refiner, ["", *REFINERS]), (model.lora, [""]))
-        named = [name for name, known in ours if name not in known]
-        if named and not FREE_CHOICE:
+        served = ((model.backbone, BACKBONES), (refiner, ["", *REFINERS]), (model.lora, [""]))
+        foreign = [name for name, names in served if name not in names]
+        if foreign and not FREE_CHOICE:
             raise ValueError(
-                f"This Space serves its own models only; {named[0]} is none of them. Duplicate the Space, or run the app "
-                "on your machine, to use any model."
+                f"This Space serves its own models only; {foreign[0]} is none of them. Duplicate "
+                "the Space, or run the app on your machine, to use any model."
             )
         if model.backbone in BACKBONES and model.backbone not in SERVED:
             raise ValueError(
-                f"{model.title} is not served here; choose one of {', '.join(SERVED)}, or run the app on your machine."
+                f"{model.title} is not served here; choose one of {', '.join(SERVED)}, or run the "
+                "app on your machine."
             )
         return model
 
 
 def text(value: str | None, what: str, most: int = MAX_TEXT) -> str:
-    """The value itself, "" for None. Raises ValueError where it is no text of Unicode characters, or a very long one."""
+    """Return the text, "" for None. Raises ValueError for anything else and for a long one."""
     if value is None:
         return ""
     if (
         not isinstance(value, str)
         or len(value) > most
-        or value.encode(errors="ignore").decode() != value
-    ):  # halves of characters
+        or value.encode(errors="ignore").decode() != value  # halves of surrogate pairs
+    ):
         raise ValueError(f"{what} is a text of at most {most} characters; got {ascii(value)[:40]}.")
     return value
 
 
 def number(value: float | None, what: str) -> float:
-    """The value itself. Raises ValueError where it is none or no number."""
+    """Return the number. Raises ValueError for anything else."""
     if value is None:
         raise ValueError(f"{what} is missing: it is a number.")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e15:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not abs(value) < MAX_NUMBER
+    ):
         raise ValueError(f"{what} is a number; got {ascii(value)[:40]}.")
     return value
 
 
 def whole(value: float | None, what: str) -> int:
-    """The number as an int. Raises ValueError where it is no whole number."""
-    plain = number(value, what)
-    if plain != int(plain):
+    """Return the number as an int. Raises ValueError for anything but a whole number."""
+    checked = number(value, what)
+    if checked != int(checked):
         raise ValueError(f"{what} is a whole number; got {value!r}.")
-    return int(plain)
+    return int(checked)
 
 
 def link(settings: Settings) -> str:
-    """A query string with what differs from the defaults."""
+    """Return a query string of the settings that differ from the defaults."""
     return "?" + urllib.parse.urlencode(
         {
             field.name: getattr(settings, field.name)
@@ -119,9 +127,10 @@ def link(settings: Settings) -> str:
 
 
 def restored(values: dict) -> list:
-    """The values of a link or PNG in the order of Settings, the defaults for what it doesn't hold; None for a prompt that it doesn't.
+    """Return the settings stored in a link or PNG, in field order.
 
-    Raises ValueError where one is not of the setting's kind; whether it makes sense is checked when it is used.
+    Missing settings get their default, a missing prompt None. Raises ValueError for a value of
+    another kind than the setting's; whether it can be used is checked when it is.
     """
     updates = []
     for field in fields(Settings):

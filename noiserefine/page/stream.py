@@ -1,4 +1,4 @@
-"""Long work as a generator that can be left."""
+"""Long work on a thread of its own, as a generator that can be closed early."""
 
 import ctypes
 import queue
@@ -9,11 +9,14 @@ from typing import Any
 
 
 class Stopped(BaseException):
-    """Raised inside work that nobody waits for any more; no `except Exception` holds it up."""
+    """Ends work that nobody waits for any more. No `except Exception` catches it."""
 
 
 class Worker:
-    """A thread that does one job after the other: always the same one, since OpenMP and the allocator keep memory for every thread that computes."""
+    """One thread that runs one job after the other.
+
+    OpenMP and the allocator keep memory for every thread that computes, so there is only one.
+    """
 
     def __init__(self) -> None:
         self.jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -21,66 +24,82 @@ class Worker:
         self.thread: threading.Thread | None = None
 
     def submit(self, job: Callable[[], None]) -> None:
+        """Append a job to those that wait."""
         self.jobs.put(job)
         with self.lock:
-            if self.thread is None or not self.thread.is_alive():  # in a forked process it is gone
-                self.thread = threading.Thread(target=self.run, daemon=True)
+            if self.thread is None or not self.thread.is_alive():  # a fork loses its threads
+                self.thread = threading.Thread(target=self._run, daemon=True)
                 self.thread.start()
 
-    def run(self) -> None:
+    def _run(self) -> None:
         while True:
             self.jobs.get()()
-            return_freed_memory()
+            _return_freed_memory()
 
 
-def return_freed_memory() -> None:
-    """To the system: glibc returns by itself only what lies at the end of its heap, above everything that is still in use."""
+def _return_freed_memory() -> None:
+    """Return freed memory to the system; glibc alone returns only the end of its heap."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
+
+
+class _Run:
+    """One run of work: what it reported, whether it should stop, how it failed."""
+
+    END = object()
+
+    def __init__(self, work: Callable[[Callable[[Any], None]], None]) -> None:
+        self.work = work
+        self.reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.stop, self.ended = threading.Event(), threading.Event()
+        self.failure: BaseException | None = None
+
+    def report(self, value: Any) -> None:
+        if self.stop.is_set():
+            raise Stopped
+        self.reports.put(value)
+
+    def __call__(self) -> None:
+        try:
+            if not self.stop.is_set():
+                self.work(self.report)
+        except Stopped:
+            pass
+        except BaseException as error:  # raised again in the caller's thread
+            self.failure = error
+        finally:
+            self.reports.put(self.END)
+            self.ended.set()
+
+    def next_values(self, every: float) -> list:
+        """Return what was reported since the last call, END among it when the work is over."""
+        values = [self.reports.get()]
+        self.ended.wait(every)
+        while not self.reports.empty():
+            values.append(self.reports.get())
+        return values
 
 
 def stream(
     worker: Worker, work: Callable[[Callable[[Any], None]], None], every: float = 0.0
 ) -> Iterator[list]:
-    """Has the worker run work(report) and yields what it reports, as lists of all that came since, at most once in `every` seconds.
+    """Let the worker run work(report) and yield the values it reports.
 
-    When the generator is closed, the next report raises Stopped inside the work; its end is not waited for.
-    What the work raises is raised here.
+    Each list holds the values since the last one; there is at most one in `every` seconds.
+    Closing the generator returns at once and makes the next report raise Stopped in the work.
+    An exception of the work is raised again in the caller.
     """
-    reports: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    stop, ended, end = threading.Event(), threading.Event(), object()
-    failure: list[BaseException] = []
-
-    def report(value: Any) -> None:
-        if stop.is_set():
-            raise Stopped
-        reports.put(value)
-
-    def run() -> None:
-        try:
-            if not stop.is_set():
-                work(report)
-        except Stopped:
-            pass
-        except BaseException as error:  # raised again below, in the caller's thread
-            failure.append(error)
-        finally:
-            reports.put(end)
-            ended.set()
-
+    run = _Run(work)
     worker.submit(run)
+    finished = False
     try:
-        while True:
-            values = [reports.get()]
-            ended.wait(every)
-            while not reports.empty():
-                values.append(reports.get())
-            finished = values[-1] is end
-            if values := [value for value in values if value is not end]:
+        while not finished:
+            values = run.next_values(every)
+            if finished := values[-1] is run.END:
+                values.pop()
+            if values:
                 yield values
-            if finished:
-                break
     finally:
-        stop.set()
-    if failure:
-        raise failure[0]
+        run.stop.set()
+    if run.failure:
+        raise run.failure

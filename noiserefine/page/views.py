@@ -1,465 +1,472 @@
-"""What the page shows, made: every view's images, plots and sentences.
+"""The views of the page, one function each: what it shows, its controls, its cost and its needs.
 
-Each function works on a Job and reports updates by the names of the page's outputs.
+To add a view, write a function with the decorator `view`. The page gives it a tab if it has a
+title, the API an endpoint of its name, and ZeroGPU the seconds that its cost asks for.
 """
 
-import itertools
-import re
 import secrets
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-import torch
+import gradio as gr
 from PIL import Image
-from safetensors.torch import save
 
-from noiserefine.analysis import explore
-from noiserefine.analysis.attention import attention, first_word
-from noiserefine.analysis.compare import columns
-from noiserefine.analysis.figures import difference_histogram, radial_spectrum
-from noiserefine.analysis.recipe import MAX_STEPS, Maker, Recipe, Sample
-from noiserefine.analysis.spectrum import (
-    LOW_FREQUENCY,
-    energy_below,
-    heat_map,
-    low_frequency_difference,
-)
-from noiserefine.analysis.trajectory import FRAMES, evenly, trajectory
-from noiserefine.models.catalogue import Model
-from noiserefine.models.pool import Loaded, Models
-from noiserefine.noise import MAX_SEED
+from noiserefine.models.catalogue import BACKBONES, SAMPLERS
 from noiserefine.page.blind import in_random_order
-from noiserefine.page.settings import (
-    MAX_TEXT,
-    REFINERS,
-    ZERO_GPU,
-    Settings,
-    number,
-    text,
-    whole,
-)
-from noiserefine.page.stream import Worker, stream
-from noiserefine.samplers import unet_calls
+from noiserefine.page.events import Arm, Columns, Compared, Figure, NoArm, Noise, Note, Pair
+from noiserefine.page.lazy import Lazy
+from noiserefine.page.settings import MAX_TEXT, REFINERS, Settings, number, text, whole
+
+if TYPE_CHECKING:
+    from noiserefine.page.jobs import Job
+
+attentions: Any = Lazy("noiserefine.analysis.attention")
+explore: Any = Lazy("noiserefine.analysis.explore")
+figures: Any = Lazy("noiserefine.analysis.figures")
+noise: Any = Lazy("noiserefine.noise")
+recipes: Any = Lazy("noiserefine.analysis.recipe")
+safetensors: Any = Lazy("safetensors.torch")
+samplers_of_diffusers: Any = Lazy("noiserefine.samplers")
+spectrum: Any = Lazy("noiserefine.analysis.spectrum")
+torch: Any = Lazy("torch")
+trajectories: Any = Lazy("noiserefine.analysis.trajectory")
 
 MOST_IMAGES = 96  # of one view
-PREVIEW_SECONDS = 0.15  # between two looks at an unfinished image
-MODELS, WORKER = (
-    Models(keep_all=ZERO_GPU),
-    Worker(),
-)  # a view that was left ends at its next step; until then the models are its own
+GPU_SECONDS = 10  # for everything but forwards, generously
+ARMS = {
+    "gaussian": ("Gaussian noise", "no guidance"),
+    "guided": ("Gaussian noise", "guided (CFG)"),
+    "refined": ("Refined noise", "no guidance"),
+}
 
 
-@dataclass
-class Job:
-    """What a view works with: it reports updates of the page, by the names of its outputs."""
-
-    loaded: Loaded
-    make: Maker
-    recipe: Recipe
-    guided: bool
-    report: Callable[[dict], None]
-
-    def columns(self, **changes) -> dict[str, Recipe]:
-        """The recipes of the columns that this model has, by name; changes: fields of the recipe."""
-        return columns(
-            replace(self.recipe, **changes), self.guided, self.loaded.refiner is not None
-        )
-
-    def show(
-        self, images: Iterator[tuple[str, Sample | Image.Image]], columns: int | None = None
-    ) -> None:
-        """Reports images, (caption, Sample or picture), as they come; columns: how many are side by side, where the view's own number doesn't fit."""
-        shown = []
-        for image in images:
-            shown.append(image)
-            self.report({"images": list(shown), "columns": columns})
-
-    def noise(self, recipe: Recipe) -> torch.Tensor:
-        """What sampling starts from, (1, C, h, w) on the CPU in float32, rounded as the pipeline's precision rounds it."""
-        return self.make.refine(recipe, self.make.draw(recipe)).float().cpu()
-
-    def needs_refiner(self, strength: bool = True) -> None:
-        """Raises ValueError where there is none, and where it is asked to do nothing."""
-        if self.loaded.refiner is None:
-            raise ValueError(
-                "This view needs a refiner, and none exists for this model yet. The first comparison shows the command that trains one."
-            )
-        if strength and self.recipe.strength == 0:
-            raise ValueError(
-                "The refinement strength is 0, and this view shows what refining does: set it above 0, to 1 for instance."
-            )
-
-    def needs_guidance(self) -> None:
-        """Raises ValueError for a model that is sampled without."""
-        if not self.guided:
-            raise ValueError(
-                "This view is about guidance, and this model is distilled to be sampled without it."
-            )
+# What a view can need: each returns the sentence that says what is missing, or "".
 
 
-def show_columns(job: Job) -> None:
-    """The three columns, the change of the noise, and files to keep."""
-    preview, report, done = (
-        job.loaded.preview,
-        job.report,
-        {},
-    )  # the preview is fitted before the clock runs
-    if not job.guided:
-        job.report(
-            {
-                "guided_cost": "**Not applicable**: this model is distilled to be sampled without guidance."
-            }
-        )
-    for name, recipe in job.columns().items():
-        steps, of = itertools.count(1), unet_calls(recipe.sampler, recipe.steps)
-        job.make.on_step = lambda _, x0, name=name, steps=steps, of=of: report(
-            {name: preview(x0), f"{name}_cost": f"step {next(steps)} of {of}"}
-        )
-        done[name] = job.make(recipe)
-        job.report(
-            {name: done[name]}
-            | {f"{each}_cost": cost(sample, done.get("guided")) for each, sample in done.items()}
-        )
-    job.report({"keep": done, "says": job.loaded.says})
-    if job.loaded.refiner is None:
-        return
-    if job.recipe.strength == 0:
-        job.report(
-            {
-                "says": f"The refinement strength is 0: the third column starts from the Gaussian noise as it is. {job.loaded.says}"
-            }
-        )
-        return
-    x_T, x_hat = (torch.from_numpy(done[name].x_T) for name in ("gaussian", "refined"))
-    share = energy_below(x_hat - x_T)
-    job.report(
-        {
-            "heat": heat_map(low_frequency_difference(x_T, x_hat), done["refined"].image.size),
-            "layout": done["refined"],
-            "says": f"**What the refiner changed.** The heat map is the part of the change in x_T below {LOW_FREQUENCY} of the frequency "
-            f"radius: {share:.0%} of its energy. It is bright where the refiner changed the noise most; beside it is the image that "
-            f"grew from the refined noise. {job.loaded.says}",
-        }
+def refiner(job: "Job") -> str:
+    """Return why a view that needs a refiner cannot work."""
+    if job.loaded.refiner is not None:
+        return ""
+    return (
+        "This view needs a refiner, and none exists for this model yet. The first comparison "
+        "shows the command that trains one."
     )
 
 
-def cost(sample: Sample, guided: Sample | None) -> str:
-    """Forwards and seconds of a column, and what they are of the guided one's."""
-    lines = [
-        f"**{sample.forwards}** UNet forward{'s' * (sample.forwards > 1)}",
-        f"{sample.seconds:.2f} s",
-    ]
-    if guided and sample is not guided:
-        lines[0] += f" · {sample.forwards / guided.forwards:.0%} of CFG"
-        lines[1] += f" · {sample.seconds / guided.seconds:.0%} of CFG"
-    return "  \n".join(lines)
+def strength_above_0(job: "Job") -> str:
+    """Return why a view that shows what refining does cannot work."""
+    if job.recipe.strength > 0:
+        return ""
+    return (
+        "The refinement strength is 0, and this view shows what refining does: set it above 0, "
+        "to 1 for instance."
+    )
 
 
-def show_strengths(job: Job) -> None:
-    job.needs_refiner(strength=False)
+def guidance(job: "Job") -> str:
+    """Return why a view about guidance cannot work."""
+    if job.takes_guidance:
+        return ""
+    return "This view is about guidance, and this model is distilled to be sampled without it."
+
+
+def refiner_with_scale(job: "Job") -> str:
+    """Return why a view that varies the refiner's guidance scale cannot work."""
+    if job.loaded.refiner and job.loaded.refiner.takes_guidance_scale:
+        return ""
+    titles = " or ".join(f"“{title}”" for title, _ in REFINERS.values())
+    return (
+        f"This refiner takes no guidance scale. For the embedded model choose {titles} under "
+        "Settings, Refiner; for others train one with train/train_refiner.py "
+        "--guidance_scale_range."
+    )
+
+
+# What a view costs: a function of its settings and controls that returns forwards.
+
+
+def images(count: int) -> Callable[[Settings, Mapping], float]:
+    """Return the cost of `count` images, of which a guided one counts two."""
+    return lambda settings, controls: count * (_steps(settings) + 1)
+
+
+def _steps(settings: Settings) -> float:
+    """Return the steps, or 1 where they are refused later."""
+    steps = settings.steps
+    return steps if isinstance(steps, (int, float)) and 1 <= steps <= recipes.MAX_STEPS else 1
+
+
+def _samplers_cost(settings: Settings, controls: Mapping) -> float:
+    """Return the cost of every sampler and number of steps, from two noises."""
+    return sum(
+        2 * (samplers_of_diffusers.unet_calls(sampler, steps) + 1)
+        for sampler in SAMPLERS
+        for steps in explore.STEPS
+    )
+
+
+def _many_cost(settings: Settings, controls: Mapping) -> float:
+    """Return the cost of all arms of every prompt and seed, at most of those that are made."""
+    prompts, count = controls["prompts"], controls["count"]
+    lines = len(prompts.splitlines()) if isinstance(prompts, str) else 0
+    wanted = max(1, lines) * (count if isinstance(count, (int, float)) and count >= 1 else 1)
+    return images(1)(settings, controls) * min(4 * wanted, 4 * MOST_IMAGES / len(ARMS))
+
+
+@dataclass(frozen=True)
+class View:
+    """A way to look at a prompt and seed."""
+
+    function: Callable[..., None]  # takes the Job and the controls by name, and reports events
+    title: str  # of its tab; empty for a view without one of the usual kind
+    text: str  # what it shows, on the page and in the API
+    cost: Callable[[Settings, Mapping], float]  # in forwards, at most
+    columns: int = 4  # of its gallery
+    needs: tuple[Callable[["Job"], str], ...] = ()
+    controls: dict[str, Callable[[], gr.components.Component]] = field(default_factory=dict)
+    outputs: dict[str, Callable[[], gr.components.Component]] = field(default_factory=dict)
+
+    def unmet(self, job: "Job") -> str:
+        """Return the first need of the view that is not met, as a sentence, or ""."""
+        return next((reason for need in self.needs if (reason := need(job))), "")
+
+    def gpu_seconds(self, settings: Settings, controls: Mapping) -> int:
+        """Return the seconds of a ZeroGPU card to ask for."""
+        backbone = BACKBONES.get(str(settings.backbone))
+        small = backbone is not None and backbone.memory < 1
+        return int(GPU_SECONDS + self.cost(settings, controls) * (0.03 if small else 0.1))
+
+
+VIEWS: dict[str, View] = {}
+
+
+def view(title: str, text: str, **options: Any) -> Callable:
+    """Register the decorated function as a view; options are fields of View."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        VIEWS[function.__name__] = View(function, title, text, **options)
+        return function
+
+    return register
+
+
+def picture(label: str) -> gr.Image:
+    """Return an image that is shown in full and saved as PNG."""
+    return gr.Image(
+        label=label,
+        alt_text=label,
+        show_label=False,
+        interactive=False,
+        format="png",
+        elem_classes="picture",
+        buttons=["download", "fullscreen"],
+    )
+
+
+@view(
+    "",
+    "One prompt and seed, three images: Gaussian noise unguided, Gaussian noise with "
+    "classifier-free guidance, refined noise unguided.",
+    cost=images(4),
+)
+def compare(job: "Job") -> None:
+    """Report the three arms, and what the refiner changed in the noise."""
+    _ = job.loaded.preview  # fitted before the clock runs
+    if not job.takes_guidance:
+        job.report(
+            NoArm(
+                "guided",
+                "**Not applicable**: this model is distilled to be sampled without guidance.",
+            )
+        )
+    samples = {}
+    for arm, recipe in job.arms().items():
+        samples[arm] = job.previewed(arm, recipe)
+        job.report(Arm(arm, samples[arm]))
+    job.report(Compared(samples))
+    job.report(Note(job.loaded.says))
+    if "refined" in samples:
+        _report_change_of_noise(job, samples)
+
+
+def _report_change_of_noise(job: "Job", samples: dict) -> None:
+    if job.recipe.strength == 0:
+        job.report(
+            Note(
+                "The refinement strength is 0: the third column starts from the Gaussian noise "
+                f"as it is. {job.loaded.says}"
+            )
+        )
+        return
+    x_T, x_hat = (torch.from_numpy(samples[arm].latents) for arm in ("gaussian", "refined"))
+    share, cutoff = spectrum.energy_below(x_hat - x_T), spectrum.LOW_FREQUENCY
+    difference = spectrum.low_frequency_difference(x_T, x_hat)
+    job.report(Figure("heat", spectrum.heat_map(difference, samples["refined"].image.size)))
+    job.report(Figure("layout", samples["refined"]))
+    job.report(
+        Note(
+            "**What the refiner changed.** The heat map is the part of the change in x_T below "
+            f"{cutoff} of the frequency radius: {share:.0%} of its energy. It is bright where the "
+            "refiner changed the noise most; beside it is the image that grew from the refined "
+            f"noise. {job.loaded.says}"
+        )
+    )
+
+
+@view(
+    "",
+    "The initial noise of a seed and the noise refined for the prompt, as tensors x_T and refined "
+    "in a safetensors file.",
+    cost=images(1),
+    needs=(refiner,),
+)
+def refine(job: "Job") -> None:
+    """Report x_T and the refined noise."""
+    tensors = {"x_T": job.latents(job.recipe.gaussian), "refined": job.latents(job.recipe.refined)}
+    job.report(Noise(safetensors.save(tensors)))
+
+
+@view(
+    "Strength",
+    "The refined image as the correction of the noise grows from nothing to one and a half times "
+    "what was trained, and the guided image to compare with.",
+    cost=images(10),
+    needs=(refiner,),
+)
+def strength(job: "Job") -> None:
+    """Show the refined image over the strength."""
     job.show(explore.strengths(job.make, job.recipe))
 
 
-def show_guidance_scales(job: Job) -> None:
-    job.needs_refiner()
-    job.needs_guidance()
-    if job.loaded.refiner and not job.loaded.refiner.takes_guidance_scale:
-        titles = " or ".join(f"“{title}”" for title, _ in REFINERS.values())
-        raise ValueError(
-            f"This refiner takes no guidance scale. For the embedded model choose {titles} under Settings, Refiner; "
-            "for others train one with train/train_refiner.py --guidance_scale_range."
-        )
+@view(
+    "Guidance scale",
+    "Refined images over the guidance scale that the refiner is told, above guided images at the "
+    "same scales. For a refiner that takes the scale: the embedded model has one, under Settings.",
+    columns=5,
+    cost=images(15),
+    needs=(refiner, strength_above_0, guidance, refiner_with_scale),
+)
+def guidance_scale(job: "Job") -> None:
+    """Show refined and guided images over the guidance scale."""
     job.show(explore.guidance_scales(job.make, job.recipe))
 
 
-def show_samplers(job: Job) -> None:
-    job.needs_refiner()
+@view(
+    "Samplers and steps",
+    "The same two noises through every sampler with few and with many steps.",
+    columns=6,
+    cost=_samplers_cost,
+    needs=(refiner, strength_above_0),
+)
+def samplers(job: "Job") -> None:
+    """Show both noises through every sampler."""
     job.show(explore.samplers_and_steps(job.make, job.recipe))
 
 
-def show_frequencies(job: Job, cutoff: float) -> None:
-    job.needs_refiner()
+@view(
+    "Frequencies",
+    "The correction is small and lives in the low frequencies. The images show what the "
+    "frequencies below the cutoff do alone.",
+    cost=images(8),
+    needs=(refiner, strength_above_0),
+    controls={
+        "cutoff": lambda: gr.Slider(
+            0, 1, 0.3, step=0.05, label="Cutoff", info="of the largest radial frequency"
+        )
+    },
+    outputs={
+        "histogram": lambda: gr.Plot(label="How far the entries of x_T moved", show_label=False),
+        "spectrum": lambda: gr.Plot(label="Where the correction's energy is", show_label=False),
+        "overlay": lambda: picture("Change of the noise below the cutoff, over the refined image"),
+    },
+)
+def frequencies(job: "Job", cutoff: float) -> None:
+    """Show where the correction is in frequency, and what its bands do alone."""
     if not 0 <= number(cutoff, "The cutoff") <= 1:
         raise ValueError(
             f"The cutoff is a share of the largest frequency, from 0 to 1; got {cutoff}."
         )
-    refined = job.make(job.recipe.refined)
-    x_T, x_hat, image = job.noise(job.recipe.gaussian), torch.from_numpy(refined.x_T), refined.image
-    other = job.make.draw(replace(job.recipe, seed=(job.recipe.seed + 1) % (MAX_SEED + 1)))
-    heat = heat_map(low_frequency_difference(x_T, x_hat, cutoff), image.size)
-    job.report(
-        {
-            "histogram": difference_histogram(x_T, x_hat, other),
-            "spectrum": radial_spectrum(x_T, x_hat),
-            "overlay": Image.blend(image, heat, 0.6),
-        }
-    )
+    sample, x_T = job.make(job.recipe.refined), job.latents(job.recipe.gaussian)
+    x_hat = torch.from_numpy(sample.latents)
+    next_seed = (job.recipe.seed + 1) % (noise.MAX_SEED + 1)
+    other = job.make.draw(replace(job.recipe, seed=next_seed))
+    difference = spectrum.low_frequency_difference(x_T, x_hat, cutoff)
+    heat = spectrum.heat_map(difference, sample.image.size)
+    job.report(Figure("histogram", figures.difference_histogram(x_T, x_hat, other)))
+    job.report(Figure("spectrum", figures.radial_spectrum(x_T, x_hat)))
+    job.report(Figure("overlay", Image.blend(sample.image, heat, 0.6)))
     job.show(explore.bands(job.make, job.recipe, cutoff))
 
 
-def show_trajectory(job: Job) -> None:
-    shown = []
-    for name, recipe in job.columns().items():
+@view(
+    "Trajectory",
+    "What the model expects the finished image to be, step by step: refined noise shows its "
+    "layout at once.",
+    columns=7,
+    cost=images(5),
+)
+def trajectory(job: "Job") -> None:
+    """Show the predicted x0 of every arm on its way."""
+    job.report(Columns(_frames(job)))
+    for arm, recipe in job.arms().items():
+        caption = f"{arm.capitalize()}, forward {{}}"
+        trajectories.trajectory(
+            job.make,
+            recipe,
+            lambda i, image, caption=caption: job.show([(caption.format(i), image)]),
+        )
 
-        def on_frame(forward: int, image: Image.Image, name: str = name) -> None:
-            shown.append((f"{name.capitalize()}, forward {forward}", image))
-            job.report(
-                {
-                    "images": list(shown),
-                    "columns": min(FRAMES, unet_calls(job.recipe.sampler, job.recipe.steps)),
-                }
-            )
 
-        trajectory(job.make, recipe, on_frame)
+def _frames(job: "Job") -> int:
+    """Return how many frames a film of the recipe's sampling has."""
+    forwards = samplers_of_diffusers.unet_calls(job.recipe.sampler, job.recipe.steps)
+    return min(trajectories.FRAMES, forwards)
 
 
-def show_two_prompts(job: Job, other: str) -> None:
-    job.needs_refiner()
+@view(
+    "Two prompts",
+    "Noise refined with the prompt above, denoised with another one: what stays is what the noise "
+    "itself says.",
+    columns=3,
+    cost=images(8),
+    needs=(refiner, strength_above_0),
+    controls={
+        "other": lambda: gr.Textbox(
+            "a green frog on a yellow background", label="The other prompt", max_lines=2
+        )
+    },
+)
+def two_prompts(job: "Job", other: str) -> None:
+    """Show noise refined with one prompt and denoised with another."""
     if not text(other, "The other prompt").strip():
         raise ValueError("The other prompt is empty: say what to denoise with.")
     job.make.check(replace(job.recipe, prompt=other))
     job.show(explore.two_prompts(job.make, job.recipe, other))
 
 
-def show_interpolation(job: Job, seed: float) -> None:
-    job.needs_refiner()
-    job.show(explore.interpolation(job.make, job.recipe, whole(seed, "The other seed")))
+@view(
+    "Interpolation",
+    "From one seed to another along the sphere: above from Gaussian noise, below refined on the "
+    "way.",
+    columns=7,
+    cost=images(14),
+    needs=(refiner, strength_above_0),
+    controls={"other_seed": lambda: gr.Number(8, label="The other seed")},
+)
+def interpolation(job: "Job", other_seed: float) -> None:
+    """Show the way from one seed to another."""
+    seed = whole(other_seed, "The other seed")
+    job.show(explore.interpolation(job.make, job.recipe, seed))
 
 
-def show_guided_from_refined(job: Job) -> None:
-    job.needs_refiner()
-    job.needs_guidance()
+@view(
+    "Guided from refined",
+    "Guidance and refining together: guided sampling from refined noise beside guided sampling "
+    "from Gaussian noise.",
+    cost=images(6),
+    needs=(refiner, strength_above_0, guidance),
+)
+def guided_from_refined(job: "Job") -> None:
+    """Show both noises without and with guidance."""
     job.show(explore.guided_from_refined(job.make, job.recipe))
 
 
-def show_attention(job: Job, word: str) -> None:
-    word = text(word, "The word").strip() or first_word(job.recipe.prompt)
+@view(
+    "Attention",
+    "Where the model looks for a word of the prompt while it denoises, over the finished image.",
+    columns=7,
+    cost=images(8),
+    controls={
+        "word": lambda: gr.Textbox(
+            "",
+            label="A word of the prompt",
+            info="empty for the first after the article",
+            max_lines=1,
+        )
+    },
+)
+def attention(job: "Job", word: str) -> None:
+    """Show the cross-attention to a word over the finished image of every arm."""
+    word = text(word, "The word").strip() or attentions.first_word(job.recipe.prompt)
+    job.report(Columns(_frames(job)))
+    for arm, recipe in job.arms().items():
+        maps, sample = attentions.attention(job.make, recipe, word)
+        for i in trajectories.evenly(len(maps), trajectories.FRAMES):
+            heat = spectrum.heat_map(maps[i].numpy(), sample.image.size)
+            caption = f"{arm.capitalize()}, “{word}” in forward {i + 1}"
+            job.show([(caption, Image.blend(sample.image, heat, 0.6))])
 
-    def images() -> Iterator[tuple[str, Image.Image]]:
-        for name, recipe in job.columns().items():
-            maps, sample = attention(job.make, recipe, word)
-            for i in evenly(len(maps), FRAMES):
-                heat = heat_map(maps[i].numpy(), sample.image.size)
-                yield (
-                    f"{name.capitalize()}, “{word}” in forward {i + 1}",
-                    Image.blend(sample.image, heat, 0.6),
-                )
 
-    job.show(images(), min(FRAMES, unet_calls(job.recipe.sampler, job.recipe.steps)))
-
-
-def show_blind(job: Job, opponent: str) -> None:
-    """Two arms of a new seed, in random order."""
-    job.needs_refiner()
-    seed = secrets.randbelow(MAX_SEED + 1)
-    recipes = job.columns(seed=seed)
-    if opponent not in recipes or opponent == "refined":
+@view(
+    "",
+    "Two images of one new seed for the prompt above, in random order: one from refined noise, "
+    "one from Gaussian noise. Say which is better and which follows the prompt; then you learn "
+    "which was which. The tally stays in this session and goes nowhere else.",
+    cost=images(3),
+    needs=(refiner, strength_above_0),
+    controls={
+        "opponent": lambda: gr.Radio(
+            [("guided", "guided"), ("unguided", "gaussian")],
+            value="guided",
+            label="Refined against",
+        )
+    },
+)
+def blind(job: "Job", opponent: str) -> None:
+    """Report two arms of a new seed, in random order."""
+    seed = secrets.randbelow(noise.MAX_SEED + 1)
+    arms = job.arms(seed=seed)
+    if opponent not in arms or opponent == "refined":
         raise ValueError(f"There is no {opponent!r} image of this model to compare with.")
+    # The arms are always made in one order, so that the time it takes says nothing.
+    samples = {arm: job.make(arms[arm]).image for arm in ("refined", opponent)}
     left, right = in_random_order("refined", opponent)
-    images = {
-        arm: job.make(recipes[arm]).image for arm in ("refined", opponent)
-    }  # always in one order: the time it takes says nothing
-    job.report(
-        {
-            "left": images[left],
-            "right": images[right],
-            "pair": (job.recipe.prompt, seed, left, right),
-        }
-    )
+    job.report(Pair(samples[left], samples[right], job.recipe.prompt, seed, (left, right)))
 
 
-def show_many(job: Job, prompts: str, count: float) -> None:
-    lines = [
-        line.strip()
-        for line in text(prompts, "The list of prompts", 2 * MAX_TEXT).splitlines()
-        if line.strip()
-    ] or [job.recipe.prompt]
+@view(
+    "Many at once",
+    "The three columns for several prompts and seeds.",
+    columns=3,
+    cost=_many_cost,
+    controls={
+        "prompts": lambda: gr.Textbox(
+            "",
+            label="Prompts",
+            info="one a line; empty for the prompt above",
+            lines=3,
+            max_lines=12,
+        ),
+        "count": lambda: gr.Slider(
+            1, 16, 4, step=1, label="Images a prompt", info="their seeds count up"
+        ),
+    },
+)
+def many(job: "Job", prompts: str, count: float) -> None:
+    """Show the arms of several prompts and seeds."""
+    lines = text(prompts, "The list of prompts", 2 * MAX_TEXT).splitlines()
+    lines = [line.strip() for line in lines if line.strip()] or [job.recipe.prompt]
     count = whole(count, "The number of images a prompt")
-    recipes = {
-        (prompt, seed): job.columns(prompt=prompt, seed=seed)
+    batch = {
+        (prompt, seed): job.arms(prompt=prompt, seed=seed)
         for prompt in lines
         for seed in range(job.recipe.seed, job.recipe.seed + count)
     }
-    total = sum(len(arms) for arms in recipes.values())
+    total = sum(len(arms) for arms in batch.values())
     if not 1 <= total <= MOST_IMAGES:
         raise ValueError(
-            f"{len(lines)} prompts with {count} images each are {total} images in all columns; from 1 to {MOST_IMAGES} can be made in one go."
+            f"{len(lines)} prompts with {count} images each are {total} images in all columns; "
+            f"from 1 to {MOST_IMAGES} can be made in one go."
         )
-    for arms in recipes.values():
+    for arms in batch.values():
         for recipe in arms.values():
             job.make.check(recipe)
-    job.show(
-        (
-            (f"{prompt} · seed {seed} · {name}", job.make(recipe))
-            for (prompt, seed), arms in recipes.items()
-            for name, recipe in arms.items()
-        ),
-        len(job.columns()),
-    )
+    job.report(Columns(len(job.arms())))
 
+    def images_of_batch() -> Iterator[tuple[str, Any]]:
+        for (prompt, seed), arms in batch.items():
+            for arm, recipe in arms.items():
+                yield f"{prompt} · seed {seed} · {arm}", job.make(recipe)
 
-def make_noise(job: Job) -> None:
-    """x_T and the refined noise, as the bytes of a safetensors file."""
-    job.needs_refiner(strength=False)
-    job.report(
-        {
-            "noise": save(
-                {"x_T": job.noise(job.recipe.gaussian), "refined": job.noise(job.recipe.refined)}
-            )
-        }
-    )
-
-
-VIEWS: dict[str, Callable[..., None]] = {
-    "compare": show_columns,
-    "refine": make_noise,
-    "strength": show_strengths,
-    "guidance_scale": show_guidance_scales,
-    "samplers": show_samplers,
-    "frequencies": show_frequencies,
-    "trajectory": show_trajectory,
-    "two_prompts": show_two_prompts,
-    "interpolation": show_interpolation,
-    "guided_from_refined": show_guided_from_refined,
-    "attention": show_attention,
-    "blind": show_blind,
-    "many": show_many,
-}
-IMAGES = {  # of a view, a guided one counting as two
-    "compare": 4,
-    "refine": 1,
-    "strength": 10,
-    "guidance_scale": 15,
-    "frequencies": 8,
-    "trajectory": 5,
-    "two_prompts": 8,
-    "interpolation": 14,
-    "guided_from_refined": 6,
-    "attention": 8,
-    "blind": 3,
-}
-
-
-def seconds_of_gpu(view: str, settings: Settings, extras: tuple) -> int:
-    """What a view may take on ZeroGPU, generously; 18 s for the comparison at SD2.1's defaults."""
-    steps = (
-        settings.steps
-        if isinstance(settings.steps, (int, float)) and 1 <= settings.steps <= MAX_STEPS
-        else 1
-    )  # others are refused
-    images: float
-    if view == "samplers":
-        images, steps = (
-            12,
-            sum(explore.STEPS),
-        )  # five samplers, one of which takes two forwards a step, from two noises
-    elif view == "many":
-        prompts, count = extras
-        wanted = (
-            4
-            * max(1, len(prompts.splitlines()) if isinstance(prompts, str) else 1)
-            * (count if isinstance(count, (int, float)) and count >= 1 else 1)
-        )
-        images = min(wanted, 4 * MOST_IMAGES / 3)
-    else:
-        images = IMAGES[view]
-    return int(
-        10 + images * (steps + 1) * (0.03 if str(settings.backbone).startswith("emoji") else 0.1)
-    )
-
-
-def recipe_of(settings: Settings) -> Recipe:
-    """Raises ValueError for what no model can make an image from."""
-    width, height = (
-        None if side in (0, None) else whole(side, f"The {name}")
-        for name, side in (("width", settings.width), ("height", settings.height))
-    )
-    recipe = Recipe(
-        text(settings.prompt, "The prompt"),
-        whole(settings.seed, "The seed"),
-        whole(settings.steps, "The number of steps"),
-        text(settings.sampler, "The sampler"),
-        number(settings.guidance_scale, "The guidance scale"),
-        number(settings.strength, "The refinement strength"),
-        negative_prompt=text(settings.negative_prompt, "The negative prompt"),
-        width=width,
-        height=height,
-    )
-    recipe.check()
-    return recipe
-
-
-def work(
-    view: str,
-    settings: Settings,
-    extras: tuple,
-    last: dict[tuple[Model, Recipe], Sample],
-    on_load: Callable[[str], None],
-) -> Iterator[dict]:
-    """Works on a view and yields updates by the names of its outputs; closed early, it stops at the next step.
-
-    extras: the values of the view's own controls.
-    last: this visitor's images so far, by what made them and recipe; none of them is made again.  New ones are yielded as "made".
-    on_load: called with a sentence before a model is loaded.
-    Raises ValueError or OSError for what can't be made, and MemoryError where the memory is full.
-    """
-    asked, model = recipe_of(settings), settings.model
-    if not MODELS.has(model):
-        on_load(f"Loading {model.title} …")
-
-    def show(report: Callable[[dict], None]) -> None:
-        loaded = MODELS.get(model)
-        scale = loaded.refiner.scale_input(asked.guidance_scale) if loaded.refiner else None
-        recipe = replace(
-            asked,
-            refiner_scale=scale,
-            guidance_scale=asked.guidance_scale if model.takes_guidance else 1.0,
-        )
-        make = Maker(
-            loaded.pipe,
-            loaded.refiner,
-            {
-                recipe: sample
-                for (of, recipe), sample in last.items()
-                if of == maker_of(model, recipe)
-            },
-            on_made=lambda sample: report(
-                {"made": {(maker_of(model, sample.recipe), sample.recipe): sample}}
-            ),
-            on_step=lambda *_: report({}),
-        )
-        make.check(recipe if loaded.refiner else recipe.guided)
-        report(
-            {
-                "about": {
-                    "backbone": model.backbone,
-                    "revision": loaded.revision,
-                    "refiner_sha256": loaded.refiner and loaded.refiner.weights_sha256,
-                }
-            }
-        )
-        VIEWS[view](Job(loaded, make, recipe, model.takes_guidance, report), *extras)
-
-    try:
-        for updates in stream(WORKER, show, PREVIEW_SECONDS):
-            made = {
-                key: sample for update in updates for key, sample in update.get("made", {}).items()
-            }
-            yield {name: value for update in updates for name, value in update.items()} | {
-                "made": made
-            }
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and not re.search(
-            "out of memory|can't allocate|ALLOC_FAILED", str(error)
-        ):
-            raise
-        MODELS.forget(lambda other: other.backbone == model.backbone)
-        raise MemoryError(
-            "The memory is full. A smaller size or backbone needs less of it, and so does the app on a graphics card when it is "
-            f"started with {MODELS.smaller_mode()}."
-        ) from error
-
-
-def maker_of(model: Model, recipe: Recipe) -> Model:
-    """What the recipe's image depends on of the model: not the refiner where it isn't used."""
-    return model if recipe.strength else replace(model, refiner="")
+    job.show(images_of_batch())

@@ -182,9 +182,9 @@ def base(count: Callable[[int], int]) -> Iterator[Figure]:
     """Random things a visitor does, in this process; then the pipeline's output against that of a fresh process."""
     import gradio as gr
 
-    import app
     from noiserefine.models.catalogue import SAMPLERS, Model
-    from noiserefine.page import views
+    from noiserefine.page import handlers, jobs
+    from noiserefine.page.events import Made
     from noiserefine.page.settings import Settings
     from noiserefine.page.stream import stream
     from train.tools.architectures import random_pipeline
@@ -192,7 +192,7 @@ def base(count: Callable[[int], int]) -> Iterator[Figure]:
     chance, done, refused, stopped = random.Random(0), 0, 0, 0
     with tempfile.TemporaryDirectory() as folder:
         random_pipeline("sd-turbo", small=True).save_pretrained(f"{folder}/other")
-        perturbed(views.MODELS.get(Model("emoji")).pipe).save_pretrained(f"{folder}/lora")
+        perturbed(jobs.MODELS.get(Model("emoji")).pipe).save_pretrained(f"{folder}/lora")
         quick = [
             "compare",
             "compare",
@@ -203,7 +203,7 @@ def base(count: Callable[[int], int]) -> Iterator[Figure]:
             "trajectory",
             "attention",
         ]
-        extras = {"two_prompts": ("a panda",), "attention": ("apple",)}
+        controls = {"two_prompts": {"other": "a panda"}, "attention": {"word": "apple"}}
         for _ in range(count(500)):
             last: dict = {}
             model = (
@@ -250,10 +250,12 @@ def base(count: Callable[[int], int]) -> Iterator[Figure]:
                         ]
                     )
                 settings = Settings(**values)
-                running = app.run(view, settings, extras.get(view, ()), last)
+                running = handlers.run(view, settings, controls.get(view, {}), last)
                 try:
-                    for update in running:
-                        last |= update["made"]
+                    for events in running:
+                        for event in events:
+                            if isinstance(event, Made):
+                                last[event.model, event.sample.recipe] = event.sample
                         if chance.random() < 0.1:
                             stopped += 1
                             break
@@ -262,11 +264,11 @@ def base(count: Callable[[int], int]) -> Iterator[Figure]:
                 except gr.Error:
                     refused += 1
                 running.close()
-        list(stream(views.WORKER, lambda report: None))  # the last one that was stopped has ended
+        list(stream(jobs.WORKER, lambda report: None))  # the last one that was stopped has ended
     import hashlib
 
     ours = hashlib.sha256(
-        output(views.MODELS.get(Model("emoji")).pipe).numpy().tobytes()
+        output(jobs.MODELS.get(Model("emoji")).pipe).numpy().tobytes()
     ).hexdigest()
     yield Figure("base: random sequences", count(500), "500", True)
     yield Figure(
@@ -383,9 +385,9 @@ def alone(seed: int, steps: int, strength: float = 1.0, prompt: str = PROMPT) ->
     """The three columns, made in this process."""
     from noiserefine.analysis.recipe import Maker, Recipe
     from noiserefine.models.catalogue import Model
-    from noiserefine.page import views
+    from noiserefine.page import jobs
 
-    loaded = views.MODELS.get(Model("emoji"))
+    loaded = jobs.MODELS.get(Model("emoji"))
     make, recipe = (
         Maker(loaded.pipe, loaded.refiner),
         Recipe(prompt, seed, steps, guidance_scale=2.5, strength=strength),

@@ -1,0 +1,128 @@
+"""The events that a view reports while it works; `noiserefine.page.screen` shows each of them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from noiserefine.models.catalogue import Model
+
+
+@dataclass(frozen=True)
+class Source:
+    """The models that the images of this run are made with, for the record in each file."""
+
+    backbone: str
+    revision: str | None
+    refiner_sha256: str | None
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A step was sampled, which shows nothing: the moment at which work that was left stops."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A new sample, which the visitor's session keeps so that it is not made again."""
+
+    model: Model
+    sample: Any  # Sample; its module takes seconds to import
+
+
+@dataclass(frozen=True)
+class Progress:
+    """An unfinished arm: a rough preview of the predicted x0."""
+
+    arm: str
+    preview: Image.Image
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A finished arm of the comparison."""
+
+    arm: str
+    sample: Any
+
+
+@dataclass(frozen=True)
+class NoArm:
+    """An arm that this model does not have, and why."""
+
+    arm: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Compared:
+    """All arms of a comparison, which become files to keep."""
+
+    samples: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The next image of the view's gallery."""
+
+    caption: str
+    image: Any  # a Sample or a PIL image
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How many images stand side by side, where the view's own number does not fit."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture, sample or plot for the output of that name."""
+
+    output: str
+    figure: Any
+
+
+@dataclass(frozen=True)
+class Note:
+    """Sentences under the images."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two images of a blind test and what they are."""
+
+    left: Any
+    right: Any
+    prompt: str
+    seed: int
+    arms: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Tensors as the bytes of a safetensors file."""
+
+    data: bytes
+
+
+Event = (
+    Source
+    | Tick
+    | Made
+    | Progress
+    | Arm
+    | NoArm
+    | Compared
+    | Picture
+    | Columns
+    | Figure
+    | Note
+    | Pair
+    | Noise
+)

@@ -59,8 +59,8 @@ def handler_of(
     """
     names = [field.name for field in fields(Settings)]
 
-    def handler(*values: Any) -> Iterator[dict]:
-        *values, known, request = values
+    def handler(*inputs: Any) -> Iterator[dict]:
+        *values, known, request = inputs
         settings = Settings(*values[: len(names)])
         given = dict(zip(controls, values[len(names) :], strict=True))
         if request.headers.get("x-gradio-user") == "mcp":

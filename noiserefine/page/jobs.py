@@ -125,11 +125,12 @@ def _prepare(
 ) -> Job:
     """Load the model and check the recipe against it, before any forward."""
     loaded = MODELS.get(model)
-    recipe = replace(
-        recipe,
-        refiner_scale=loaded.refiner and loaded.refiner.scale_input(recipe.guidance_scale),
-        guidance_scale=recipe.guidance_scale if model.takes_guidance else 1.0,
-    )
+    scale, sha256 = None, None
+    if loaded.refiner:
+        scale = loaded.refiner.scale_input(recipe.guidance_scale)
+        sha256 = loaded.refiner.weights_sha256
+    guidance_scale = recipe.guidance_scale if model.takes_guidance else 1.0
+    recipe = replace(recipe, refiner_scale=scale, guidance_scale=guidance_scale)
     make = Maker(
         loaded.pipe,
         loaded.refiner,
@@ -138,7 +139,6 @@ def _prepare(
         on_step=lambda: report(Tick()),
     )
     make.check(recipe if loaded.refiner else recipe.guided)
-    sha256 = loaded.refiner and loaded.refiner.weights_sha256
     report(Source(model.backbone, loaded.revision, sha256))
     return Job(loaded, make, recipe, model.takes_guidance, report)
 

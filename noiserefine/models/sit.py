@@ -112,24 +112,27 @@ class SiTPipeline(DiffusionPipeline):
             f"{self.no_class - 1} for a prompt. {hint}"
         )
 
-    def prepare_latents(
+    def prepare_latents(  # noqa: PLR0913, PLR0917
         self,
         batch_size: int,
-        size: int,
+        num_channels_latents: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the given latents, or Gaussian noise, (B, C, h, w) of the network's precision."""
-        side = size // self.vae_scale_factor
-        shape = (batch_size, self.transformer.config.in_channels, side, side)
-        device, dtype = self._execution_device, self.transformer.dtype
+        """Return the given latents, or Gaussian noise, (B, C, h, w)."""
+        sides = (height // self.vae_scale_factor, width // self.vae_scale_factor)
+        shape = (batch_size, num_channels_latents, *sides)
         if latents is None:
             return randn_tensor(shape, generator, device, dtype)
         if latents.shape != shape:
             raise ValueError(f"latents have the shape {tuple(latents.shape)}, not {shape}.")
         return latents.to(device, dtype)
 
-    def _check_size(self, height: int | None, width: int | None) -> int:
+    def _image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         native = self.transformer.config.sample_size * self.vae_scale_factor
         height, width = height or native, width or native
         unit = self.transformer.config.patch_size * self.vae_scale_factor
@@ -138,14 +141,14 @@ class SiTPipeline(DiffusionPipeline):
                 f"This model makes square images whose side is a multiple of {unit} pixels, not "
                 f"{width} x {height}."
             )
-        return height
+        return height, width
 
     def _set_timesteps(self, steps: int) -> None:
         """Space sigma equally from 1 to 1 / N, where the scheduler takes a spacing."""
         arguments = inspect.signature(self.scheduler.set_timesteps).parameters
         if "sigmas" in arguments:
             sigmas = np.linspace(1, 1 / steps, steps)
-            self.scheduler.set_timesteps(sigmas=sigmas, device=self._execution_device)
+            self.scheduler.set_timesteps(steps, sigmas=sigmas, device=self._execution_device)
         else:
             self.scheduler.set_timesteps(steps, device=self._execution_device)
 
@@ -200,9 +203,18 @@ class SiTPipeline(DiffusionPipeline):
             ValueError: For an unknown class, and a size or latents that do not fit the network.
         """
         self._guidance_scale, self._interrupt = guidance_scale, False
-        size = self._check_size(height, width)
+        height, width = self._image_size(height, width)
         classes = self.encode_prompt(prompt)
-        latents = self.prepare_latents(len(classes), size, generator, latents)
+        latents = self.prepare_latents(
+            len(classes),
+            self.transformer.config.in_channels,
+            height,
+            width,
+            self.transformer.dtype,
+            self._execution_device,
+            generator,
+            latents,
+        )
         if self.do_classifier_free_guidance:
             classes = torch.cat([classes, torch.full_like(classes, self.no_class)])
         self._set_timesteps(num_inference_steps)

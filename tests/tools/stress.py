@@ -192,7 +192,6 @@ def base(count: Callable[[int], int]) -> Iterator[Figure]:
     chance, done, refused, stopped = random.Random(0), 0, 0, 0
     with tempfile.TemporaryDirectory() as folder:
         random_pipeline("sd-turbo", small=True).save_pretrained(f"{folder}/other")
-        perturbed(jobs.MODELS.get(Model("emoji")).pipe).save_pretrained(f"{folder}/lora")
         quick = [
             "compare",
             "compare",
@@ -213,7 +212,7 @@ def base(count: Callable[[int], int]) -> Iterator[Figure]:
                     [
                         {"backbone": f"{folder}/other"},
                         {"refiner": f"{EMOJI_REFINER}-scales"},
-                        {"lora": f"{folder}/lora"},
+                        {"lora": "assets/loras/emoji-clay"},
                     ]
                 )
             )
@@ -654,7 +653,8 @@ def uploads(count: Callable[[int], int]) -> Iterator[Figure]:
 def refiners(count: Callable[[int], int]) -> Iterator[Figure]:
     """Damages a sound refiner in random ways; what comes must be a refusal in words or a refiner."""
     from noiserefine import Refiner
-    from noiserefine.models.loading import add_lora, load_pipeline
+    from noiserefine.models.loading import load_pipeline
+    from noiserefine.models.user_lora import add_lora
 
     pipe = load_pipeline(EMOJI, "cpu")
     before, chance, wrong, refused = output(pipe), random.Random(0), [], 0

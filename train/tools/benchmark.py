@@ -20,7 +20,8 @@ from diffusers import DiffusionPipeline
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.analysis.recipe import ForwardCounter
-from noiserefine.models.loading import default_device, default_dtype, load_pipeline
+from noiserefine.models.devices import default_device, default_dtype
+from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import SAMPLERS, with_sampler
 from train.tools.architectures import random_pipeline

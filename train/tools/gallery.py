@@ -11,7 +11,8 @@ from PIL import Image
 from noiserefine import Refiner
 from noiserefine.analysis.compare import compare
 from noiserefine.analysis.recipe import Maker, Recipe
-from noiserefine.models.loading import BACKBONES, load_pipeline
+from noiserefine.models.catalogue import BACKBONES
+from noiserefine.models.loading import load_pipeline
 
 
 def main() -> None:

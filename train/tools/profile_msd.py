@@ -22,7 +22,8 @@ from diffusers.training_utils import cast_training_params
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.guidance import sample
-from noiserefine.models.loading import default_device, load_pipeline
+from noiserefine.models.devices import default_device
+from noiserefine.models.loading import load_pipeline
 from noiserefine.msd import msd_loss, sampler_gain
 from noiserefine.noise import encode_prompt, image_size, unet_conditioning
 from noiserefine.samplers import with_sampler

@@ -1,0 +1,58 @@
+"""The schedulers that few-step LoRAs need: they were trained on timesteps that others do not sample."""
+
+import json
+import re
+from pathlib import Path
+
+import diffusers
+from diffusers import DiffusionPipeline, SchedulerMixin
+
+# By a word in the LoRA's name, as their makers publish them: the scheduler, and the steps it is for.
+FEW_STEPS = {
+    "lcm": ("LCMScheduler", "4 to 8"),
+    "tcd": ("TCDScheduler", "4 to 8"),
+    "dmd2": ("LCMScheduler", "1 to 4"),
+    "hyper": ("TCDScheduler", "1 to 8"),
+    "lightning": ("EulerDiscreteScheduler", "2 to 8"),
+    "turbo": ("EulerDiscreteScheduler", "1 to 4"),
+}
+
+
+def few_step_scheduler(
+    pipe: DiffusionPipeline, path: Path, name: str
+) -> tuple[SchedulerMixin, str] | None:
+    """Return the scheduler that a LoRA needs and what to say of it; None for a LoRA of many steps.
+
+    It is the one in the LoRA's folder (scheduler/scheduler_config.json or scheduler_config.json), else the
+    one that a word in its name stands for, starting at the last timestep ("trailing").
+    Raises ValueError, a sentence's second half, for a configuration that is none.
+    """
+    if not hasattr(pipe.scheduler.config, "beta_start"):  # of another kind than these LoRAs are for
+        return None
+    for config in (
+        path.parent / "scheduler" / "scheduler_config.json",
+        path.parent / "scheduler_config.json",
+    ):
+        if config.is_file():
+            settings = json.loads(config.read_text(encoding="utf-8"))
+            kind = getattr(diffusers, str(settings.pop("_class_name", "")), None)
+            if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+                raise ValueError(f"brings {config}, which names no scheduler of diffusers")
+            return kind.from_config({**pipe.scheduler.config, **settings}), _says(
+                "The LoRA's folder", kind, "few"
+            )
+    words = re.split(r"[^a-z0-9]+", " ".join([*Path(name).parts[-2:], path.stem]).lower())
+    for word, (kind_name, steps) in FEW_STEPS.items():
+        if word in words:
+            kind = getattr(diffusers, kind_name)
+            scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+            return scheduler, _says("The LoRA's name", kind, steps)
+    return None
+
+
+def _says(where: str, kind: type, steps: str) -> str:
+    name = kind.__name__.removesuffix("Scheduler").removesuffix("Discrete")
+    return (
+        f"{where} says that it is for few steps: sample with {steps} steps and guidance scale 1. The sampler Native is "
+        f"the one it was made for, {name}, and all samplers now start at the last timestep."
+    )

@@ -1,0 +1,244 @@
+"""A pipeline in diffusers' layout, in a folder or a hub repository, checked before anything large is read."""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING, _get_task_class
+from huggingface_hub import HfApi
+from safetensors import SafetensorError
+
+from noiserefine.models.catalogue import BACKBONES, Backbone
+from noiserefine.models.devices import default_dtype
+from noiserefine.models.sit import SiTPipeline
+from noiserefine.models.sources import HUB_ERRORS, SAFETENSORS, exists, hub_files, sentence
+
+OURS = {"SiTPipeline": SiTPipeline}  # pipelines that diffusers does not have
+# <folder>/diffusion_pytorch_model[-00001-of-00002][.fp16].safetensors, in either order
+WEIGHTS = re.compile(r"[\w-]+?(?:-\d{5}-of-\d{5})?(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
+NEEDED = ("unet", "transformer", "prior", "vae", "scheduler", "text_encoder", "tokenizer")
+NOT_REACHED = "There is no model at"
+NO_LENGTH = 10**6  # tokens; transformers gives a tokenizer without a limit 10**30
+
+
+def load_folder(
+    source: str, device: torch.device, dtype: torch.dtype | None, backbone: Backbone | None
+) -> DiffusionPipeline:
+    """Load the text-to-image pipeline of a folder or hub id on the CPU, in safetensors, without its code.
+
+    device: where it will compute, for the family's best dtype where that is None.
+    Raises FileNotFoundError where it cannot be reached, and ValueError where it is no such pipeline.
+    """
+    with _hub_errors(source):
+        kind, variant = examine(source, device, dtype, backbone)
+        dtype = dtype or default_dtype(device, kind.__name__)
+        folder = source
+        if not exists(source):
+            folder = DiffusionPipeline.download(
+                source, use_safetensors=True, **variant, **_revision(backbone)
+            )
+            _check_json(Path(folder))
+        check_files(Path(folder))
+        components = {}
+        if backbone and backbone.vae:
+            components["vae"] = AutoencoderKL.from_pretrained(
+                backbone.vae, dtype=dtype, use_safetensors=True
+            )
+        try:
+            pipe = kind.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, **variant, **components
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise _damaged(source, error) from error  # configuration and weights that disagree
+    _limit_tokenizers(pipe)
+    pipe.register_to_config(_name_or_path=source)  # not the cache's folder
+    return pipe
+
+
+def examine(
+    source: str, device: torch.device, dtype: torch.dtype | None, backbone: Backbone | None
+) -> tuple[type[DiffusionPipeline], dict[str, str]]:
+    """Return a folder's or hub id's pipeline class and the variant of its weights, from small files only.
+
+    Raises what load_folder raises.
+    """
+    with _hub_errors(source):
+        if exists(source):
+            _check_json(Path(source))
+        index = DiffusionPipeline.load_config(source, **_revision(backbone))
+        kind = pipeline_class(source, index)
+        if backbone and backbone.sha256:
+            check_weights(source, backbone)
+            return kind, {}
+        _check_parts(source, index, kind)
+        half = (dtype or default_dtype(device, kind.__name__)) != torch.float32
+        return kind, _variant(source, index, prefer=half and not exists(source))
+
+
+def _revision(backbone: Backbone | None) -> dict[str, str]:
+    return {"revision": backbone.revision} if backbone and backbone.revision else {}
+
+
+@contextlib.contextmanager
+def _hub_errors(source: str) -> Iterator[None]:
+    """Turn what the hub and damaged files raise into sentences."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if str(error).startswith(NOT_REACHED):  # said already
+            raise
+        raise _unreachable(source, error) from error
+    except (*HUB_ERRORS, SafetensorError) as error:
+        raise _unreachable(source, error) from error
+
+
+def _unreachable(source: str, error: Exception) -> Exception:
+    if exists(source):
+        return _damaged(source, error)
+    backbone = next((each for each in BACKBONES.values() if each.source == source), None)
+    if backbone and backbone.made_by:
+        return FileNotFoundError(f"{NOT_REACHED} {backbone.title}: make it with {backbone.made_by}")
+    return FileNotFoundError(
+        f"{NOT_REACHED} {source}: it is no folder or file here, and the hub doesn't serve it to this machine (offline, "
+        "a wrong id, or a model that asks for a login). The embedded model needs no download."
+    )
+
+
+def _damaged(source: str, error: Exception) -> ValueError:
+    return ValueError(f"The model in {source} is incomplete or damaged: {sentence(error)}")
+
+
+def pipeline_class(source: str, index: dict) -> type[DiffusionPipeline]:
+    """Return the text-to-image pipeline class that model_index.json names, of diffusers or of this project.
+
+    A pipeline for another task gives the one for text on the same networks, where diffusers has it.
+    Raises ValueError for a class that is code of the repository, which is never run.
+    """
+    if not isinstance(index, dict) or not index.get("_class_name"):
+        raise ValueError(f"{source} is incomplete: its model_index.json names no pipeline class.")
+    name = index["_class_name"]
+    name = name[-1] if isinstance(name, list) else name  # [file of code, class]
+    if name in OURS:
+        return OURS[name]
+    kind = getattr(diffusers, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
+        raise ValueError(
+            f"{source} is a {name}, a pipeline that diffusers {diffusers.__version__} does not have: its code lies in "
+            "the repository, and is not run. Models whose pipeline is part of diffusers work."
+        )
+    return _get_task_class(AUTO_TEXT2IMAGE_PIPELINES_MAPPING, name, False) or kind
+
+
+def _variant(source: str, index: dict, prefer: bool) -> dict[str, str]:
+    """Return {"variant": name} where a network's weights have no plain file, or half precision is wanted.
+
+    prefer: take half-precision files beside plain ones, to download half as much.
+    Raises ValueError for a network whose weights are pickles only.
+    """
+    root = Path(source)
+    files = [
+        PurePosixPath(name)
+        for name in (
+            [path.relative_to(root).as_posix() for path in root.glob("*/*")]
+            if exists(source)
+            else hub_files(source)
+        )
+    ]
+    variants: dict[str, set[str]] = {}
+    for file in files:
+        found = WEIGHTS.fullmatch(file.name)
+        if found and file.parent.name in index:
+            variants.setdefault(file.parent.name, set()).add(found[1] or "")
+    pickles = {file.parent.name for file in files if file.suffix == ".bin"}
+    if only := sorted((pickles & index.keys()) - variants.keys()):
+        raise ValueError(
+            f"{source} has its {only[0]} as a pickle (.bin) only, which can run code when it is opened, and was not. "
+            f"Models with {SAFETENSORS} files work."
+        )
+    lacking = [names for names in variants.values() if "" not in names]
+    wanted = lacking or [names for names in variants.values() if prefer]
+    for name in ("fp16", "bf16", *sorted(set().union(*wanted) - {""})):
+        if any(name in names for names in wanted) and all(name in names for names in lacking):
+            return {"variant": name}
+    return {}
+
+
+def _check_json(folder: Path) -> None:
+    """Raise ValueError for a folder without model_index.json and for JSON that diffusers cannot read."""
+    if not (folder / "model_index.json").is_file():
+        above = folder.parent / "model_index.json"
+        hint = f" The pipeline is the folder above, {folder.parent}." if above.is_file() else ""
+        raise ValueError(
+            f"{folder} is not a diffusers pipeline: it holds no model_index.json.{hint}"
+        )
+    for path in (*folder.glob("*.json"), *folder.glob("*/*.json")):
+        data = path.read_bytes()
+        if data.startswith(b"\xef\xbb\xbf"):
+            raise ValueError(f"{path} begins with a byte-order mark: save it as UTF-8 without one.")
+        if path.name in ("model_index.json", "config.json", "scheduler_config.json"):
+            try:
+                sound = isinstance(json.loads(data), dict)
+            except (ValueError, RecursionError):
+                sound = False
+            if not sound:
+                raise ValueError(
+                    f"The model in {folder} is incomplete or damaged: {path.relative_to(folder)} is no JSON object."
+                )
+
+
+def check_files(folder: Path) -> None:
+    """Raise ValueError for files by which safetensors could send the loader to pickles or out of its folder."""
+    for index in folder.glob("**/*.safetensors*.index.json"):
+        shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+        for shard in set(shards.values()):
+            if Path(shard).name != shard or not shard.endswith(SAFETENSORS):
+                raise ValueError(
+                    f"{index} names {shard}, which is no safetensors file beside it: the model was not loaded."
+                )
+    for config in folder.glob("*/config.json"):
+        if "transformers_weights" in json.loads(config.read_text(encoding="utf-8")):
+            raise ValueError(f"{config} names weight files of its own: the model was not loaded.")
+
+
+def _check_parts(source: str, index: dict, kind: type[DiffusionPipeline]) -> None:
+    """Raise ValueError for a pipeline that lacks a part which it cannot do without."""
+    parts, _ = kind._get_signature_keys(kind)
+    for name in NEEDED:
+        if name in parts and index.get(name, [None])[0] is None:
+            raise ValueError(
+                f"The model in {source} is incomplete: its model_index.json gives no {name}."
+            )
+
+
+def _limit_tokenizers(pipe: DiffusionPipeline) -> None:
+    """Give a tokenizer that knows no length, as some saved by scripts, its text encoder's."""
+    for name, tokenizer in pipe.components.items():
+        if not name.startswith("tokenizer") or tokenizer is None:
+            continue
+        encoder = getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
+        limit = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
+        if limit and getattr(tokenizer, "model_max_length", 0) > NO_LENGTH:
+            tokenizer.model_max_length = limit
+
+
+def check_weights(source: str, backbone: Backbone) -> None:
+    """Raise ValueError where the hub would serve other files than the original ones.
+
+    Offline only what is cached can load, which was checked when it was downloaded.
+    """
+    try:
+        info = HfApi().model_info(source, revision=backbone.revision, files_metadata=True)
+    except HUB_ERRORS:
+        return
+    served = {file.rfilename: file.lfs.sha256 for file in info.siblings or [] if file.lfs}
+    for name, expected in backbone.sha256.items():
+        if served.get(name) != expected:
+            raise ValueError(
+                f"{source} serves {name} with SHA-256 {served.get(name)}, not the original's {expected}: it is not the model "
+                "that its name says, and was not downloaded."
+            )

@@ -1,0 +1,39 @@
+"""Which refiner a model takes, and the command that trains the one it lacks."""
+
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+from noiserefine.models.catalogue import BACKBONES, Backbone
+from noiserefine.refiner import CONFIG_NAME, misfit, read_config
+
+
+def refiner_for(pipe: DiffusionPipeline, backbone: Backbone | None) -> str | None:
+    """Return the folder of a model's refiner, None where there is none.
+
+    It is the catalogue entry's, else the one of a base in the catalogue with this architecture: a fine-tune
+    takes its base's refiner (paper, table 4).
+    """
+    candidates = [backbone] if backbone else list(BACKBONES.values())
+    for folder in dict.fromkeys(each.refiner for each in candidates):
+        if (Path(folder) / CONFIG_NAME).is_file() and (
+            backbone or not misfit(read_config(Path(folder)), pipe)
+        ):
+            return folder
+    return None
+
+
+def training_command(pipe: DiffusionPipeline, source: str, backbone: Backbone | None) -> str:
+    """Return what trains the missing refiner: on the base, for a model that takes another model's."""
+    output = "runs/refiner"
+    if backbone:
+        # The distilled siblings and fine-tunes stand after the base whose refiner they take.
+        base = next(each for each in BACKBONES.values() if each.refiner == backbone.refiner)
+        source, preset, output = base.source, base.preset, base.refiner
+    else:
+        same = (each.preset for each in BACKBONES.values() if each.pipeline == type(pipe).__name__)
+        preset = next((each for each in same if each != "emoji"), "sd21")
+    return (
+        f"python train/train_refiner.py --preset {preset} --backbone {source} --prompts prompts.txt "
+        f"--output_dir {output}"
+    )

@@ -1,6 +1,6 @@
 """Check the refiner in half precision on the big models' whole architectures, with random weights.
 
-    python -m tests.tools.full_size           # every architecture, on the card if there is one; 15 GB
+    python -m tests.tools.full_size           # every architecture, on a card if there is one; 15 GB
     python -m tests.tools.full_size --small   # at a hundredth of the width, in float32
 
 Prints a line for each check. The exit status is 1 if one fails.
@@ -80,7 +80,7 @@ def checks(pipe) -> Iterator[tuple]:
     )
     yield "strength 0 returns x_T", torch.equal(refiner(x_T, embeds, strength=0), x_T.to(dtype))
 
-    # As in the trainer: half precision for the frozen network only, since AdamW's steps would round to nothing in it
+    # As in the trainer, only the frozen network is in half precision, where AdamW's steps vanish.
     pipe.unet.requires_grad_(False)
     cast_training_params(refiner.unet)
     refiner.unet.enable_gradient_checkpointing()

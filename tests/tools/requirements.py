@@ -1,4 +1,4 @@
-"""Write requirements.txt, which a Hugging Face Space installs, from the dependencies in pyproject.toml.
+"""Write requirements.txt, which a Hugging Face Space installs, from pyproject.toml.
 
 python tests/tools/requirements.py
 """

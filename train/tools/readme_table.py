@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from noiserefine.models import catalogue
 from noiserefine.models.catalogue import ASSETS, BACKBONES
 
 RESULTS = ASSETS / "results"
@@ -42,6 +43,16 @@ def _percent(figures: dict, name: str) -> str:
 def _table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def models() -> str:
+    """Return the catalogue's models by what they have run with in this project."""
+    groups: dict[str, list[str]] = {}
+    for backbone in BACKBONES.values():
+        title = re.sub(r",? \d+ px", "", backbone.title)
+        groups.setdefault(backbone.tried, []).append(title)
+    rows = [[tried, "; ".join(titles)] for tried, titles in groups.items()]
+    return _table(["runs here with", "models"], rows)
 
 
 def summary() -> str:
@@ -158,7 +169,14 @@ def msd() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    table.__name__: table for table in (summary, arms, training, benchmark, guidance_scales, msd)
+    "models": models,
+    "catalogue": catalogue.table,
+    "summary": summary,
+    "arms": arms,
+    "training": training,
+    "benchmark": benchmark,
+    "guidance_scales": guidance_scales,
+    "msd": msd,
 }
 
 

@@ -1,0 +1,1 @@
+"""The study of images: recipes, comparisons, trajectories, attention, frequencies, plots."""

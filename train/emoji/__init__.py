@@ -1,0 +1,1 @@
+"""How the embedded models, their judge and their pictures were made."""

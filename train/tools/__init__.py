@@ -1,0 +1,1 @@
+"""Tools that measure costs, time and memory, and that convert or share what was trained."""

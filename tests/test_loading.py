@@ -7,12 +7,11 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from conftest import EMOJI, EMOJI_REFINER, output
 from diffusers import DiffusionPipeline
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from noiserefine.analysis.compare import compare
 from noiserefine.analysis.recipe import Maker, Recipe
@@ -28,6 +27,7 @@ from noiserefine.models.user_lora import add_lora
 from noiserefine.noise import check_prompt_length
 from noiserefine.refiner import Refiner
 from noiserefine.samplers import make_scheduler
+from tests.conftest import EMOJI, EMOJI_REFINER, output
 from train.tools.architectures import UNETS, random_pipeline
 
 PROMPT = "a red apple on a blue background"
@@ -113,6 +113,16 @@ def pickles_only(folder):
         weights.unlink()
 
 
+def without_a_weight(part):
+    def remove(folder):
+        (weights,) = (folder / part).glob("*.safetensors")
+        state = load_file(weights)
+        del state[max(state)]
+        save_file(state, weights, {"format": "pt"})
+
+    return remove
+
+
 MODEL_INDEX, UNET = "model_index.json", "unet/config.json"
 ODD = {
     "fp16 files only": variant,
@@ -167,6 +177,9 @@ def test_a_tokenizer_without_a_length_has_its_text_encoders(sound, tmp_path):
         (lambda f: (f / MODEL_INDEX).write_text("\ufeff{}"), "byte-order mark"),
         (lambda f: (f / MODEL_INDEX).unlink(), "holds no model_index.json"),
         (pickles_only, "has its unet as a pickle"),
+        (without_a_weight("unet"), "unet lacks its weights"),
+        (without_a_weight("vae"), "vae lacks its weights"),
+        (without_a_weight("text_encoder"), "text_encoder lacks its weights"),
         (
             lambda f: (f / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(
                 json.dumps({"weight_map": {"conv_in.weight": "weights.bin"}})

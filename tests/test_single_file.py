@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from conftest import perturbed
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
-from single_file import single_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.models.catalogue import BACKBONES
 from noiserefine.models.loading import load_pipeline
 from noiserefine.models.single_file import Prediction, identify, prediction_of
+from tests.conftest import perturbed
+from tests.single_file import single_file
 from train.tools.architectures import random_pipeline
 
 PROMPT = "a red apple"

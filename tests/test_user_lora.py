@@ -7,9 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import EMOJI_REFINER, ROOT, output, perturbed
 from safetensors.torch import save_file
-from single_file import unet_name
 from torch import nn
 
 from noiserefine import Refiner, draw_noise
@@ -21,6 +19,8 @@ from noiserefine.models.user_lora import (
     set_lora_weight,
 )
 from noiserefine.samplers import with_sampler
+from tests.conftest import EMOJI_REFINER, ROOT, output, perturbed
+from tests.single_file import unet_name
 
 PROMPT = "a red apple"
 RANK, ALPHA = 4, 2.0

@@ -8,10 +8,12 @@ from pathlib import Path, PurePosixPath
 
 import diffusers
 import torch
+import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING, _get_task_class
 from huggingface_hub import HfApi
 from safetensors import SafetensorError
+from torch import nn
 
 from noiserefine.models.catalogue import BACKBONES, Backbone
 from noiserefine.models.devices import default_dtype
@@ -21,6 +23,7 @@ from noiserefine.models.sources import HUB_ERRORS, SAFETENSORS, exists, hub_file
 OURS = {"SiTPipeline": SiTPipeline}  # pipelines that diffusers does not have
 # <folder>/diffusion_pytorch_model[-00001-of-00002][.fp16].safetensors, in either order
 WEIGHTS = re.compile(r"[\w-]+?(?:-\d{5}-of-\d{5})?(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
+OBJECTS = ("model_index.json", "config.json", "scheduler_config.json")
 NEEDED = ("unet", "transformer", "prior", "vae", "scheduler", "text_encoder", "tokenizer")
 NOT_REACHED = "There is no model at"
 NO_LENGTH = 10**6  # tokens; transformers gives a tokenizer without a limit 10**30
@@ -44,17 +47,22 @@ def load_folder(
             )
             _check_json(Path(folder))
         check_files(Path(folder))
-        components = {}
-        if backbone and backbone.vae:
-            components["vae"] = AutoencoderKL.from_pretrained(
-                backbone.vae, dtype=dtype, use_safetensors=True
-            )
         try:
+            components = _text_encoders(Path(folder), dtype, variant)
+            if backbone and backbone.vae:
+                components["vae"] = AutoencoderKL.from_pretrained(
+                    backbone.vae, dtype=dtype, use_safetensors=True
+                )
             pipe = kind.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, **variant, **components
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise _damaged(source, error) from error  # configuration and weights that disagree
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except ImportError as error:
+            raise ValueError(f"The model in {source} needs a package: {sentence(error)}") from error
+        except Exception as error:  # what a stranger's configuration makes diffusers raise
+            raise _damaged(source, error) from error
+    _check_complete(source, pipe)
     _limit_tokenizers(pipe)
     pipe.register_to_config(_name_or_path=source)  # not the cache's folder
     return pipe
@@ -180,7 +188,7 @@ def _check_json(folder: Path) -> None:
         data = path.read_bytes()
         if data.startswith(b"\xef\xbb\xbf"):
             raise ValueError(f"{path} begins with a byte-order mark: save it as UTF-8 without one.")
-        if path.name in ("model_index.json", "config.json", "scheduler_config.json"):
+        if path.name in OBJECTS or path.name.endswith(".index.json"):
             try:
                 sound = isinstance(json.loads(data), dict)
             except (ValueError, RecursionError):
@@ -194,8 +202,10 @@ def _check_json(folder: Path) -> None:
 def check_files(folder: Path) -> None:
     """Raise ValueError for files by which safetensors could send the loader to pickles or out of its folder."""
     for index in folder.glob("**/*.safetensors*.index.json"):
-        shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
-        for shard in set(shards.values()):
+        shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
+        if not isinstance(shards, dict):
+            raise ValueError(f"{index} is damaged: it has no weight_map of names to files.")
+        for shard in set(map(str, shards.values())):
             if Path(shard).name != shard or not shard.endswith(SAFETENSORS):
                 raise ValueError(
                     f"{index} names {shard}, which is no safetensors file beside it: the model was not loaded."
@@ -209,9 +219,44 @@ def _check_parts(source: str, index: dict, kind: type[DiffusionPipeline]) -> Non
     """Raise ValueError for a pipeline that lacks a part which it cannot do without."""
     parts, _ = kind._get_signature_keys(kind)
     for name in NEEDED:
-        if name in parts and index.get(name, [None])[0] is None:
+        entry = index.get(name)
+        if name in parts and not (isinstance(entry, list) and entry and entry[0]):
             raise ValueError(
                 f"The model in {source} is incomplete: its model_index.json gives no {name}."
+            )
+
+
+def _text_encoders(
+    folder: Path, dtype: torch.dtype, variant: dict[str, str]
+) -> dict[str, nn.Module]:
+    """Load the text encoders, which transformers completes with random weights where a file lacks some.
+
+    Raises ValueError for such a file.
+    """
+    encoders = {}
+    for name, entry in DiffusionPipeline.load_config(folder).items():
+        if not name.startswith("text_encoder") or entry[0] != "transformers":
+            continue
+        files = (folder / name).glob(f"*.{variant.get('variant')}*")
+        encoders[name], info = getattr(transformers, entry[1]).from_pretrained(
+            folder / name,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **(variant if any(files) else {}),
+        )
+        if info["missing_keys"]:
+            raise ValueError(f"{name} lacks its weights {min(info['missing_keys'])}")
+    return encoders
+
+
+def _check_complete(source: str, pipe: DiffusionPipeline) -> None:
+    """Raise ValueError for a network that a file did not fill: diffusers leaves such weights without data."""
+    for name, part in pipe.components.items():
+        parameters = part.named_parameters() if isinstance(part, nn.Module) else ()
+        for weight in (key for key, value in parameters if value.is_meta):
+            raise ValueError(
+                f"The model in {source} is incomplete or damaged: {name} lacks its weights {weight}."
             )
 
 

@@ -16,10 +16,7 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from diffusers.loaders.single_file_utils import (
-    SingleFileComponentError,
-    infer_diffusers_model_type,
-)
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors import SafetensorError, safe_open
 
 from noiserefine.models.catalogue import BACKBONES
@@ -212,9 +209,10 @@ def _text_width(header: Header) -> int:
         )
     first = "model.diffusion_model.input_blocks.0.0.weight"
     ends = "transformer_blocks.0.attn2.to_k.weight"
-    widths = {shape[-1] for name, shape in header.shapes.items() if name.endswith(ends)}
-    if first in header and "edm_mean" not in header and len(widths) == 1:
-        channels, width = header.shapes[first][1], widths.pop()
+    widths = {tuple(shape[-1:]) for name, shape in header.shapes.items() if name.endswith(ends)}
+    unet = len(header.shapes.get(first, ())) == 4  # noqa: PLR2004 - dimensions of a convolution
+    if unet and "edm_mean" not in header and len(widths) == 1:
+        channels, (width,) = header.shapes[first][1], widths.pop() or (0,)
         if channels != 4:  # noqa: PLR2004 - of the latents
             raise ValueError(
                 f"{path} takes {channels} channels: it changes a given picture (inpainting, for one) and makes none "
@@ -222,7 +220,10 @@ def _text_width(header: Header) -> int:
             )
         if width in (*BASES, SD2_WIDTH):
             return width
-    kind = infer_diffusers_model_type(header)
+    try:
+        kind = infer_diffusers_model_type(header)
+    except IndexError:  # a known name with another number of dimensions
+        kind = "v1"
     what = "a checkpoint of another family" if kind == "v1" else f"a checkpoint of the kind {kind}"
     raise ValueError(
         f"{path} is {what}; single files of Stable Diffusion 1, 2 and XL and their descendants can be loaded. Other models "
@@ -256,14 +257,9 @@ def load_single_file(
         ) from error
     try:
         pipe = KINDS[base.pipeline].from_single_file(str(path), config=folder, dtype=dtype)
-    except (
-        SingleFileComponentError,
-        SafetensorError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        OSError,
-    ) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # what a stranger's file makes diffusers raise
         raise ValueError(
             f"{path} lacks a part of {base.title} or doesn't fit it: {sentence(error)}"
         ) from error

@@ -2,7 +2,7 @@
 
 python -m tests.tools.stress              # all checks
 python -m tests.tools.stress --quick      # a tenth of the counts, a few minutes
-python -m tests.tools.stress --only training base requests uploads refiners visitors memory
+python -m tests.tools.stress --only training base requests uploads refiners files visitors memory
 
 The exit status is 1 if a figure misses its goal.
 """
@@ -11,6 +11,7 @@ import argparse
 import sys
 
 from tests.tools.stress.base import base
+from tests.tools.stress.files import files
 from tests.tools.stress.refiners import refiners
 from tests.tools.stress.requests import requests
 from tests.tools.stress.training import training
@@ -19,7 +20,7 @@ from tests.tools.stress.visitors import memory, visitors
 
 CHECKS = {
     check.__name__: check
-    for check in (training, base, requests, uploads, refiners, visitors, memory)
+    for check in (training, base, requests, uploads, refiners, files, visitors, memory)
 }
 
 

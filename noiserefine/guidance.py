@@ -1,29 +1,103 @@
 """Sampling with classifier-free guidance, perturbed-attention guidance, or both, on one set of weights."""
 
-import copy
+import functools
+from typing import Any
 
+import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 from diffusers.utils import BaseOutput
+
+from noiserefine.denoiser import (
+    canvas_like,
+    denoiser,
+    guidance_arguments,
+    precision,
+    size_arguments,
+)
+from noiserefine.noise import step_generator
 
 
 def sample(
     pipe: DiffusionPipeline, *, guidance_scale: float = 1.0, pag_scale: float = 0.0, **kwargs
 ) -> BaseOutput:
-    """Calls the pipeline, by default unguided, and leaves it as it was found.
+    """Call the pipeline, by default unguided, and leave it as it was found.
 
-    guidance_scale is diffusers' g in e_u + g (e_c - e_u), so the paper's w of equation 31 is g - 1 and
-    1 means unguided.  pag_scale is s of equation 32; 0 means none.  kwargs go to the pipeline's call.
+    guidance_scale is diffusers' g in e_u + g (e_c - e_u) for every pipeline, so the paper's w of equation 31 is g - 1
+    and 1 means unguided.  pag_scale is s of equation 32; 0 means none.  kwargs go to the pipeline's call.
+
+    Raises ValueError where the pipeline offers no such guidance.
     """
+    if guidance_scale == 1:
+        kwargs = {name: kwargs[name] for name in kwargs if not name.startswith("negative")}
+    kwargs |= guidance_arguments(pipe, guidance_scale)
+    if "height" in kwargs and "width" in kwargs:
+        kwargs |= size_arguments(pipe, kwargs["height"], kwargs["width"])
+    if (
+        guidance_scale != 1
+        and "true_cfg_scale" in kwargs
+        and not any(name.startswith("negative") for name in kwargs)
+    ):
+        kwargs["negative_prompt"] = [""] * len(kwargs.get("prompt") or kwargs["prompt_embeds"])
     if pag_scale == 0:
-        return pipe(guidance_scale=guidance_scale, **kwargs)
-    # A PAG pipeline swaps attention processors on the shared UNet and restores them only if nothing interrupts it.
-    processors = dict(pipe.unet.attn_processors)
+        return pipe(**kwargs)
+    # A PAG pipeline swaps attention processors on the shared network and restores them only if nothing interrupts it.
+    network = denoiser(pipe)
+    processors = dict(network.attn_processors)
     try:
-        guided = AutoPipelineForText2Image.from_pipe(
-            pipe, enable_pag=True, pag_applied_layers=["mid"]
-        )
-        guided.scheduler = copy.deepcopy(pipe.scheduler)
-        guided.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
-        return guided(guidance_scale=guidance_scale, pag_scale=pag_scale, **kwargs)
+        return _with_pag(pipe)(pag_scale=pag_scale, **kwargs)
     finally:
-        pipe.unet.set_attn_processor(processors)
+        network.set_attn_processor(processors)
+
+
+def _with_pag(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Return diffusers' pipeline for perturbed attention guidance on the same weights. Raises ValueError where it has none."""
+    try:
+        guided = AutoPipelineForText2Image.from_pipe(pipe, enable_pag=True)
+    except ValueError as error:
+        raise ValueError(
+            f"diffusers has no perturbed-attention guidance for {type(pipe).__name__}: leave pag_scale at 0."
+        ) from error
+    guided.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    return guided
+
+
+def sample_latents(
+    pipe: DiffusionPipeline,
+    x_T: torch.Tensor,
+    embeds: dict[str, Any],
+    steps: int,
+    seed: int = 0,
+    **guidance: float,
+) -> torch.Tensor:
+    """Return x0, (B, C, h, w), without gradient: what the scheduler's last step returns; unguided by default.
+
+    x_T     (B, C, h, w), refined or not
+    embeds  what `encode_prompt` returns
+    seed    of the noise that stochastic samplers add
+    guidance: guidance_scale and pag_scale, as `sample` takes them
+    """
+    canvas, scheduler = canvas_like(pipe, x_T), pipe.scheduler
+    step, last = scheduler.step, []
+
+    @functools.wraps(step)  # pipelines read from the signature what the sampler takes
+    def keep(*args, **kwargs):
+        made = step(*args, **kwargs)
+        last[:] = [made[0] if isinstance(made, tuple) else made.prev_sample]
+        return made
+
+    scheduler.step = keep
+    try:
+        sample(
+            pipe,
+            latents=canvas.to_latents(
+                x_T.detach().to(pipe._execution_device, precision(denoiser(pipe)))
+            ),
+            num_inference_steps=steps,
+            generator=step_generator(seed),
+            output_type="latent",
+            **size_arguments(pipe, canvas.height, canvas.width),
+            **guidance | embeds,
+        )
+    finally:
+        del scheduler.step
+    return canvas.from_sample(last[0])

@@ -1,31 +1,24 @@
 """DDIM inversion: the noise that unguided sampling would have made an image of (paper, section 3.1)."""
 
-import copy
 from typing import Any
 
 import torch
 from diffusers import DDIMInverseScheduler, DiffusionPipeline
 
-from noiserefine.guidance import sample
-from noiserefine.samplers import make_scheduler
+from noiserefine.denoiser import with_parts
+from noiserefine.guidance import sample_latents
+from noiserefine.samplers import has_beta_schedule, make_scheduler
 
 
 def ddim_inversion(
     pipe: DiffusionPipeline, x0: torch.Tensor, embeds: dict[str, Any], steps: int
 ) -> torch.Tensor:
-    """The noise, (B, C, h, w), that DDIM turns into about x0 (Song et al. 2020, section 4.3).
+    """Return the noise, (B, C, h, w), that DDIM turns into about x0 (Song et al. 2020, section 4.3).
 
     x0: latents, (B, C, h, w); embeds: what `encode_prompt` returns, for B prompts.
+    Raises ValueError for a model that DDIM does not sample.
     """
-    inverse = copy.copy(pipe)
-    inverse.scheduler = DDIMInverseScheduler.from_config(make_scheduler("DDIM", pipe).config)
-    height, width = (side * pipe.vae_scale_factor for side in x0.shape[-2:])
-    return sample(
-        inverse,
-        latents=x0.to(pipe.device, pipe.unet.dtype),
-        num_inference_steps=steps,
-        height=height,
-        width=width,
-        output_type="latent",
-        **embeds,
-    ).images
+    if not has_beta_schedule(pipe.scheduler):
+        raise ValueError(f"DDIM does not sample {type(pipe).__name__}, so nothing inverts it.")
+    inverse = DDIMInverseScheduler.from_config(make_scheduler("DDIM", pipe).config)
+    return sample_latents(with_parts(pipe, scheduler=inverse), x0, embeds, steps)

@@ -1,59 +1,95 @@
 """Latents as pictures, exactly and roughly."""
 
-import contextlib
+import copy
+import functools
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch.nn.functional import interpolate, pad
 
+from noiserefine.denoiser import (
+    canvas,
+    canvas_like,
+    guidance_arguments,
+    pure_noise_scheduler,
+    size_arguments,
+    with_parts,
+)
+from noiserefine.noise import encode_prompt
+
+PREVIEW_SIDE = 16  # of the latents that a preview is fitted to
+
 
 @torch.no_grad()
-def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
-    """The pictures of latents (B, C, h, w), by the pipeline's VAE, one after the other: each takes gigabytes at the big models' sizes."""
-    vae = pipe.vae
-    # SDXL's own VAE overflows in float16; bfloat16 has the range. Other families' configurations say "force_upcast" without need.
-    overflows = (
-        vae.dtype == torch.float16
-        and vae.config.force_upcast
-        and isinstance(pipe, StableDiffusionXLPipeline)
-    )
-    with (
-        torch.autocast(latents.device.type, torch.bfloat16)
-        if overflows
-        else contextlib.nullcontext()
-    ):
-        images = [
-            vae.decode(x0 / vae.config.scaling_factor).sample.float()
-            for x0 in latents.to(vae.dtype).split(1)
-        ]
-    return pipe.image_processor.postprocess(torch.cat(images))
+def decode(pipe: DiffusionPipeline, x0: torch.Tensor) -> list[Image.Image]:
+    """Return the pictures of latents (B, C, h, w), as the pipeline itself decodes them.
+
+    One after the other: each takes gigabytes at the big models' sizes.  Raises ValueError for a pipeline without a decoder.
+    """
+    if getattr(pipe, "vae", None) is None:
+        raise ValueError(f"{type(pipe).__name__} makes no pictures of its latents: it has no vae.")
+    embeds = encode_prompt(pipe, "", guided=False)
+    return [_decode(pipe, each, embeds) for each in x0.split(1)]
+
+
+def _decode(pipe: DiffusionPipeline, x0: torch.Tensor, embeds: dict[str, Any]) -> Image.Image:
+    """Return the picture of latents (1, C, h, w): of a call without steps, which decodes what it is given."""
+    size = canvas_like(pipe, x0)
+    x0 = x0.to(pipe._execution_device, pipe.vae.dtype)
+    call = embeds | guidance_arguments(pipe) | size_arguments(pipe, size.height, size.width)
+    call |= {"num_inference_steps": 2, "generator": torch.Generator()}
+    try:
+        return _call(pipe, size.to_sample(x0), 0, latents=size.to_latents(x0), **call)
+    except UnboundLocalError:  # it decodes what its last step denoised, and so needs one
+        return _call(pipe, size.to_sample(x0), 1, **call)
+
+
+def _call(pipe: DiffusionPipeline, sample: torch.Tensor, steps: int, **call) -> Image.Image:
+    """Return the picture of a call whose first `steps` timesteps are made, each of which returns the sample."""
+    scheduler = copy.deepcopy(pure_noise_scheduler(pipe.scheduler))
+    set_timesteps = scheduler.set_timesteps
+
+    @functools.wraps(set_timesteps)
+    def set_few(*args, **kwargs):
+        set_timesteps(*args, **kwargs)
+        scheduler.timesteps = scheduler.timesteps[:steps]
+
+    @functools.wraps(scheduler.step)
+    def step(model_output, timestep, latents, *args, return_dict=True, **kwargs):
+        made = SimpleNamespace(prev_sample=sample, denoised=sample)
+        return made if return_dict else (sample, sample)
+
+    scheduler.set_timesteps, scheduler.step = set_few, step
+    twin = with_parts(pipe, scheduler=scheduler)
+    twin.set_progress_bar_config(disable=True)
+    return twin(**call).images[0]
 
 
 @torch.no_grad()
 def fit_preview(pipe: DiffusionPipeline) -> Callable[[torch.Tensor], Image.Image]:
-    """A function from latents (1, C, h, w) to a small rough picture, h x w pixels, for one matrix product instead of the VAE.
+    """Return a function from latents (1, C, h, w) to a small rough picture, h x w pixels, for one matrix product instead of the decoder.
 
-    The linear map from a latent to its pixel is fitted, by least squares, to what the VAE makes of smooth random latents.
+    The linear map from a latent to its pixel is fitted, by least squares, to what the decoder makes of smooth random latents.
     """
-    channels, factor = pipe.unet.config.in_channels, pipe.vae_scale_factor
+    channels = canvas(pipe).shape[0]
     coarse = torch.randn(8, channels, 4, 4, generator=torch.Generator().manual_seed(0))
-    latents = interpolate(coarse, size=16, mode="bicubic").to(
-        pipe._execution_device, pipe.unet.dtype
-    )
+    latents = interpolate(coarse, size=PREVIEW_SIDE, mode="bicubic")
     pictures = torch.from_numpy(pipe.image_processor.pil_to_numpy(decode(pipe, latents)))
-    colours = torch.nn.functional.avg_pool2d(pictures.movedim(-1, 1), factor).movedim(1, -1)
-    matrix = torch.linalg.lstsq(with_one(latents).flatten(0, 2), colours.flatten(0, 2)).solution
+    colours = torch.nn.functional.adaptive_avg_pool2d(pictures.movedim(-1, 1), PREVIEW_SIDE)
+    rows = _with_one(latents).flatten(0, 2)
+    matrix = torch.linalg.lstsq(rows, colours.movedim(1, -1).flatten(0, 2)).solution
 
     def preview(x0: torch.Tensor) -> Image.Image:
-        return Image.fromarray(
-            (with_one(x0) @ matrix)[0].clamp(0, 1).mul(255).round().byte().numpy()
-        )
+        colours = (_with_one(x0) @ matrix)[0]
+        return Image.fromarray(colours.clamp(0, 1).mul(255).round().byte().numpy())
 
     return preview
 
 
-def with_one(latents: torch.Tensor) -> torch.Tensor:
-    """Latents (B, C, h, w) as rows (B, h, w, C + 1) whose last entry is 1, on the CPU in float32."""
+def _with_one(latents: torch.Tensor) -> torch.Tensor:
+    """Return latents (B, C, h, w) as rows (B, h, w, C + 1) whose last entry is 1, on the CPU in float32."""
     return pad(latents.float().cpu().movedim(1, -1), (0, 1), value=1.0)

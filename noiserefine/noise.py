@@ -1,9 +1,26 @@
-"""The initial noise x_T and the conditioning that a prompt becomes, for any Stable Diffusion-family pipeline."""
+"""The initial noise x_T and the conditioning that a prompt becomes, for any text-to-image pipeline."""
 
+import ast
+import copy
+import functools
+import inspect
+import math
+import textwrap
+from fractions import Fraction
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from transformers import PreTrainedTokenizerBase
+
+from noiserefine.denoiser import (
+    call_parameters,
+    can_guide,
+    canvas,
+    denoiser,
+    guidance_arguments,
+    reach_latents,
+)
 
 MAX_SEED = 2**32 - 1
 
@@ -11,29 +28,41 @@ MAX_SEED = 2**32 - 1
 def image_size(
     pipe: DiffusionPipeline, height: int | None = None, width: int | None = None
 ) -> tuple[int, int]:
-    """Height and width in pixels, the model's native size where None.
+    """Return height and width in pixels, the model's native size where None.
 
-    Raises ValueError where the model cannot make that size: both must be multiples of 8 pixels, which
-    diffusers' pipelines ask for, from half the native size to twice it.
+    Raises ValueError where the model cannot make that size: both are from half the native size to twice it, in
+    multiples of 8 pixels and of the patches that the network reads.
     """
-    native, multiple = (
-        pipe.unet.config.sample_size * pipe.vae_scale_factor,
-        max(8, pipe.vae_scale_factor),
-    )
-    size = tuple(native if side is None else side for side in (height, width))
-    for side in size:
+    native = canvas(pipe)
+    multiple = size_multiple(pipe)
+    natives, sides = (native.height, native.width), []
+    for side, own in zip((height, width), natives, strict=True):
+        sides.append(own if side is None else side)
+    for side, own in zip(sides, natives, strict=True):
         if (
             isinstance(side, bool)
             or side != side
             or side != int(side)
             or side % multiple
-            or not native / 2 <= side <= native * 2
+            or not own / 2 <= side <= own * 2
         ):
             raise ValueError(
-                f"This model makes pictures of {native // 2} to {native * 2} pixels a side in steps of {multiple}; "
-                f"{size[1]} x {size[0]} is not one of them. Its native size is {native} x {native}."
+                f"This model makes pictures of {own // 2} to {own * 2} pixels a side in steps of {multiple}; "
+                f"{sides[1]} x {sides[0]} is not one of them. Its native size is {natives[1]} x {natives[0]}."
             )
-    return int(size[0]), int(size[1])
+    return int(sides[0]), int(sides[1])
+
+
+def size_multiple(pipe: DiffusionPipeline) -> int:
+    """Return the number of pixels in steps of which height and width can be chosen."""
+    native, config = canvas(pipe), denoiser(pipe).config
+    channels, height, width = native.shape
+    if native.sample != native.shape and len(native.sample) < len(native.shape):
+        patch = math.isqrt(height * width // native.sample[0])  # of latents in a token
+    else:
+        patch = config.get("patch_size") or config.get("all_patch_size") or 1
+        patch = max(patch) if isinstance(patch, list | tuple) else patch
+    return math.lcm(8, (Fraction(native.height, height) * patch).numerator)
 
 
 def draw_noise(
@@ -43,7 +72,7 @@ def draw_noise(
     height: int | None = None,
     width: int | None = None,
 ) -> torch.Tensor:
-    """x_T ~ N(0, I), float32 on the CPU, (count, channels, height / f, width / f) with f the VAE's factor.
+    """Return x_T ~ N(0, I), float32 on the CPU, (count, C, h, w).
 
     Image i of the batch is what seed + i draws alone, on every device.  Unit variance: the pipelines
     multiply `latents` by the scheduler's init_noise_sigma themselves.
@@ -53,19 +82,13 @@ def draw_noise(
     check_seed(seed)
     if count < 1:
         raise ValueError(f"The number of images is at least 1; got {count}.")
-    height, width = image_size(pipe, height, width)
-    shape = (
-        1,
-        pipe.unet.config.in_channels,
-        height // pipe.vae_scale_factor,
-        width // pipe.vae_scale_factor,
-    )
+    shape = (1, *canvas(pipe, *image_size(pipe, height, width)).shape)
     generators = (torch.Generator().manual_seed(seed + i) for i in range(count))
     return torch.cat([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def step_generator(seed: int) -> torch.Generator:
-    """Of the noise that stochastic samplers add at their steps.
+    """Return the generator of the noise that stochastic samplers add at their steps.
 
     A generator of the seed itself would begin with x_T once more.  The CPU's uses 32 bits, which `~` all turns over.
     """
@@ -73,16 +96,28 @@ def step_generator(seed: int) -> torch.Generator:
 
 
 def check_seed(seed: int) -> None:
-    """Raises ValueError for a seed that is no whole number from 0 to 2**32 - 1."""
+    """Raise ValueError for a seed that is no whole number from 0 to 2**32 - 1."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
         raise ValueError(f"The seed is a whole number from 0 to {MAX_SEED}; got {seed!r}.")
 
 
 def check_prompt_length(pipe: DiffusionPipeline, prompt: str) -> None:
-    """Raises ValueError for a prompt that the model's tokenizer would cut off."""
-    limit = pipe.tokenizer.model_max_length
-    length = len(pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids)
-    if length > limit:
+    """Raise ValueError for a prompt that all of the pipeline's tokenizers would cut off."""
+    longest = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
+    tokenizers = [
+        part for part in pipe.components.values() if isinstance(part, PreTrainedTokenizerBase)
+    ]
+    found = []
+    for tokenizer in tokenizers:
+        limit = tokenizer.model_max_length
+        if longest is not None and tokenizer is tokenizers[-1]:  # T5 or a language model
+            limit = min(limit, longest.default)
+        length = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+        if length <= limit:
+            return
+        found.append((limit, length))
+    if found:
+        limit, length = max(found)
         raise ValueError(
             f"The prompt is {length} tokens long and this model reads {limit} at most: shorten it."
         )
@@ -91,61 +126,72 @@ def check_prompt_length(pipe: DiffusionPipeline, prompt: str) -> None:
 @torch.no_grad()
 def encode_prompt(
     pipe: DiffusionPipeline, prompt: str | list[str], guided: bool = True, negative_prompt: str = ""
-) -> dict[str, torch.Tensor]:
-    """The prompts as the pipeline's own keyword arguments, so that one encoding serves several calls.
+) -> dict[str, Any]:
+    """Return the prompts as the pipeline's own keyword arguments, so that one encoding serves several calls.
 
-    prompt_embeds, (B, tokens, width); with two text encoders (SDXL) pooled_prompt_embeds, (B, width); and,
-    if guided, negative_prompt_embeds and negative_pooled_prompt_embeds, of one negative prompt for all.
+    They are what the pipeline's call makes of its `encode_prompt`: prompt_embeds, (B, tokens, width), and masks, pooled
+    embeddings and, if guided, negative ones, of one negative prompt for all, under the names that the family has for
+    them.  A pipeline that takes no embeddings gets the prompts themselves.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    embeds = pipe.encode_prompt(
-        prompt=prompts,
-        device=pipe._execution_device,
-        num_images_per_prompt=1,
-        do_classifier_free_guidance=guided,
-        negative_prompt=[negative_prompt] * len(prompts) if negative_prompt else None,
-    )
-    names = (
-        "prompt_embeds",
-        "negative_prompt_embeds",
-        "pooled_prompt_embeds",
-        "negative_pooled_prompt_embeds",
-    )
-    return {name: value for name, value in zip(names, embeds) if value is not None}
+    guided = guided and can_guide(pipe)
+    call: dict[str, Any] = {"prompt": prompts}
+    if guided and (negative_prompt or "true_cfg_scale" in call_parameters(pipe)):
+        call["negative_prompt"] = [negative_prompt] * len(prompts)
+    names = _encodings(type(pipe))
+    if not names:
+        return call
+    twin, encoded = copy.copy(pipe), []
+
+    @functools.wraps(pipe.encode_prompt)
+    def record(*args, **kwargs):
+        made = pipe.encode_prompt(*args, **kwargs)
+        encoded.append(made if isinstance(made, tuple) else (made,))
+        return made
+
+    vars(twin)["encode_prompt"] = record
+    reach_latents(twin, **call, **guidance_arguments(pipe, 2.0 if guided else 1.0))
+    taken = call_parameters(pipe)
+    return {
+        name: value
+        for named, values in zip(names, encoded, strict=False)
+        for name, value in zip(named, values, strict=True)
+        if name in taken and value is not None
+    }
 
 
-def unet_conditioning(
-    pipe: DiffusionPipeline, embeds: dict[str, torch.Tensor], height: int, width: int
-) -> dict:
-    """The UNet's keyword arguments for unguided prompt embeddings, as the pipeline's own call makes them.
+@functools.cache
+def _encodings(kind: type) -> list[list[str]]:
+    """Return what a pipeline's call names the values of its encode_prompt, for each time it calls that.
 
-    height and width in pixels: SDXL's UNet is told them (its "time ids"), the others' are not.
+    diffusers' pipelines give them the names of their own parameters: `prompt_embeds, ... = self.encode_prompt(...)`.
+    Their order differs from family to family.
     """
-    prompt_embeds = embeds["prompt_embeds"]
-    conditioning: dict[str, Any] = {"encoder_hidden_states": prompt_embeds}
-    if "pooled_prompt_embeds" in embeds:
-        pooled = embeds["pooled_prompt_embeds"]
-        time_ids = pipe._get_add_time_ids(
-            (height, width),
-            (0, 0),
-            (height, width),
-            dtype=prompt_embeds.dtype,
-            text_encoder_projection_dim=pooled.shape[-1],
-        )
-        conditioning["added_cond_kwargs"] = {
-            "text_embeds": pooled,
-            "time_ids": time_ids.to(pooled.device).repeat(len(pooled), 1),
-        }
-    return conditioning
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(kind.__call__)))
+    assigned = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Assign)
+        and isinstance(node.value, ast.Call)
+        and ast.unparse(node.value.func) == "self.encode_prompt"
+    ]
+    names = [
+        [
+            name.id if isinstance(name, ast.Name) else ""
+            for name in getattr(node.targets[0], "elts", node.targets)
+        ]
+        for node in sorted(assigned, key=lambda node: node.lineno)
+    ]
+    taken = inspect.signature(kind.__call__).parameters
+    return names if any(name in taken for each in names for name in each) else []
 
 
 def slerp(x: torch.Tensor, y: torch.Tensor, fraction: float) -> torch.Tensor:
-    """From x (fraction 0) to y (1) along the sphere, (B, C, h, w): what lies between two noises is noise of the same norm."""
+    """Return the noise a fraction of the way from x to y, (B, C, h, w), along the sphere: of the same norm."""
     if fraction in (0, 1):
         return y if fraction else x
-    angle = torch.arccos(
-        (x.flatten(1) * y.flatten(1)).sum(1) / (x.flatten(1).norm(dim=1) * y.flatten(1).norm(dim=1))
-    )[:, None, None, None]
-    return (torch.sin((1 - fraction) * angle) * x + torch.sin(fraction * angle) * y) / torch.sin(
-        angle
-    )
+    cosine = (x.flatten(1) * y.flatten(1)).sum(1)
+    angle = torch.arccos(cosine / (x.flatten(1).norm(dim=1) * y.flatten(1).norm(dim=1)))
+    angle = angle[:, None, None, None]
+    mixed = torch.sin((1 - fraction) * angle) * x + torch.sin(fraction * angle) * y
+    return mixed / torch.sin(angle)

@@ -3,50 +3,102 @@
 import contextlib
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from noiserefine.models.catalogue import SAMPLERS
+from noiserefine.denoiser import accepts_scheduler
+from noiserefine.sampler_names import FLOW_SAMPLERS, NATIVE, SAMPLER_NAMES, SAMPLERS
+
+__all__ = ["NATIVE", "SAMPLER_NAMES", "SAMPLERS"]
+
+
+def is_flow(scheduler: SchedulerMixin) -> bool:
+    """Return whether the scheduler is one of flow matching: x_t = (1 - sigma) x0 + sigma x_T."""
+    return hasattr(scheduler, "scale_noise") or bool(scheduler.config.get("use_flow_sigmas"))
+
+
+def has_beta_schedule(scheduler: SchedulerMixin) -> bool:
+    """Return whether the scheduler's noise schedule is one that Stable Diffusion's samplers read from its config."""
+    config = scheduler.config
+    special = "snr_shift_scale" in config or "original_inference_steps" in config
+    return "beta_schedule" in config and not special and not is_flow(scheduler)
+
+
+def samplers_of(pipe: DiffusionPipeline) -> list[str]:
+    """Return the names of the samplers that the pipeline's family takes, its default first.
+
+    Flow matching takes its own and those that the pipeline's call accepts: some pipelines pass their own sigmas, which not
+    every scheduler takes.  What is neither has its own only.
+    """
+    if has_beta_schedule(pipe.scheduler):
+        return list(SAMPLERS)
+    if not is_flow(pipe.scheduler):
+        return [NATIVE]
+    own = type(pipe.scheduler).__name__
+    return [NATIVE] + [
+        name
+        for name, (kind, _) in FLOW_SAMPLERS.items()
+        if kind != own and accepts_scheduler(pipe, make_scheduler(name, pipe))
+    ]
 
 
 def timestep_spacing(scheduler: SchedulerMixin) -> str:
-    """The spacing a model asks for (SD-Turbo: "trailing", to start at t = 999 even in one step), else Stable Diffusion's "leading"."""
+    """Return the spacing a model asks for (SD-Turbo: "trailing", to start at t = 999 even in one step), else Stable Diffusion's "leading"."""
     config = scheduler.config
-    return (
-        "leading"
-        if "timestep_spacing" in config.get("_use_default_values", ())
-        else config.timestep_spacing
-    )
+    default = "timestep_spacing" in config.get("_use_default_values", ())
+    return "leading" if default else config.timestep_spacing
 
 
 def make_scheduler(sampler: str, pipe: DiffusionPipeline) -> SchedulerMixin:
-    """A new scheduler of that name with the noise schedule and prediction type of the pipeline's own.
+    """Return a new scheduler of that name with the noise schedule and prediction type of the pipeline's own.
 
-    Raises ValueError for an unknown name.
+    Raises ValueError for a name that this family does not have.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"There is no sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}.")
-    name, settings = SAMPLERS[sampler]
-    return getattr(diffusers, name).from_config(
-        pipe.scheduler.config,
-        timestep_spacing=timestep_spacing(pipe.scheduler),
-        steps_offset=1,
-        **settings,
-    )
+    own = pipe.scheduler
+    if sampler == NATIVE:
+        return copy.deepcopy(own)
+    beta = has_beta_schedule(own)
+    table = SAMPLERS if beta else FLOW_SAMPLERS if is_flow(own) else {}
+    if sampler not in table:
+        names = ", ".join([NATIVE, *table])
+        raise ValueError(
+            f"There is no sampler {sampler!r} for {type(pipe).__name__}; choose one of {names}."
+        )
+    name, settings = table[sampler]
+    kind = getattr(diffusers, name)
+    if beta:
+        spacing = timestep_spacing(own)
+        return kind.from_config(own.config, timestep_spacing=spacing, steps_offset=1, **settings)
+    shift = own.config.get("shift", own.config.get("flow_shift", 1.0))
+    shift_name = "flow_shift" if "use_flow_sigmas" in settings else "shift"
+    return kind.from_config(own.config, **{shift_name: shift}, **settings)
 
 
-def unet_calls(sampler: str, steps: int) -> int:
-    """Of an unguided sampling: Heun's method evaluates twice in every step but the last."""
-    return 2 * steps - 1 if sampler.startswith("Heun") else steps
+def forwards(sampler: str | SchedulerMixin, steps: int) -> int:
+    """Return the forwards of an unguided sampling: Heun's method evaluates twice in every step but the last.
+
+    sampler: a name, or a scheduler, which counts its own timesteps.
+    """
+    if isinstance(sampler, str):
+        return 2 * steps - 1 if sampler.startswith("Heun") else steps
+    walker = copy.deepcopy(sampler)
+    walker.set_timesteps(steps, **shifting(walker))
+    return len(walker.timesteps)
+
+
+def shifting(scheduler: SchedulerMixin) -> dict[str, float]:
+    """Return what a scheduler with a shift that depends on the picture's size asks for; pipelines give it theirs."""
+    return {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
 
 
 def with_sampler(pipe: DiffusionPipeline, sampler: str) -> DiffusionPipeline:
-    """The same pipeline, on the same weights, with a scheduler of its own; the given one is left as it is."""
+    """Return the same pipeline, on the same weights, with a scheduler of its own; the given one is left as it is."""
     twin = copy.copy(pipe)
-    twin.scheduler = make_scheduler(sampler, pipe)
+    vars(twin)["scheduler"] = make_scheduler(sampler, pipe)
     return twin
 
 
@@ -56,19 +108,27 @@ def predicted_x0(
     timestep: torch.Tensor,
     sample: torch.Tensor,
 ) -> torch.Tensor:
-    """The x0 that a prediction at a step amounts to, (B, C, h, w): equation 2 of the paper, for ε, and its counterpart for v.
+    """Return the x0 that a prediction at a step amounts to, like sample: equation 2 of the paper, and its counterparts.
 
+    x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) e for predicted noise e and for v, x_t = x0 + sigma v for a flow's
+    velocity v, and a rotation for consistency models on it (trigonometric flow).
     sample and timestep as `scheduler.step` takes them, which must not have been called for this step yet.
     """
-    x = scheduler.scale_model_input(
-        sample, timestep
-    )  # of unit variance at every noise level, for every sampler
+    if scheduler.config.get("prediction_type") == "trigflow":
+        angle = float(timestep)
+        return math.cos(angle) * sample - math.sin(angle) * model_output
     if hasattr(scheduler, "sigmas"):
         if scheduler.step_index is None:
             scheduler._init_step_index(timestep)
-        alpha_bar = 1 / (1 + scheduler.sigmas[scheduler.step_index] ** 2)
-    else:
+        sigma = scheduler.sigmas[scheduler.step_index]
+        if is_flow(scheduler):
+            return sample - sigma.item() * model_output
+        alpha_bar = 1 / (1 + sigma**2)
+    elif hasattr(scheduler, "alphas_cumprod"):
         alpha_bar = scheduler.alphas_cumprod[timestep]
+    else:
+        raise ValueError(f"{type(scheduler).__name__} does not tell its noise levels.")
+    x = scheduler.scale_model_input(sample, timestep)  # of unit variance, for every sampler
     signal, noise = alpha_bar.sqrt().item(), (1 - alpha_bar).sqrt().item()
     if scheduler.config.prediction_type == "v_prediction":
         return signal * x - noise * model_output
@@ -89,6 +149,4 @@ def watch_x0(scheduler: SchedulerMixin, on_x0: Callable[[torch.Tensor], None]) -
     try:
         yield
     finally:
-        del (
-            scheduler.step
-        )  # it holds the scheduler, which would live on until the next full garbage collection
+        del scheduler.step  # it holds the scheduler, which would live on until the next full garbage collection

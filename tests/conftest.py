@@ -85,7 +85,7 @@ def perturbed(pipe, rank=16, **kwargs) -> Refiner:
     """Return a refiner that changes the noise, without training it."""
     torch.manual_seed(1)
     refiner = Refiner.create(pipe, rank, **kwargs)
-    for name, parameter in refiner.unet.named_parameters():
+    for name, parameter in refiner.network.named_parameters():
         if "lora_B.refiner" in name:
             parameter.data += 0.02 * torch.randn_like(parameter)
     return refiner

@@ -32,7 +32,7 @@ from noiserefine import Refiner, draw_noise
 from noiserefine.analysis.explore import INTERPOLATIONS, STEPS, STRENGTHS
 from noiserefine.analysis.recipe import Maker, Recipe, Sample
 from noiserefine.models import pool as models
-from noiserefine.models.catalogue import BACKBONES, SAMPLERS, Model
+from noiserefine.models.catalogue import BACKBONES, Model
 from noiserefine.models.loading import load_pipeline
 from noiserefine.page import handlers, jobs, settings
 from noiserefine.page.events import Arm, Figure, Made, NoArm, Note, Pair, Picture, Progress
@@ -41,6 +41,7 @@ from noiserefine.page.screen import made_from
 from noiserefine.page.settings import Settings, any_model_allowed, link, restored
 from noiserefine.page.stream import stream
 from noiserefine.page.views import ARMS, VIEWS
+from noiserefine.sampler_names import SAMPLERS
 from train.tools.architectures import random_pipeline
 
 PROMPT = "a red apple on a blue background"
@@ -666,7 +667,7 @@ def test_offload_reaches_the_page(monkeypatch):
     loaded = jobs.MODELS.get(Model("emoji"))
     assert "guidance scale" in loaded.says
     assert (
-        loaded.refiner.unet.conv_in.weight.device.type
+        loaded.refiner.network.conv_in.weight.device.type
         == loaded.pipe.unet.conv_in.weight.device.type
         == "meta"
     )

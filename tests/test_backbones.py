@@ -11,10 +11,10 @@ from peft.tuners.lora import LoraLayer
 from noiserefine import Refiner, draw_noise
 from noiserefine.analysis.compare import compare
 from noiserefine.analysis.recipe import Maker, Recipe
+from noiserefine.lora import UNET_TARGETS, with_lora
 from noiserefine.models.catalogue import BACKBONES
 from noiserefine.models.offload import offload
 from noiserefine.noise import encode_prompt
-from noiserefine.refiner import RefinerConfig, with_lora
 from noiserefine.samplers import SAMPLERS, make_scheduler, with_sampler
 from train.tools.architectures import UNETS, build_denoiser, random_pipeline
 
@@ -34,7 +34,7 @@ def family(request):
 def test_lora_of_the_full_size_unets(name, rank, layers, millions):
     with torch.device("meta"):
         unet = build_denoiser(name)
-        twin = with_lora(unet, RefinerConfig(rank, rank, "epsilon", {}, "", []))
+        twin = with_lora(unet, rank, rank, UNET_TARGETS, "conv_out")
     assert sum(isinstance(layer, LoraLayer) for layer in twin.modules()) == layers
     assert sum(
         p.numel() for name, p in twin.named_parameters() if "lora_" in name
@@ -101,7 +101,7 @@ def test_the_guidance_scale_is_an_input(family, tmp_path):
     assert torch.equal(
         refiner(x_T, PROMPT, guidance_scale=2.0), refiner(x_T, PROMPT, guidance_scale=7.0)
     )
-    torch.nn.init.normal_(refiner.unet.time_embedding.cond_proj.weight)
+    torch.nn.init.normal_(refiner.network.scale_input.weight)
     at_2, at_7 = (refiner(x_T, PROMPT, guidance_scale=scale) for scale in (2.0, 7.0))
     assert (at_2 - at_7).abs().max() > 1e-4
     assert (
@@ -155,7 +155,7 @@ def test_sequential_offload_empties_the_device(merge, tmp_path):
     perturbed(pipe).save_pretrained(tmp_path)
     refiner = Refiner.from_pretrained(tmp_path, pipe, merge=merge)
     offload(pipe, refiner, "sequential", "cpu")
-    for unet in (pipe.unet, refiner.unet):
+    for unet in (pipe.unet, refiner.network):
         assert all(p.device.type == "meta" for p in unet.parameters())
         assert any(hasattr(layer, "_hf_hook") for layer in unet.conv_in.modules())
 
@@ -169,7 +169,7 @@ def test_known_arms_are_not_sampled_again(pipe, refiner):
     first = dict(compare(make, recipe))
     handles = [
         unet.register_forward_pre_hook(lambda module, args: count.append(1))
-        for unet in (pipe.unet, refiner.unet)
+        for unet in (pipe.unet, refiner.network)
     ]
     again = dict(compare(make, replace(recipe, strength=0.5)))
     for handle in handles:
@@ -189,7 +189,7 @@ def test_conditioning_of_two_text_encoders():
         unet.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True
         )
-        for unet in (pipe.unet, refiner.unet)
+        for unet in (pipe.unet, refiner.network)
     ]
     embeds = encode_prompt(pipe, PROMPT, guided=False)
     pipe(

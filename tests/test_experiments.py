@@ -118,7 +118,7 @@ def test_other_networks(name, pipe, tmp_path):
     start = network(x_T, ["a cat", "a dog"])
     assert ((start - x_T).abs().max() < 1e-5) == (name != "raw"), "raw alone does not start at x_T"
     pipe.unet.requires_grad_(False)
-    trained = [parameter for parameter in network.unet.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in network.network.parameters() if parameter.requires_grad]
     assert len(trained) == len(network.trained()) > 0
     for parameter in trained:
         parameter.data += 0.02 * torch.randn_like(parameter)
@@ -138,7 +138,7 @@ def test_difference_takes_two_forwards(pipe):
     network, count = Difference.create(pipe, 8), []
     handles = [
         unet.register_forward_pre_hook(lambda module, inputs: count.append(1))
-        for unet in (pipe.unet, network.unet)
+        for unet in (pipe.unet, network.network)
     ]
     network(draw_noise(pipe, 0), "a cat")
     for handle in handles:

@@ -86,7 +86,7 @@ def test_guidance_scales(pipe, make):
     with pytest.raises(ValueError, match="takes no guidance scale"):
         list(explore.guidance_scales(make, RECIPE))
     told = perturbed(pipe, guidance_scale_range=[1, 5])
-    torch.nn.init.normal_(told.unet.time_embedding.cond_proj.weight)
+    torch.nn.init.normal_(told.network.scale_input.weight)
     images = list(explore.guidance_scales(Maker(pipe, told), replace(RECIPE, refiner_scale=2.0), 3))
     assert [caption for caption, _ in images] == [
         f"{what} g = {g}" for what in ("refined for", "guided,") for g in (1, 3, 5)

@@ -8,7 +8,7 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from noiserefine import Refiner, draw_noise
-from noiserefine.analysis.recipe import ForwardCounter
+from noiserefine.denoiser import ForwardCounter
 from noiserefine.latents import decode
 from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt
@@ -54,7 +54,7 @@ def test_prompt_encoding_is_the_pipelines_own(any_pipe):
 
 def test_one_forward(any_pipe):
     refiner, counter = perturbed(any_pipe), ForwardCounter()
-    with counter.watch(any_pipe.unet, refiner.unet):
+    with counter.watch(any_pipe.unet, refiner.network):
         refiner(draw_noise(any_pipe, 0), PROMPTS[0])
     assert counter.count == 1
 
@@ -65,7 +65,7 @@ def test_conditioning_is_the_pipelines_own(any_pipe):
     for unet, call in (
         (any_pipe.unet, lambda: output(any_pipe)),
         (
-            (refiner := perturbed(any_pipe)).unet,
+            (refiner := perturbed(any_pipe)).network,
             lambda: refiner(draw_noise(any_pipe, 0), "a red apple"),
         ),
     ):
@@ -98,7 +98,7 @@ def test_base_is_untouched(any_pipe, tmp_path, merge):
         output(any_pipe, callback_on_step_end=cancel)
     with pytest.raises(ValueError):
         refiner(draw_noise(any_pipe, 0)[:, :1], PROMPTS[0])
-    handle = refiner.unet.mid_block.register_forward_pre_hook(cancel)
+    handle = refiner.network.mid_block.register_forward_pre_hook(cancel)
     with pytest.raises(KeyboardInterrupt):
         refiner(draw_noise(any_pipe, 0), PROMPTS[0])
     handle.remove()
@@ -111,8 +111,8 @@ def test_base_is_untouched(any_pipe, tmp_path, merge):
 
 def test_weights_are_shared(pipe):
     refiner = Refiner.create(pipe, 16)
-    own = {id(p) for p in refiner.unet.parameters()} - {id(p) for p in pipe.unet.parameters()}
-    assert len(own) == len(get_peft_model_state_dict(refiner.unet, adapter_name="refiner"))
+    own = {id(p) for p in refiner.network.parameters()} - {id(p) for p in pipe.unet.parameters()}
+    assert len(own) == len(get_peft_model_state_dict(refiner.network, adapter_name="refiner"))
 
 
 def test_save_and_load_are_exact(any_pipe, tmp_path):

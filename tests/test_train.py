@@ -483,7 +483,7 @@ def test_the_guidance_scale_is_trained(tmp_path, pipe, precision):
     )
     refiner = Refiner.from_pretrained(tmp_path, pipe, merge=False)
     assert refiner.config.guidance_scale_range == [1.0, 5.0]
-    assert refiner.unet.time_embedding.cond_proj.weight.abs().max() > 0, "it starts at zero"
+    assert refiner.network.scale_input.weight.abs().max() > 0, "it starts at zero"
     options = parse(
         [*TINY, "--output_dir", "x", "--target_batch_size", "2", "--guidance_scale_range", "1", "5"]
     )

@@ -33,13 +33,14 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 from noiserefine import Refiner, draw_noise
-from noiserefine.analysis.recipe import ForwardCounter, check_settings
+from noiserefine.analysis.recipe import check_settings
+from noiserefine.checkpoint import signature
+from noiserefine.denoiser import ForwardCounter
 from noiserefine.guidance import sample
 from noiserefine.models.loading import load_pipeline
 from noiserefine.models.user_lora import add_lora
 from noiserefine.noise import encode_prompt
 from noiserefine.page.record import versions
-from noiserefine.refiner import signature
 from noiserefine.samplers import SAMPLERS, with_sampler
 from train.emoji.render import held_out_pairs, prompt
 from train.experiments.networks import load_network
@@ -240,8 +241,8 @@ class Measurement:
                 with counter.watch(
                     pipe.unet,
                     *(
-                        [refiner.unet]
-                        if refiner and isinstance(refiner.unet, UNet2DConditionModel)
+                        [refiner.network]
+                        if refiner and isinstance(refiner.network, UNet2DConditionModel)
                         else []
                     ),
                 ):

@@ -23,7 +23,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
-from noiserefine.refiner import HUB_ERRORS
+from noiserefine.checkpoint import HUB_ERRORS
 from train.emoji.classifier import Judge
 from train.emoji.render import BACKGROUNDS, objects, prompt
 

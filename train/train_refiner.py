@@ -46,14 +46,15 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from noiserefine import Refiner, draw_noise
-from noiserefine.guidance import sample
+from noiserefine.checkpoint import same_weights
+from noiserefine.denoiser import denoiser
+from noiserefine.guidance import sample_latents
 from noiserefine.inversion import ddim_inversion
 from noiserefine.latents import decode
 from noiserefine.models.loading import load_pipeline
 from noiserefine.msd import msd_loss, sampler_gain
-from noiserefine.noise import check_prompt_length, encode_prompt, image_size, step_generator
-from noiserefine.refiner import same_weights
-from noiserefine.samplers import SAMPLERS, make_scheduler, unet_calls, with_sampler
+from noiserefine.noise import check_prompt_length, encode_prompt, image_size
+from noiserefine.samplers import SAMPLER_NAMES, forwards, make_scheduler, with_sampler
 from train.experiments.networks import NETWORKS
 
 
@@ -220,7 +221,7 @@ def parse(arguments: list[str] | None = None) -> Options:
         if not getattr(options, name) > 0:
             raise ValueError(f"--{name} must be above 0; got {getattr(options, name)}.")
     for name, choices in (
-        ("sampler", list(SAMPLERS)),
+        ("sampler", list(SAMPLER_NAMES)),
         ("network", list(NETWORKS)),
         ("loss", ["msd", "noise"]),
         ("lr_schedule", LR_SCHEDULES),
@@ -439,17 +440,7 @@ def latents_from(
     **guidance,
 ) -> torch.Tensor:
     """x0 latents, (B, C, h, w), without gradient; unguided by default. The seed matters to stochastic samplers only."""
-    height, width = (side * pipe.vae_scale_factor for side in x_T.shape[-2:])
-    return sample(
-        pipe,
-        num_inference_steps=steps,
-        latents=x_T.detach().to(pipe.device, pipe.unet.dtype),
-        height=height,
-        width=width,
-        output_type="latent",
-        generator=step_generator(seed),
-        **guidance | embeds,
-    ).images
+    return sample_latents(pipe, x_T, embeds, steps, seed, **guidance)
 
 
 class Correction(nn.Module):
@@ -457,7 +448,7 @@ class Correction(nn.Module):
 
     def __init__(self, refiner: Refiner):
         super().__init__()
-        self.unet, self.correction = refiner.unet, refiner.correction
+        self.network, self.correction = refiner.network, refiner.correction
 
     def forward(
         self, x_T: torch.Tensor, embeds: dict[str, torch.Tensor], guidance_scale: torch.Tensor
@@ -503,7 +494,7 @@ class Validation:
         """Latent MSE to the guided x0 of both arms; writes validation/STEP.png: Gaussian, guided, refined side by side."""
         scale = refiner.scale_input(self.options.guidance_scale)
         with self.autocast():  # as in training: the refiner is in float32, its base is not
-            x_hat = refiner(self.x_T, self.embeds, guidance_scale=scale)
+            x_hat = refiner.refine(self.x_T, self.embeds, guidance_scale=scale)
         refined = latents_from(self.pipe, x_hat, self.embeds, self.options.steps, self.options.seed)
         rows = [decode(self.pipe, latents[:8]) for latents in (self.gaussian, self.guided, refined)]
         width, height = rows[0][0].size
@@ -526,12 +517,12 @@ def plan(options: Options, world: int) -> tuple[int, dict[str, int]]:
     o, kept = options, options.keep_top or options.num_targets
     steps = max(1, round(o.epochs * kept / (o.batch_size * o.gradient_accumulation_steps * world)))
     seen = steps * o.batch_size * o.gradient_accumulation_steps * world
-    passes = (1 + (o.guidance_scale > 1) + (o.pag_scale > 0)) * unet_calls(
+    passes = (1 + (o.guidance_scale > 1) + (o.pag_scale > 0)) * forwards(
         o.sampler, o.target_steps
     ) + (o.inversion_steps if o.loss == "noise" else 0)
     return steps, {
         "targets": passes * o.num_targets,
-        "training": (1 + (unet_calls(o.sampler, o.steps) if o.loss == "msd" else 0) + 1) * seen,
+        "training": (1 + (forwards(o.sampler, o.steps) if o.loss == "msd" else 0) + 1) * seen,
     }
 
 
@@ -554,7 +545,7 @@ def train(
     o, folder = options, Path(options.output_dir)
     sampling_pipe = with_sampler(pipe, o.sampler)
     kept = targets.kept()
-    parameters = [p for p in refiner.unet.parameters() if p.requires_grad]
+    parameters = [p for p in refiner.network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=o.lr, weight_decay=o.weight_decay)
     schedule = get_scheduler(
         o.lr_schedule, optimizer, num_warmup_steps=o.warmup_steps, num_training_steps=total_steps
@@ -731,7 +722,7 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator = Accelerator(mixed_precision=options.mixed_precision)
     set_seed(options.seed)
     pipe = load_pipeline(options.backbone, accelerator.device, DTYPES[options.mixed_precision])
-    if pipe.vae.config.force_upcast:
+    if pipe.vae.config.get("force_upcast"):
         pipe.vae.float()  # it overflows in half precision; used for pictures only
     prompts = read_prompts(options.prompts, pipe)
     held_out = (
@@ -743,15 +734,15 @@ def main(arguments: list[str] | None = None) -> None:
     refiner = NETWORKS[options.network].create(
         pipe, options.rank, guidance_scale_range=options.guidance_scale_range
     )
-    pipe.unet.requires_grad_(False)
-    cast_training_params(refiner.unet)
+    denoiser(pipe).requires_grad_(False)
+    cast_training_params(refiner.network)
     if (
         options.gradient_checkpointing and options.network != "mlp"
     ):  # which has nothing to recompute
-        refiner.unet.enable_gradient_checkpointing()
+        refiner.network.enable_gradient_checkpointing()
     total_steps, cost = plan(options, accelerator.num_processes)
     if accelerator.is_main_process:
-        size = sum(p.numel() for p in refiner.unet.parameters() if p.requires_grad)
+        size = sum(p.numel() for p in refiner.network.parameters() if p.requires_grad)
         print(
             f"{options.backbone}: a refiner with {size / 1e6:.1f} M parameters ({options.network}, rank {options.rank}); {len(prompts)} prompts, "
             f"{options.num_targets} targets, {total_steps} steps.\nNetwork evaluations (appendix A.7): {cost['targets']:,} for the "
@@ -785,7 +776,7 @@ def main(arguments: list[str] | None = None) -> None:
     accelerator.wait_for_everyone()
 
     if options.compile:
-        pipe.unet.compile()
+        denoiser(pipe).compile()
     targets.make(accelerator)
     validation = (
         Validation(options, pipe, held_out, accelerator)

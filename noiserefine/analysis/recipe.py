@@ -1,9 +1,8 @@
 """Recipes: everything an image depends on beside the models, and the maker that samples them."""
 
-import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from noiserefine.denoiser import ForwardCounter, canvas_like, denoiser, precision
 from noiserefine.guidance import sample
 from noiserefine.noise import (
     check_prompt_length,
@@ -22,7 +22,7 @@ from noiserefine.noise import (
     step_generator,
 )
 from noiserefine.refiner import Refiner, check_strength
-from noiserefine.samplers import SAMPLERS, watch_x0, with_sampler
+from noiserefine.samplers import SAMPLER_NAMES, watch_x0, with_sampler
 
 MAX_STEPS, MAX_GUIDANCE_SCALE = 200, 30
 
@@ -99,8 +99,8 @@ def check_settings(steps: int, guidance_scale: float, strength: float, sampler: 
             f"got {guidance_scale}."
         )
     check_strength(strength)
-    if sampler not in SAMPLERS:
-        raise ValueError(f"There is no sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}.")
+    if sampler not in SAMPLER_NAMES:
+        raise ValueError(f"There is no sampler {sampler!r}; choose one of {', '.join(SAMPLER_NAMES)}.")
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,10 @@ class Maker:
     def refine(self, recipe: Recipe, x_T: torch.Tensor) -> torch.Tensor:
         """Return x_T refined by the recipe's strength, on the pipeline's device."""
         if recipe.strength == 0:
-            return x_T.to(self.pipe._execution_device, self.pipe.unet.dtype)
+            return x_T.to(self.pipe._execution_device, precision(denoiser(self.pipe)))
         prompt = recipe.prompt if recipe.refining_prompt is None else recipe.refining_prompt
         assert self.refiner is not None  # check refuses a strength without one
-        return self.refiner(
+        return self.refiner.refine(
             x_T, self.encode(prompt, recipe.negative_prompt), recipe.strength, recipe.refiner_scale
         )
 
@@ -212,14 +212,14 @@ class Maker:
         began, counter = time.perf_counter(), ForwardCounter()
         with (
             watch_x0(pipe.scheduler, watch),
-            counter.watch(pipe.unet, *([self.refiner.unet] if self.refiner else [])),
+            counter.watch(denoiser(pipe), *([self.refiner.network] if self.refiner else [])),
         ):
-            latents = self.refine(recipe, x_T)
+            x_hat = self.refine(recipe, x_T)
             # Stochastic samplers draw from the seed too, so that the arms differ in one thing only.
             image = sample(
                 pipe,
                 guidance_scale=recipe.guidance_scale,
-                latents=latents,
+                latents=canvas_like(pipe, x_hat).to_latents(x_hat),
                 num_inference_steps=recipe.steps,
                 height=height,
                 width=width,
@@ -227,23 +227,4 @@ class Maker:
                 **embeds,
             ).images[0]
         seconds = time.perf_counter() - began
-        return Sample(recipe, image, latents.float().cpu().numpy(), counter.count, seconds)
-
-
-class ForwardCounter:
-    """Counts the images that pass through networks: a guided step counts two."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    @contextlib.contextmanager
-    def watch(self, *unets: torch.nn.Module) -> Iterator["ForwardCounter"]:
-        def count(module: torch.nn.Module, args: tuple) -> None:
-            self.count += len(args[0])
-
-        handles = [unet.register_forward_pre_hook(count) for unet in unets]
-        try:
-            yield self
-        finally:
-            for handle in handles:
-                handle.remove()
+        return Sample(recipe, image, x_hat.float().cpu().numpy(), counter.count, seconds)

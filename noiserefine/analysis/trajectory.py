@@ -7,7 +7,7 @@ from PIL import Image
 
 from noiserefine.analysis.recipe import Maker, Recipe
 from noiserefine.latents import decode
-from noiserefine.samplers import unet_calls
+from noiserefine.samplers import forwards
 
 FRAMES = 7
 
@@ -26,7 +26,7 @@ def trajectory(
     The frames are evenly spaced over the forwards, the first and the last among them. A sampler
     with two forwards a step has a frame for each; guidance adds none.
     """
-    wanted, forward = evenly(unet_calls(recipe.sampler, recipe.steps), frames), 0
+    wanted, forward = evenly(forwards(recipe.sampler, recipe.steps), frames), 0
 
     def on_x0(x0: torch.Tensor) -> None:
         nonlocal forward

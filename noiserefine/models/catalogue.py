@@ -366,36 +366,6 @@ class Model:
         return listed is None or listed.guidance_scale is not None
 
 
-# Samplers by the names people know, as diffusers' schedulers (paper, appendix A.10).
-# What another scheduler's config may lack is always set: from_config would take defaults that Stable Diffusion does not use.
-SAMPLERS: dict[str, tuple[str, dict[str, bool | str]]] = {
-    "DDIM": (
-        "DDIMScheduler",
-        {"clip_sample": False, "set_alpha_to_one": False, "thresholding": False},
-    ),
-    "DPM++ 2M": (
-        "DPMSolverMultistepScheduler",
-        {
-            "algorithm_type": "dpmsolver++",
-            "thresholding": False,
-            "use_karras_sigmas": False,
-            "final_sigmas_type": "zero",
-        },
-    ),
-    "DPM++ SDE": (
-        "DPMSolverMultistepScheduler",
-        {
-            "algorithm_type": "sde-dpmsolver++",
-            "thresholding": False,
-            "use_karras_sigmas": False,
-            "final_sigmas_type": "zero",
-        },
-    ),
-    "Euler": ("EulerDiscreteScheduler", {"use_karras_sigmas": False}),
-    # The paper's "EDM": its second-order Heun solver on Karras sigmas; two forwards a step but for the last.
-    "Heun (EDM)": ("HeunDiscreteScheduler", {"use_karras_sigmas": True}),
-}
-
 OFFLOADS = {
     "none": "everything stays on the device: the fastest",
     "model": "one network at a time is on the device",

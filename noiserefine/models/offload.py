@@ -20,12 +20,12 @@ def offload(
     if mode == "none":
         pipe.to(device)
         if refiner:
-            refiner.unet.to(device)
+            refiner.network.to(device)
     elif mode == "model":
         pipe.enable_model_cpu_offload(device=device)
         if refiner:
-            _, refiner.offload_hook = accelerate.cpu_offload_with_hook(refiner.unet, device)
+            _, refiner.offload_hook = accelerate.cpu_offload_with_hook(refiner.network, device)
     else:
         pipe.enable_sequential_cpu_offload(device=device)
         if refiner:
-            accelerate.cpu_offload(refiner.unet, device)
+            accelerate.cpu_offload(refiner.network, device)

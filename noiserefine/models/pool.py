@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 
+from noiserefine.checkpoint import read_config, resolve, revision
 from noiserefine.latents import fit_preview
 from noiserefine.models.catalogue import BACKBONES, OFFLOADS, Model, Usage
 from noiserefine.models.devices import default_device
@@ -24,7 +25,7 @@ from noiserefine.models.user_lora import (
     remove_lora,
     set_lora_weight,
 )
-from noiserefine.refiner import Refiner, read_config, resolve, revision
+from noiserefine.refiner import Refiner
 
 EMBEDDED = Model("emoji")
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
+from noiserefine.checkpoint import CONFIG_NAME, misfit, read_config
 from noiserefine.models.catalogue import BACKBONES, Backbone
-from noiserefine.refiner import CONFIG_NAME, misfit, read_config
 
 
 def refiner_for(pipe: DiffusionPipeline, backbone: Backbone | None) -> str | None:

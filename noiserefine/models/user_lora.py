@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from noiserefine.checkpoint import CONFIG_NAME
 from noiserefine.models.few_steps import few_step_scheduler
 from noiserefine.models.lora_formats import Change, change, layers_of, placed, set_alphas
 from noiserefine.models.sources import (
@@ -29,7 +30,6 @@ from noiserefine.models.sources import (
     read_name,
     sentence,
 )
-from noiserefine.refiner import CONFIG_NAME
 
 ADAPTER = "style"
 NETWORKS = ("unet", "transformer", "prior", "text_encoder", "text_encoder_2", "text_encoder_3")

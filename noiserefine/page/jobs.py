@@ -16,7 +16,7 @@ from noiserefine.page.events import Event, Made, Picture, Progress, Source, Tick
 from noiserefine.page.settings import ZERO_GPU, Settings, number, text, whole
 from noiserefine.page.stream import Worker, stream
 from noiserefine.page.views import VIEWS
-from noiserefine.samplers import unet_calls
+from noiserefine.samplers import forwards
 
 PREVIEW_SECONDS = 0.15  # between two previews of an unfinished image
 # One worker: a view that was left ends at its next step and owns the models until then.
@@ -45,7 +45,7 @@ class Job:
 
     def previewed(self, arm: str, recipe: Recipe) -> Sample:
         """Make the recipe, with a preview of the predicted x0 at every step."""
-        step, steps = 0, unet_calls(recipe.sampler, recipe.steps)
+        step, steps = 0, forwards(recipe.sampler, recipe.steps)
 
         def on_x0(x0: torch.Tensor) -> None:
             nonlocal step

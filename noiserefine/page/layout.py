@@ -10,11 +10,12 @@ from typing import Any
 
 import gradio as gr
 
-from noiserefine.models.catalogue import BACKBONES, SAMPLERS
+from noiserefine.models.catalogue import BACKBONES
 from noiserefine.page.blind import LEFT, NEITHER, QUESTIONS, RIGHT, Vote, tally
 from noiserefine.page.handlers import handler_of, restore_link, restore_png
 from noiserefine.page.settings import FREE_CHOICE, REFINERS, SERVED, Settings
 from noiserefine.page.views import ARMS, VIEWS, View, picture
+from noiserefine.sampler_names import SAMPLERS
 
 Components = dict[str, gr.components.Component]
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from PIL import Image
 
-from noiserefine.models.catalogue import BACKBONES, SAMPLERS
+from noiserefine.models.catalogue import BACKBONES
 from noiserefine.page.blind import in_random_order
 from noiserefine.page.events import Arm, Columns, Compared, Figure, NoArm, Noise, Note, Pair
 from noiserefine.page.lazy import Lazy
 from noiserefine.page.settings import MAX_TEXT, REFINERS, Settings, number, text, whole
+from noiserefine.sampler_names import SAMPLERS
 
 if TYPE_CHECKING:
     from noiserefine.page.jobs import Job
@@ -100,7 +101,7 @@ def _steps(settings: Settings) -> float:
 def _samplers_cost(settings: Settings, controls: Mapping) -> float:
     """Return the cost of every sampler and number of steps, from two noises."""
     return sum(
-        2 * (samplers_of_diffusers.unet_calls(sampler, steps) + 1)
+        2 * (samplers_of_diffusers.forwards(sampler, steps) + 1)
         for sampler in SAMPLERS
         for steps in explore.STEPS
     )
@@ -320,7 +321,7 @@ def trajectory(job: "Job") -> None:
 
 def _frames(job: "Job") -> int:
     """Return how many frames a film of the recipe's sampling has."""
-    forwards = samplers_of_diffusers.unet_calls(job.recipe.sampler, job.recipe.steps)
+    forwards = samplers_of_diffusers.forwards(job.recipe.sampler, job.recipe.steps)
     return min(trajectories.FRAMES, forwards)
 
 

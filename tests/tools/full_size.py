@@ -82,9 +82,9 @@ def checks(pipe) -> Iterator[tuple]:
 
     # As in the trainer, only the frozen network is in half precision, where AdamW's steps vanish.
     pipe.unet.requires_grad_(False)
-    cast_training_params(refiner.unet)
-    refiner.unet.enable_gradient_checkpointing()
-    trained = [parameter for parameter in refiner.unet.parameters() if parameter.requires_grad]
+    cast_training_params(refiner.network)
+    refiner.network.enable_gradient_checkpointing()
+    trained = [parameter for parameter in refiner.network.parameters() if parameter.requires_grad]
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         x_hat = x_T + refiner.correction(x_T, embeds)
     loss = msd_loss(
@@ -99,7 +99,7 @@ def checks(pipe) -> Iterator[tuple]:
     ).norm()
     yield "the loss has a finite gradient", bool(norm.isfinite() and norm > 0), f"({norm:.2g})"
 
-    refiner.unet.disable_gradient_checkpointing()
+    refiner.network.disable_gradient_checkpointing()
     for parameter in trained:
         parameter.data = (parameter + 0.02 * torch.randn_like(parameter)).to(dtype)
     refined = refiner(x_T, embeds)
@@ -129,7 +129,7 @@ def checks(pipe) -> Iterator[tuple]:
         ("model",) if device.type == "cpu" else ("model", "sequential")
     ):  # which works on accelerators only
         pipe.to("cpu")
-        loaded.unet.to("cpu")
+        loaded.network.to("cpu")
         offload(pipe, loaded, mode, device)
         embeds = encode_prompt(pipe, "a red apple", guided=False)
         yield (

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from diffusers.training_utils import cast_training_params
 
+from noiserefine.checkpoint import WEIGHTS_NAME
+from noiserefine.lora import save_lora
 from noiserefine.models.loading import load_pipeline
-from noiserefine.refiner import save_lora
 from train.emoji.autoencoder import encode
 from train.emoji.denoiser import denoising_loss
 from train.emoji.fit import fit
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     torch.manual_seed(0)
     pipe.unet.requires_grad_(False)
-    unet = Raw.create(pipe, args.rank).unet
+    unet = Raw.create(pipe, args.rank).network
     cast_training_params(unet)
     loss = denoising_loss(
         unet,
@@ -57,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     fit(unet, loss, args.pictures / "style.pt", steps=args.steps, lr=args.lr)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    save_lora(pipe, unet.half(), args.output_dir)
+    save_lora(pipe, unet.half(), args.output_dir / WEIGHTS_NAME)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,10 @@ from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from safetensors import safe_open
 
+from noiserefine.checkpoint import WEIGHTS_NAME, signature
+from noiserefine.lora import save_lora
 from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt
-from noiserefine.refiner import save_lora, signature
 from noiserefine.samplers import make_scheduler
 from train.emoji.fit import fit
 from train.experiments.networks import Raw
@@ -150,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
         pipe.unet.requires_grad_(False),
         Raw.create(pipe, args.rank),
     )  # the same weights, without and with a LoRA
-    student, path = network.unet, Trajectories(pipe)
+    student, path = network.network, Trajectories(pipe)
     if args.loss == "consistency" and not path.predicts_v:
         raise ValueError(
             "The loss consistency is written for models that predict v: where ε is predicted, x0 is lost in the noise at t = T."
@@ -200,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
         return F.mse_loss(prediction, target)
 
     fit(student, loss, args.output_dir / "checkpoint.pt", steps=steps, lr=args.lr, save_every=200)
-    save_lora(pipe, student.half(), args.output_dir)
+    save_lora(pipe, student.half(), args.output_dir / WEIGHTS_NAME)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,10 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import nn
 
-from noiserefine.refiner import (
-    CONFIG_NAME,
-    Refiner,
-    RefinerConfig,
-    check_tensors,
-    read_tensors,
-    with_lora,
-)
+from noiserefine.checkpoint import CONFIG_NAME, RefinerConfig, check_tensors, read_tensors
+from noiserefine.denoiser import canvas_like
+from noiserefine.lora import with_lora
+from noiserefine.refiner import Refiner
 
 WEIGHTS_NAME = "network.safetensors"
 
@@ -56,7 +52,7 @@ class Alternative(Refiner):
         theirs = {id(parameter) for parameter in self.pipe.unet.parameters()}
         return {
             name: parameter.data
-            for name, parameter in self.unet.named_parameters()
+            for name, parameter in self.network.named_parameters()
             if id(parameter) not in theirs
         }
 
@@ -102,7 +98,9 @@ class Raw(Alternative):
 
     @classmethod
     def build(cls, pipe: DiffusionPipeline, config: RefinerConfig) -> UNet2DConditionModel:
-        unet = with_lora(pipe.unet, config)
+        unet = with_lora(
+            pipe.unet, config.rank, config.alpha, config.target_modules, config.head
+        )
         unet.conv_out.get_base_layer().bias = pipe.unet.conv_out.bias
         return unet
 
@@ -119,8 +117,9 @@ class Difference(Raw):
         guidance_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         with torch.no_grad():
-            base = Refiner(self.pipe, self.config, self.pipe.unet).correction(x_T, embeds)
-        return super().correction(x_T, embeds) - base
+            canvas = canvas_like(self.pipe, x_T)
+            base = self.predict(self.pipe.unet, canvas, x_T, embeds)
+        return super().correction(x_T, embeds) - canvas.from_sample(base.float())
 
 
 class Scratch(Autocast):

@@ -19,7 +19,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from noiserefine import Refiner, draw_noise
-from noiserefine.analysis.recipe import ForwardCounter
+from noiserefine.denoiser import ForwardCounter
 from noiserefine.models.devices import default_device, default_dtype
 from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt
@@ -82,7 +82,7 @@ def main() -> None:
         refiner = Refiner.create(pipe, args.rank)
         if args.mode == "merged":
             refiner.merge()
-        refiner.unet.to(dtype)  # a new LoRA is in single precision, for training
+        refiner.network.to(dtype)  # a new LoRA is in single precision, for training
     result = measure(pipe, refiner, args)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
@@ -93,7 +93,7 @@ def measure(pipe: DiffusionPipeline, refiner: Refiner, args: argparse.Namespace)
     """Seconds, forwards and peak bytes of each arm, and the ratios."""
     weights = {id(p): p.numel() * p.element_size() for p in pipe.unet.parameters()}
     extra = sum(
-        p.numel() * p.element_size() for p in refiner.unet.parameters() if id(p) not in weights
+        p.numel() * p.element_size() for p in refiner.network.parameters() if id(p) not in weights
     )
     x_T = draw_noise(pipe, 0, args.batch_size)
     start = x_T.to(pipe.device, pipe.unet.dtype)
@@ -108,7 +108,7 @@ def measure(pipe: DiffusionPipeline, refiner: Refiner, args: argparse.Namespace)
             reset_peak(pipe.device)
             synchronize(pipe.device)
             began, counter = time.perf_counter(), ForwardCounter()
-            with counter.watch(pipe.unet, refiner.unet):
+            with counter.watch(pipe.unet, refiner.network):
                 embeds = encode_prompt(
                     pipe, prompts, guided=name == "guided"
                 )  # once, for the refiner and the sampling

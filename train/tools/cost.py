@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from noiserefine.refiner import RefinerConfig, with_lora
+from noiserefine.lora import UNET_TARGETS, with_lora
 from train.tools.architectures import build_denoiser
 from train.train_refiner import parse, plan
 
@@ -55,7 +55,7 @@ def main() -> None:
         with torch.device("meta"):
             unet = build_denoiser(preset).half().requires_grad_(False)
             refining = with_lora(
-                unet, RefinerConfig(options.rank, options.rank, "", {}, "", [])
+                unet, options.rank, options.rank, UNET_TARGETS, "conv_out"
             ).half()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             forward(unet, 1)

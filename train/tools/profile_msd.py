@@ -21,11 +21,12 @@ import torch
 from diffusers.training_utils import cast_training_params
 
 from noiserefine import Refiner, draw_noise
+from noiserefine.denoiser import first_step
 from noiserefine.guidance import sample
 from noiserefine.models.devices import default_device
 from noiserefine.models.loading import load_pipeline
 from noiserefine.msd import msd_loss, sampler_gain
-from noiserefine.noise import encode_prompt, image_size, unet_conditioning
+from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
 from train.tools.architectures import random_pipeline
 from train.tools.benchmark import DTYPES, synchronize
@@ -101,11 +102,11 @@ def main() -> None:
     )
     refiner = Refiner.create(pipe, args.rank)
     pipe.unet.requires_grad_(False)
-    cast_training_params(refiner.unet)
+    cast_training_params(refiner.network)
     sampling_pipe = with_sampler(pipe, "DDIM")
     x_T = draw_noise(pipe, 0, args.batch_size).to(pipe.device)
     embeds: dict[str, Any] = encode_prompt(pipe, ["a cat"] * args.batch_size)
-    conditioning, target = unet_conditioning(pipe, embeds, *image_size(pipe)), torch.zeros_like(x_T)
+    target, call = torch.zeros_like(x_T), {"latents": x_T.to(dtype), "guidance_scale": 1.0} | embeds
 
     def refine() -> torch.Tensor:
         with torch.autocast(pipe.device.type, dtype, enabled=dtype != torch.float32):
@@ -134,7 +135,7 @@ def main() -> None:
         backward, _ = timed(lambda c=correction: c.square().mean().backward(), pipe.device)
         with torch.no_grad():
             forward, _ = timed(
-                lambda: [pipe.unet(x_T.to(dtype), 500, **conditioning) for _ in range(10)],
+                lambda: [first_step(pipe, pipe.unet, **call) for _ in range(10)],
                 pipe.device,
             )
         ratios.append(step / (refining + backward + forward))

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import gradio as gr
 
-from noiserefine.models.catalogue import SAMPLERS, Model
+from noiserefine.models.catalogue import Model
 from noiserefine.page import jobs
 from noiserefine.page.events import Made
 from noiserefine.page.handlers import run
 from noiserefine.page.settings import Settings
 from noiserefine.page.stream import stream
+from noiserefine.sampler_names import SAMPLERS
 from tests.conftest import EMOJI_REFINER, ROOT, output
 from tests.tools.stress.figure import Count, Figure, equality
 from tests.tools.stress.server import PROMPT

@@ -1,0 +1,292 @@
+"""A refiner's files: what they hold, how they are read and written, and whether they fit a pipeline."""
+
+import json
+import math
+import os
+import re
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import httpx
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from noiserefine.denoiser import denoiser
+from noiserefine.lora import UNET_TARGETS, save_lora
+
+# No such id, no permission, no network, not cached, no such file.
+HUB_ERRORS = (HFValidationError, httpx.HTTPError, OSError)
+CONFIG_NAME = "refiner.json"
+WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+SCALE_NAME = "guidance_embedding.safetensors"
+FORMAT_VERSION = 2  # 1 knew UNets only: no head, targets, vector, adds_input
+PARAMETRISATION = "cancelled head"  # x_T + network_lora(x_T, t), whose last layer starts at zero
+SIGNATURE = 16  # weights that tell a base from its fine-tunes
+MAX_RANK = 4096
+MARK = "noiserefine"  # key of the LoRA file's metadata that says what it is
+# What has to agree for a LoRA of one UNet to fit another; of other networks the whole config but this:
+UNET_ARCHITECTURE = [
+    "in_channels",
+    "out_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "cross_attention_dim",
+    "down_block_types",
+    "up_block_types",
+    "transformer_layers_per_block",
+    "addition_embed_type",
+]
+NOT_ARCHITECTURE = ("sample_size", "guidance_embeds", "pos_embed_max_size", "interpolation_scale")
+
+
+@dataclass
+class RefinerConfig:
+    """What refiner.json holds. Raises ValueError for a value that no refiner can have."""
+
+    rank: int
+    alpha: float
+    prediction_type: str  # of the base: its output at t = T is what the correction was trained from
+    architecture: dict  # the entries of the base denoiser's config that a LoRA depends on
+    base_model: str  # hub id or folder of the base
+    base_signature: list[float]  # a few of its weights, to tell the base from its fine-tunes
+    base_revision: str | None = None  # commit of the hub repository it was loaded from
+    timestep: float = 999  # t = T in the scheduler's unit
+    parametrisation: str = PARAMETRISATION
+    target_modules: list[str] = field(default_factory=lambda: list(UNET_TARGETS))
+    head: str = "conv_out"  # the layer that the prediction leaves the network by
+    vector: str | None = "time_embedding.linear_1"  # the layer that reads the guidance scale
+    adds_input: bool = False  # the pipeline adds its input to the output; see Refiner.correction
+    guidance_scale_range: list[float] | None = None  # scales it takes as an input (appendix A.4)
+    format_version: int = FORMAT_VERSION
+    training: dict = field(default_factory=dict)  # what it was trained towards
+    results: dict = field(default_factory=dict)  # what was measured of it
+
+    def __post_init__(self) -> None:
+        sound = {
+            "rank": type(self.rank) is int and 1 <= self.rank <= MAX_RANK,
+            "alpha": _finite(self.alpha),
+            "timestep": _finite(self.timestep) and self.timestep >= 0,
+            "architecture": isinstance(self.architecture, dict),
+            "parametrisation": self.parametrisation == PARAMETRISATION,
+            "base_signature": isinstance(self.base_signature, list)
+            and len(self.base_signature) == SIGNATURE
+            and all(map(_finite, self.base_signature)),
+            "target_modules": isinstance(self.target_modules, list)
+            and bool(self.target_modules)
+            and all(isinstance(name, str) for name in self.target_modules),
+            "head": isinstance(self.head, str),
+            "vector": self.vector is None or isinstance(self.vector, str),
+            "adds_input": isinstance(self.adds_input, bool),
+            "guidance_scale_range": self.guidance_scale_range is None
+            or isinstance(self.guidance_scale_range, list)
+            and len(self.guidance_scale_range) == 2  # noqa: PLR2004
+            and all(map(_finite, self.guidance_scale_range))
+            and 1 <= self.guidance_scale_range[0] < self.guidance_scale_range[1],
+        }
+        for name, holds in sound.items():
+            if not holds:
+                raise ValueError(f"{name} {getattr(self, name)!r}")
+
+
+def _finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+# Whether a refiner fits
+
+
+def architecture(network: nn.Module) -> dict[str, Any]:
+    """Return the entries of the denoiser's config that a LoRA depends on, as JSON would return them."""
+    config = network.config
+    if "block_out_channels" in config and "down_block_types" in config:
+        entries = {key: config[key] for key in UNET_ARCHITECTURE}
+    else:
+        entries = {"_class_name": type(network).__name__} | {
+            key: value
+            for key, value in config.items()
+            if not key.startswith("_") and key not in NOT_ARCHITECTURE
+        }
+    return json.loads(json.dumps(entries))
+
+
+def prediction_type(pipe: DiffusionPipeline) -> str:
+    """Return what the pipeline's denoiser predicts: epsilon, v_prediction, flow_prediction and so on."""
+    scheduler = pipe.scheduler
+    flow = hasattr(scheduler, "scale_noise")  # flow matching's schedulers have no other
+    return scheduler.config.get("prediction_type") or ("flow_prediction" if flow else "epsilon")
+
+
+def misfit(config: RefinerConfig, pipe: DiffusionPipeline) -> str:
+    """Return why a refiner does not fit the pipeline, decided from the architecture; empty where it does.
+
+    It does for fine-tunes of its base.
+    """
+    network = denoiser(pipe)
+    mine, theirs = architecture(network), config.architecture
+    kinds = [each.get("_class_name", "UNet2DConditionModel") for each in (mine, theirs)]
+    if kinds[0] != kinds[1]:
+        return f"this model's denoiser is a {kinds[0]} and its base's a {kinds[1]}"
+    for key, value in mine.items():
+        if theirs.get(key) != value:
+            return (
+                f"this model's denoiser has another architecture, {key} {value!r} instead of "
+                f"{theirs.get(key)!r}"
+            )
+    predicts = prediction_type(pipe)
+    if predicts != config.prediction_type:
+        return f"this model predicts “{predicts}” and its base “{config.prediction_type}”"
+    return ""
+
+
+def note_on(network: nn.Module, config: RefinerConfig) -> str:
+    """Return what to say of a denoiser that is not the refiner's base, in a sentence; empty where it is."""
+    if same_weights(signature(network), config.base_signature):
+        return ""
+    return (
+        f"This model is not {config.base_model}, which the refiner was trained on, but has its architecture: "
+        "on a fine-tune of it the refiner is expected to work, on a model trained from scratch not."
+    )
+
+
+def revision(pipe: DiffusionPipeline) -> str | None:
+    """Return the commit of the hub repository that the denoiser came from, which the cache's path tells."""
+    source = denoiser(pipe).config.get("_name_or_path") or ""
+    found = re.search(r"snapshots[/\\]([0-9a-f]{40})", source)
+    return found and found[1]
+
+
+def signature(network: nn.Module) -> list[float]:
+    """Return one weight of each of sixteen layers from the first to the last."""
+    layers = [p for name, p in network.named_parameters() if p.ndim > 1 and "lora_" not in name]
+    last = len(layers) - 1
+    chosen = (layers[i * last // (SIGNATURE - 1)] for i in range(SIGNATURE))
+    return [round(layer.flatten()[0].item(), 6) for layer in chosen]
+
+
+def same_weights(signature: list[float], other: list[float]) -> bool:
+    """Return whether two signatures are of the same weights, in half precision or not."""
+    return torch.allclose(torch.tensor(signature), torch.tensor(other), rtol=5e-3, atol=1e-5)
+
+
+# Reading
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """Return the local folder of a refiner, downloaded where it is a hub id.
+
+    Raises FileNotFoundError where there is none.
+    """
+    folder = Path(name_or_path)
+    try:
+        if not folder.is_dir():  # which itself fails for a name longer than file systems take
+            patterns = [CONFIG_NAME, WEIGHTS_NAME, SCALE_NAME]
+            folder = Path(snapshot_download(str(name_or_path), allow_patterns=patterns))
+    except HUB_ERRORS as error:
+        raise FileNotFoundError(
+            f"There is no refiner at {str(name_or_path)[:100]}: it is neither a folder nor a hub repository that "
+            "can be reached."
+        ) from error
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{name_or_path} is not a refiner: it holds no {name}. train/train_refiner.py writes one."
+            )
+    return folder
+
+
+def read_config(folder: Path) -> RefinerConfig:
+    """Return refiner.json of the folder. Raises ValueError where it is not what this version reads."""
+    path = folder / CONFIG_NAME
+    try:
+        entries = json.loads(path.read_text())
+        version = entries["format_version"]
+        if version not in range(1, FORMAT_VERSION + 1):
+            raise ValueError(
+                f"format version {version!r}; this version of NoiseRefine reads 1 to {FORMAT_VERSION}"
+            )
+        return RefinerConfig(**entries)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a refiner's configuration: {error}.") from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return the file's tensors. Raises ValueError for one that is missing, damaged or no safetensors."""
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged or no safetensors file ({error}): download or train the refiner again."
+        ) from error
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{path} is damaged: {name} holds numbers that are not finite. Download or train the refiner again."
+            )
+    return tensors
+
+
+def check_tensors(
+    path: Path, state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> None:
+    """Raise ValueError where names or shapes differ."""
+    wrong = [
+        name
+        for name in expected.keys() | state.keys()
+        if name not in state or name not in expected or state[name].shape != expected[name].shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path} does not hold this refiner's weights: {len(wrong)} of {len(expected)} tensors are missing, superfluous "
+            f"or of another shape, {min(wrong)} for one. It belongs to another model or rank."
+        )
+
+
+def check_rank(path: Path, state: dict[str, torch.Tensor], rank: int) -> None:
+    """Raise ValueError where the file's LoRA has another rank, before memory is taken for one of that rank."""
+    ranks = {tensor.shape[0] for name, tensor in state.items() if name.endswith("lora_A.weight")}
+    if rank not in ranks:
+        raise ValueError(
+            f"{path} does not hold this refiner's weights: its LoRA has rank {', '.join(map(str, sorted(ranks)))} and "
+            f"{CONFIG_NAME} says rank {rank}."
+        )
+
+
+def is_refiner_file(path: str | Path) -> bool:
+    """Return whether a safetensors file is a refiner's LoRA, which as a style LoRA would destroy images.
+
+    Its metadata say so; files of format version 1 are known by the refiner.json beside them.
+    """
+    with safe_open(path, framework="pt") as file:
+        marked = MARK in (file.metadata() or {})
+    return marked or Path(path).name == WEIGHTS_NAME and (Path(path).parent / CONFIG_NAME).is_file()
+
+
+# Writing
+
+
+def write(
+    folder: str | Path, pipe: DiffusionPipeline, network: nn.Module, config: RefinerConfig
+) -> None:
+    """Write refiner.json, the LoRA and, if there is one, the guidance scale's projection."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        MARK: "noise refiner",
+        "modelspec.title": f"Noise refiner for {config.base_model}",
+        "modelspec.description": "Corrects the initial noise in one forward. It is no style LoRA: applied while "
+        "sampling it destroys images.",
+    }
+    with tempfile.TemporaryDirectory(dir=folder) as part:  # nobody reads half a file
+        save_lora(pipe, network, Path(part) / WEIGHTS_NAME, **about)
+        if config.guidance_scale_range is not None:
+            save_file(network.scale_input.state_dict(), Path(part) / SCALE_NAME)
+        (Path(part) / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")
+        for file in Path(part).iterdir():
+            os.replace(file, folder / file.name)

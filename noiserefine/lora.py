@@ -1,0 +1,277 @@
+"""The refining network: a LoRA twin of the denoiser, whose last layer starts cancelled (paper, section 3.3 and D.1)."""
+
+import contextlib
+import copy
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import nn
+
+from noiserefine.denoiser import (
+    canvas,
+    denoiser_name,
+    first_step,
+    guidance_arguments,
+    precision,
+    silent,
+    size_arguments,
+)
+from noiserefine.noise import encode_prompt
+
+ADAPTER = "refiner"  # beside whatever adapters the user has on the denoiser
+SCALE_EMBEDDING = 256  # width of the guidance scale's sinusoidal embedding
+# UNets: all attention, convolution and feed-forward layers (appendix D.1), as suffixes of their names.
+UNET_TARGETS = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "conv_in",
+    "conv_out",
+]
+
+
+class Layers(NamedTuple):
+    """What a traced first step tells of a denoiser's layers."""
+
+    targets: list[str]  # that get a LoRA
+    head: str  # the last one with weights, by which the prediction leaves the network
+    vector: str | None  # the first linear one that reads a vector, mostly the time's
+    timestep: float  # t = T in the scheduler's unit
+    adds_input: bool  # whether the pipeline adds its input to the network's output
+
+
+def trace(pipe: DiffusionPipeline, network: nn.Module) -> Layers:
+    """Return the layers of a network like the pipeline's denoiser, as a first step calls them.
+
+    UNets get a LoRA where appendix D.1 has one.  Transformers get one on every linear layer and convolution that reads
+    tokens or maps (three or more dimensions; what reads vectors is constant at t = T), unless no gradient
+    reaches it.  Raises ValueError for a pipeline that cannot be refined.
+    """
+    modules = {
+        module: name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+    dimensions: dict[str, int] = {}  # of each layer's input, in the order of the last calls
+    nodes: dict[str, Any] = {}  # of each layer's output in autograd's graph
+    outputs: list[Any] = []
+    vectors: list[str] = []
+    zero = torch.zeros((), device=pipe._execution_device, requires_grad=True)
+
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        name, x = modules[module], next(iter((*args, *kwargs.values())))
+        dimensions.pop(name, None)
+        dimensions[name] = x.ndim
+        if x.ndim == 2 and isinstance(module, nn.Linear):
+            vectors.append(name)
+
+    def after(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        output = output + zero.to(output.dtype)  # a node of its own, whether weights have gradients
+        nodes[modules[module]] = output.grad_fn
+        return output
+
+    handles = [network.register_forward_hook(lambda module, args, output: outputs.append(output))]
+    for module in modules:
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after))
+    small = canvas(pipe)
+    small = canvas(pipe, small.height // 2, small.width // 2)
+    noise = torch.randn(1, *small.shape, generator=torch.Generator().manual_seed(0))
+    call = guidance_arguments(pipe) | size_arguments(pipe, small.height, small.width)
+    call |= {"latents": small.to_latents(noise.to(pipe._execution_device, precision(network)))}
+    call |= encode_prompt(pipe, "", guided=False)
+    # The graph is only walked, never run: nothing needs to be kept for it.
+    nothing = torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: None)
+    try:
+        with torch.enable_grad(), nothing:
+            step = first_step(pipe, network, **call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    reached = _graph(step.prediction.grad_fn)
+    with torch.no_grad():
+        still = first_step(pipe, silent(network, outputs[0]), **call)
+    unet = denoiser_name(pipe) == "unet"
+    return Layers(
+        UNET_TARGETS
+        if unet
+        else [
+            name
+            for name, count in dimensions.items()
+            if count > 2  # noqa: PLR2004
+            and getattr(network.get_submodule(name), "groups", 1) == 1
+            and nodes[name] in reached
+        ],
+        list(dimensions)[-1],
+        vectors[0] if vectors else None,
+        float(torch.as_tensor(step.timestep).flatten()[0]),
+        bool(still.prediction.any()),
+    )
+
+
+def _graph(root: Any) -> set[Any]:
+    """Return all nodes of autograd's graph behind one."""
+    found, stack = {None}, [root]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += [following for following, _ in node.next_functions]
+    return found - {None}
+
+
+def plain_twin(network: nn.Module) -> Any:
+    """Return a second tree of modules over the same parameters, without LoRA; the given network stays as it is.
+
+    A user's style LoRA is for the images, not for the refining pass; one that is fused into the weights stays there.
+    """
+    tensors = itertools.chain(network.parameters(), network.buffers())
+    twin = copy.deepcopy(network, memo={id(tensor): tensor for tensor in tensors})
+    if hasattr(twin, "unload_lora"):
+        twin.unload_lora()
+    return twin
+
+
+def with_lora(network: nn.Module, rank: int, alpha: float, targets: list[str], head: str) -> Any:
+    """Return a twin of the network with a fresh LoRA and without the head's bias.
+
+    The head's LoRA has at least the rank of its weight, so that it can cancel it.
+    """
+    flags = {parameter: parameter.requires_grad for parameter in network.parameters()}
+    twin = plain_twin(network)
+    full = min(twin.get_submodule(head).weight.flatten(1).shape)
+    pattern = {f"^{re.escape(head)}": full} if full > rank else {}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=targets,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+    )
+    inject_adapter_in_model(config, twin, ADAPTER)
+    twin._hf_peft_config_loaded = True  # so that diffusers sees the adapter
+    for parameter, flag in flags.items():
+        parameter.requires_grad_(flag)
+    twin.get_submodule(head).get_base_layer().bias = None
+    return twin
+
+
+@torch.no_grad()
+def cancel(head: LoraLayer) -> None:
+    """Set a layer's LoRA to minus its weight, by SVD, so that the sum of both is zero."""
+    weight = head.get_base_layer().weight
+    u, s, vh = torch.linalg.svd(weight.cpu().double().flatten(1), full_matrices=False)
+    down, up = head.lora_A[ADAPTER].weight, head.lora_B[ADAPTER].weight
+    down[: len(s)] = (s.sqrt()[:, None] * vh).view(-1, *down.shape[1:])
+    scaled = -u * s.sqrt() / head.scaling[ADAPTER]
+    up[:, : len(s)] = scaled.view(*scaled.shape, *up.shape[2:])
+
+
+def adapted(network: nn.Module) -> list[tuple[str, LoraLayer]]:
+    """Return the layers with the refiner's LoRA, by name."""
+    return [
+        (name, layer)
+        for name, layer in network.named_modules()
+        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A
+    ]
+
+
+@torch.no_grad()
+def merge_lora(network: nn.Module) -> None:
+    """Replace every LoRA layer by a plain one with weights of its own; the shared weights stay as they are."""
+    for name, layer in adapted(network):
+        plain = layer.get_base_layer()
+        merged = plain.weight.float() + layer.get_delta_weight(ADAPTER).float()
+        plain.weight = nn.Parameter(merged.to(plain.weight.dtype), requires_grad=False)
+        network.set_submodule(name, plain)
+
+
+def merged_bytes(network: nn.Module) -> int:
+    """Return what the weights take that merging gives the refiner."""
+    weights = (layer.get_base_layer().weight for _, layer in adapted(network))
+    return sum(weight.numel() * weight.element_size() for weight in weights)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free on the device, those included that PyTorch keeps for reuse."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def lora_state(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the LoRA's tensors by their names in the network."""
+    return get_peft_model_state_dict(network, adapter_name=ADAPTER)
+
+
+def save_lora(
+    pipe: DiffusionPipeline, network: nn.Module, path: str | Path, **metadata: str
+) -> None:
+    """Write the LoRA to a safetensors file in diffusers' format, with metadata beside diffusers' own.
+
+    Pipelines read it by load_lora_weights, those of them that have it.
+    """
+    name, config = denoiser_name(pipe), network.peft_config[ADAPTER].to_dict()
+    config["target_modules"] = sorted(config["target_modules"])
+    about = json.dumps({f"{name}.{key}": value for key, value in config.items()}, sort_keys=True)
+    save_file(
+        {f"{name}.{key}": tensor.contiguous() for key, tensor in lora_state(network).items()},
+        path,
+        metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: about} | metadata,
+    )
+
+
+# The guidance scale as an input (appendix A.4)
+
+
+def add_scale_input(network: nn.Module, layer: str) -> None:
+    """Give the network a projection of the guidance scale's embedding onto what a layer reads; it starts at zero."""
+    weight = network.get_submodule(layer).weight
+    network.scale_input = nn.Linear(
+        SCALE_EMBEDDING, weight.shape[1], bias=False, device=weight.device, dtype=weight.dtype
+    )
+    nn.init.zeros_(network.scale_input.weight)
+
+
+def scale_embedding(guidance_scale: torch.Tensor) -> torch.Tensor:
+    """Return sines and cosines, (B, 256), of the scales' w = g - 1, (B,), as latent consistency models read them."""
+    half = SCALE_EMBEDDING // 2
+    rates = torch.exp(torch.arange(half) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
+    angles = (guidance_scale.float().cpu() - 1)[:, None] * 1000 * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+@contextlib.contextmanager
+def scale_given(network: nn.Module, layer: str, guidance_scale: torch.Tensor) -> Iterator[None]:
+    """While open, the layer reads the images' guidance scales, (B,), beside its input."""
+    embedding = scale_embedding(guidance_scale)
+
+    def add(module: nn.Module, args: tuple) -> tuple:
+        x = args[0]
+        scale = network.scale_input(embedding.to(x.device, network.scale_input.weight.dtype))
+        return (x + scale, *args[1:])
+
+    handle = network.get_submodule(layer).register_forward_pre_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,55 @@
+"""The samplers people know by name, as data: nothing here takes time to import."""
+
+Table = dict[str, tuple[str, dict[str, bool | str]]]
+
+NATIVE = "Native"  # the pipeline's own scheduler, as loaded
+
+# As diffusers' schedulers (paper, appendix A.10), for models with a beta schedule such as Stable Diffusion.
+# What another scheduler's config may lack is always set: from_config would take defaults that Stable Diffusion does not use.
+SAMPLERS: Table = {
+    "DDIM": (
+        "DDIMScheduler",
+        {"clip_sample": False, "set_alpha_to_one": False, "thresholding": False},
+    ),
+    "DPM++ 2M": (
+        "DPMSolverMultistepScheduler",
+        {
+            "algorithm_type": "dpmsolver++",
+            "thresholding": False,
+            "use_karras_sigmas": False,
+            "final_sigmas_type": "zero",
+        },
+    ),
+    "DPM++ SDE": (
+        "DPMSolverMultistepScheduler",
+        {
+            "algorithm_type": "sde-dpmsolver++",
+            "thresholding": False,
+            "use_karras_sigmas": False,
+            "final_sigmas_type": "zero",
+        },
+    ),
+    "Euler": ("EulerDiscreteScheduler", {"use_karras_sigmas": False}),
+    # The paper's "EDM": its second-order Heun solver on Karras sigmas; two forwards a step but for the last.
+    "Heun (EDM)": ("HeunDiscreteScheduler", {"use_karras_sigmas": True}),
+}
+
+# For flow matching, beside the pipeline's own.
+FLOW_SAMPLERS: Table = {
+    "Euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "Heun": ("FlowMatchHeunDiscreteScheduler", {}),
+    "DPM++ 2M": (
+        "DPMSolverMultistepScheduler",
+        {
+            "algorithm_type": "dpmsolver++",
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+        },
+    ),
+    "UniPC": (
+        "UniPCMultistepScheduler",
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True},
+    ),
+}
+
+SAMPLER_NAMES = [NATIVE, *dict.fromkeys([*SAMPLERS, *FLOW_SAMPLERS])]

@@ -255,10 +255,15 @@ def canvas_like(pipe: DiffusionPipeline, x: torch.Tensor) -> Canvas:
     return found
 
 
+def exact_size(pipe: DiffusionPipeline) -> dict[str, bool]:
+    """Return the argument that keeps a pipeline from moving to the nearest size of its training, where it would."""
+    binning = "use_resolution_binning"
+    return {binning: False} if binning in call_parameters(pipe) else {}
+
+
 def size_arguments(pipe: DiffusionPipeline, height: int, width: int) -> dict[str, Any]:
-    """Return the arguments for pictures of exactly height x width pixels; some pipelines move to a size of training."""
-    exact = "use_resolution_binning" in call_parameters(pipe)
-    return {"height": height, "width": width} | ({"use_resolution_binning": False} if exact else {})
+    """Return the arguments for pictures of exactly height x width pixels."""
+    return {"height": height, "width": width} | exact_size(pipe)
 
 
 def reach_latents(pipe: DiffusionPipeline, **call) -> tuple[DiffusionPipeline, dict[str, Any]]:
@@ -273,7 +278,7 @@ def reach_latents(pipe: DiffusionPipeline, **call) -> tuple[DiffusionPipeline, d
 
     vars(twin)["prepare_latents"] = prepare_latents
     try:
-        twin(num_inference_steps=2, **call)
+        twin(num_inference_steps=2, **exact_size(pipe) | call)
     except _Reached as reached:
         del vars(twin)["prepare_latents"]
         return twin, reached.args[0]
@@ -293,21 +298,24 @@ def accepts_scheduler(pipe: DiffusionPipeline, scheduler: SchedulerMixin) -> boo
     twin = with_parts(pipe, network, scheduler)
     twin.set_progress_bar_config(disable=True)
     try:
-        twin(prompt="", num_inference_steps=2, generator=torch.Generator())
+        twin(prompt="", num_inference_steps=2, generator=torch.Generator(), **exact_size(pipe))
     except _Reached:
         return True
-    except (TypeError, ValueError):  # it does not take what the pipeline sets its timesteps by
+    except (
+        AssertionError,
+        TypeError,
+        ValueError,
+    ):  # it does not take what the pipeline sets its timesteps by
         return False
     return False
 
 
 def _measure(pipe: DiffusionPipeline, height: int | None, width: int | None) -> Canvas:
     """Measure a canvas: the pipeline's own function that draws noise is given 0, 1, 2, ... in place of random numbers."""
-    size = {} if height is None or width is None else size_arguments(pipe, height, width)
+    size = {} if height is None or width is None else {"height": height, "width": width}
     twin, arguments = reach_latents(pipe, prompt="", **guidance_arguments(pipe), **size)
-    arguments |= {"device": torch.device("cpu")} | (
-        {"dtype": torch.float64} if "dtype" in arguments else {}
-    )
+    plain = {"device": torch.device("cpu"), "dtype": torch.float64}
+    arguments |= {name: value for name, value in plain.items() if name in arguments}
     drawn: list[tuple[int, ...]] = []
 
     def ramp(shape, *args, **kwargs):

@@ -41,22 +41,22 @@ def _decode(pipe: DiffusionPipeline, x0: torch.Tensor, embeds: dict[str, Any]) -
     size = canvas_like(pipe, x0)
     x0 = x0.to(pipe._execution_device, pipe.vae.dtype)
     call = embeds | guidance_arguments(pipe) | size_arguments(pipe, size.height, size.width)
-    call |= {"num_inference_steps": 2, "generator": torch.Generator()}
+    call |= {"num_inference_steps": 1, "generator": torch.Generator()}
     try:
-        return _call(pipe, size.to_sample(x0), 0, latents=size.to_latents(x0), **call)
+        return _call(pipe, size.to_sample(x0), False, latents=size.to_latents(x0), **call)
     except UnboundLocalError:  # it decodes what its last step denoised, and so needs one
-        return _call(pipe, size.to_sample(x0), 1, **call)
+        return _call(pipe, size.to_sample(x0), True, **call)
 
 
-def _call(pipe: DiffusionPipeline, sample: torch.Tensor, steps: int, **call) -> Image.Image:
-    """Return the picture of a call whose first `steps` timesteps are made, each of which returns the sample."""
+def _call(pipe: DiffusionPipeline, sample: torch.Tensor, steps: bool, **call) -> Image.Image:
+    """Return the picture of a call without steps, or with one that returns the sample."""
     scheduler = copy.deepcopy(pure_noise_scheduler(pipe.scheduler))
     set_timesteps = scheduler.set_timesteps
 
     @functools.wraps(set_timesteps)
     def set_few(*args, **kwargs):
         set_timesteps(*args, **kwargs)
-        scheduler.timesteps = scheduler.timesteps[:steps]
+        scheduler.timesteps = scheduler.timesteps[: None if steps else 0]
 
     @functools.wraps(scheduler.step)
     def step(model_output, timestep, latents, *args, return_dict=True, **kwargs):

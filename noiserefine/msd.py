@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import SchedulerMixin
 
-from noiserefine.samplers import is_flow, shifting
+from noiserefine.samplers import is_flow, set_steps
 
 MAX_GAIN, MIN_GAIN = 1e6, 1e-4
 
@@ -74,12 +74,15 @@ def _carry(
     walker = copy.deepcopy(scheduler)
     if prediction_type is not None:
         walker.register_to_config(prediction_type=prediction_type)
-    walker.set_timesteps(steps, **shifting(walker))
+    set_steps(walker, steps)
     sample = torch.full((1, 1, 1, 1), value, dtype=torch.float64)
     sample *= float(getattr(walker, "init_noise_sigma", 1))
     random = "generator" in inspect.signature(walker.step).parameters
     generator = {"generator": torch.Generator().manual_seed(0)} if random else {}
-    for t in walker.timesteps:
+    timesteps = walker.timesteps
+    if timesteps[-1] == 0 and "beta_schedule" not in walker.config:  # its end is no step
+        timesteps = timesteps[:-1, None]
+    for t in timesteps:
         if hasattr(walker, "scale_model_input"):
             walker.scale_model_input(sample, t)
         prediction = torch.zeros_like(sample)

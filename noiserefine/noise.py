@@ -151,13 +151,19 @@ def encode_prompt(
 
     vars(twin)["encode_prompt"] = record
     reach_latents(twin, **call, **guidance_arguments(pipe, 2.0 if guided else 1.0))
-    taken = call_parameters(pipe)
-    return {
+    taken = inspect.signature(type(pipe).__call__).parameters
+    embeds: dict[str, Any] = {
         name: value
         for named, values in zip(names, encoded, strict=False)
         for name, value in zip(named, values, strict=True)
         if name in taken and value is not None
     }
+    negative = taken.get("negative_prompt")
+    if "negative_prompt_embeds" in embeds and negative and negative.default is not None:
+        embeds["negative_prompt"] = (
+            None  # which some pipelines have as "", and refuse beside embeddings
+        )
+    return embeds
 
 
 @functools.cache

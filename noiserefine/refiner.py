@@ -217,8 +217,7 @@ class Refiner:
 
         Without what the pipeline itself adds to the network's output where it does (SANA-Sprint adds its input).
         """
-        call = {name: value for name, value in embeds.items() if not name.startswith("negative")}
-        call |= images_of(embeds, len(x_T)) | guidance_arguments(self.pipe)
+        call = images_of(embeds, len(x_T)) | guidance_arguments(self.pipe)
         call |= size_arguments(self.pipe, canvas.height, canvas.width)
         call["latents"] = canvas.to_latents(x_T.to(self.dtype))
         if not self.config.adds_input:
@@ -285,17 +284,25 @@ def build(base: nn.Module, config: RefinerConfig) -> Any:
 
 
 def images_of(embeds: dict[str, Any], count: int) -> dict[str, Any]:
-    """Return the arguments by which a pipeline makes `count` images of one prompt. Raises ValueError for another number of prompts."""
+    """Return the encoded prompts of `count` images, without negative ones; one prompt is for all of them.
+
+    Raises ValueError for another number of prompts.
+    """
     prompts = len(next(iter(embeds.values())))
-    if prompts == count:
-        return {}
-    if prompts != 1:
+    if prompts not in (1, count):
         raise ValueError(
             f"There are {prompts} prompts for {count} images: give one for all or one for each."
         )
-    if "prompt" in embeds:
-        return {"prompt": embeds["prompt"] * count}
-    return {"num_images_per_prompt": count}
+    embeds = {name: value for name, value in embeds.items() if not name.startswith("negative")}
+    return embeds if prompts == count else {k: _repeat(v, count) for k, v in embeds.items()}
+
+
+def _repeat(value: Any, count: int) -> Any:
+    """Return what encodes one prompt, a list or a tensor whose first dimension of length 1 is the prompt's, for `count`."""
+    if isinstance(value, list):
+        return value * count
+    prompt = value.shape.index(1)
+    return value.expand(*value.shape[:prompt], count, *value.shape[prompt + 1 :])
 
 
 def check_strength(strength: float) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator
 
@@ -74,8 +75,9 @@ def make_scheduler(sampler: str, pipe: DiffusionPipeline) -> SchedulerMixin:
         spacing = timestep_spacing(own)
         return kind.from_config(own.config, timestep_spacing=spacing, steps_offset=1, **settings)
     shift = own.config.get("shift", own.config.get("flow_shift", 1.0))
-    shift_name = "flow_shift" if "use_flow_sigmas" in settings else "shift"
-    return kind.from_config(own.config, **{shift_name: shift}, **settings)
+    taken = inspect.signature(kind.__init__).parameters
+    shared = {key: value for key, value in own.config.items() if key in taken}
+    return kind(**shared | {"flow_shift" if "flow_shift" in taken else "shift": shift} | settings)
 
 
 def forwards(sampler: str | SchedulerMixin, steps: int) -> int:
@@ -86,13 +88,18 @@ def forwards(sampler: str | SchedulerMixin, steps: int) -> int:
     if isinstance(sampler, str):
         return 2 * steps - 1 if sampler.startswith("Heun") else steps
     walker = copy.deepcopy(sampler)
-    walker.set_timesteps(steps, **shifting(walker))
+    set_steps(walker, steps)
     return len(walker.timesteps)
 
 
-def shifting(scheduler: SchedulerMixin) -> dict[str, float]:
-    """Return what a scheduler with a shift that depends on the picture's size asks for; pipelines give it theirs."""
-    return {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+def set_steps(scheduler: SchedulerMixin, steps: int) -> None:
+    """Set a scheduler's timesteps without a pipeline, which gives some a shift that depends on the picture's size."""
+    arguments: dict[str, float | None] = {}
+    if scheduler.config.get("use_dynamic_shifting"):
+        arguments["mu"] = 1.0
+    if "intermediate_timesteps" in inspect.signature(scheduler.set_timesteps).parameters:
+        arguments["intermediate_timesteps"] = None  # theirs are for two steps only
+    scheduler.set_timesteps(steps, **arguments)
 
 
 def with_sampler(pipe: DiffusionPipeline, sampler: str) -> DiffusionPipeline:
@@ -149,4 +156,6 @@ def watch_x0(scheduler: SchedulerMixin, on_x0: Callable[[torch.Tensor], None]) -
     try:
         yield
     finally:
-        del scheduler.step  # it holds the scheduler, which would live on until the next full garbage collection
+        del (
+            scheduler.step
+        )  # it holds the scheduler, which would live on until the next full garbage collection

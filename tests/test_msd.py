@@ -68,7 +68,7 @@ def test_gradient_is_that_of_detached_sampling(pipe, sampler, prediction_type):
 
 
 def test_zero_terminal_snr(pipe):
-    """Finite where the sampler starts below t = T; refused, with the reason, where it starts at T, from pure noise."""
+    """Where the sampler starts at T, from pure noise, v is held if the network predicts it, and noise cannot be."""
     schedulers = {
         spacing: DDIMScheduler.from_config(
             make_scheduler("DDIM", pipe).config,
@@ -88,8 +88,19 @@ def test_zero_terminal_snr(pipe):
         msd_loss(x0, x_hat, target, sampler_gain(schedulers["leading"], N)), x_hat
     )
     torch.testing.assert_close(gradient, expected, rtol=2e-3, atol=1e-9)
+    assert schedulers["trailing"].config.prediction_type == "v_prediction"
+    held = schedulers["trailing"]
+    held.set_timesteps(N)
+    ends = []
+    for value in (1.0, 0.0):
+        x = torch.full((1,), value, dtype=torch.float64)
+        for t in held.timesteps:
+            x = held.step(torch.tensor([0.3 + float(t) / 500]), t, x).prev_sample
+        ends.append(x.item())
+    assert sampler_gain(held, N) == pytest.approx(ends[0] - ends[1], rel=1e-6)
+    held.register_to_config(prediction_type="epsilon")
     with pytest.raises(ValueError, match="signal-to-noise ratio is zero"):
-        sampler_gain(schedulers["trailing"], N)
+        sampler_gain(held, N)
 
 
 def test_gain_of_ddim_is_equation_26(pipe):

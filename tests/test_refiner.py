@@ -192,7 +192,7 @@ def test_bad_calls(refiner, pipe):
     with pytest.raises(ValueError, match="3 prompts for 1 images"):
         refiner(x_T, ["a cat"] * 3)
     with pytest.raises(ValueError, match="rank"):
-        Refiner.create(pipe, 4)
+        Refiner.create(pipe, 0)
 
 
 def truncated(folder):
@@ -230,7 +230,7 @@ def edit(**values):
         (foreign_key, ValueError, "superfluous"),
         (other_shape, ValueError, "another shape"),
         (pickled, ValueError, "damaged"),
-        (edit(format_version=2), ValueError, "format version 2"),
+        (edit(format_version=3), ValueError, "format version 3"),
         (edit(rank="32"), ValueError, "rank '32'"),
         (edit(alpha="x"), ValueError, "alpha 'x'"),
         (edit(base_signature=None), ValueError, "base_signature None"),

@@ -1,5 +1,6 @@
-"""The project as a whole: installation and requirements."""
+"""The project as a whole: installation, pages, the direction of imports."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -11,6 +12,12 @@ from tests.tools.requirements import requirements
 from train.tools.readme_table import PAGES, filled
 
 MOST_WORDS = 900
+FLOORS = {  # a package may import those at its own floor and below
+    "noiserefine": 0,
+    "noiserefine.models": 1,
+    "noiserefine.analysis": 2,
+    "noiserefine.page": 3,
+}
 
 
 def test_requirements_are_those_of_the_project():
@@ -40,3 +47,27 @@ def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
     links = re.findall(r"\]\(([^)#]+)\)", text)
     assert all((ROOT / page).parent.joinpath(link).exists() for link in links if "://" not in link)
+
+
+def _floor(module: str) -> int:
+    package = ".".join(module.split(".")[:2])
+    return FLOORS.get(package, 0)
+
+
+def _imports(path) -> list[str]:
+    tree = ast.parse(path.read_text())
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    modules = [f"{node.module}.{alias.name}" for node in froms for alias in node.names]
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
+    return modules + [alias.name for node in imports for alias in node.names]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "noiserefine").rglob("*.py")), ids=lambda path: path.stem
+)
+def test_imports_point_one_way(path):
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for imported in _imports(path):
+        assert not imported.startswith(("train", "app", "tests")), imported
+        if imported.startswith("noiserefine"):
+            assert _floor(imported) <= _floor(module), f"{module} imports {imported}"

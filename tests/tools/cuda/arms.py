@@ -1,0 +1,117 @@
+"""Seconds and memory of the three arms on an architecture with random weights, by the whole pipeline.
+
+    python tests/tools/cuda/arms.py sdxl
+
+Text encoders, (the refining pass,) 20 steps and decoding.  The arms take turns; ratios are medians over
+rounds of the ratio within a round.
+"""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from results import arguments, device, free_memory, peak_gib, report, reset_peak, timed
+
+from noiserefine import Refiner, draw_noise
+from noiserefine.guidance import sample
+from noiserefine.models.offload import offload
+from noiserefine.noise import encode_prompt
+from train.tools.architectures import UNETS, random_pipeline
+
+PROMPT = "golden retriever"  # a class of SiT's, too
+STEPS, GUIDANCE_SCALE = 20, 7.0
+RANKS = {"sdxl": 256}  # the presets'
+RANK = 128
+ARMS = ("unguided", "guided", "refined")
+
+
+def load(name: str, small: bool) -> tuple[DiffusionPipeline, Refiner]:
+    """Return the pipeline on the device and an untrained refiner in its precision: as fast as a trained one."""
+    torch.manual_seed(0)
+    dtype = torch.float16 if name in UNETS else torch.bfloat16
+    if small:
+        pipe = small_pipeline(name).to(device())
+        refiner = Refiner.create(pipe, 8)
+    else:
+        pipe = random_pipeline(name, device(), dtype)
+        refiner = Refiner.create(pipe, RANKS.get(name, RANK))
+    refiner.network.to(refiner.dtype)
+    return pipe, refiner
+
+
+def small_pipeline(name: str) -> DiffusionPipeline:
+    """Return a small pipeline of the architecture's family."""
+    if name in UNETS:
+        return random_pipeline(name, small=True)
+    from families import build  # noqa: PLC0415 (of the tests)
+
+    families = {"sd35-medium": "sd3", "klein": "flux2_klein"}
+    return build(families.get(name, name.replace("-", "_")))
+
+
+def arm(pipe: DiffusionPipeline, refiner: Refiner, name: str, x_T: torch.Tensor) -> Any:
+    """Make the images of an arm from the prompt on."""
+    guided = name == "guided"
+    embeds = encode_prompt(pipe, [PROMPT] * len(x_T), guided=guided)
+    latents = refiner(x_T, embeds) if name == "refined" else refiner(x_T, embeds, strength=0)
+    scale = GUIDANCE_SCALE if guided else 1.0
+    return sample(
+        pipe, latents=latents, num_inference_steps=STEPS, guidance_scale=scale, **embeds
+    ).images
+
+
+def measure(
+    pipe: DiffusionPipeline, refiner: Refiner, batch_size: int, rounds: int
+) -> dict[str, Any]:
+    """Return the arms' median seconds, their peak memory and the ratios, after a round to warm up."""
+    x_T = draw_noise(pipe, 0, batch_size)
+    seconds: dict[str, list[float]] = {name: [] for name in ARMS}
+    peaks = {}
+    for i in range(rounds + 1):
+        for name in ARMS:
+            reset_peak()
+            call: Callable[[], Any] = lambda name=name: arm(pipe, refiner, name, x_T)  # noqa: E731
+            took, _ = timed(call)
+            peaks[name] = peak_gib()
+            if i:
+                seconds[name].append(took)
+    return {
+        "seconds": {name: round(statistics.median(values), 4) for name, values in seconds.items()},
+        "peak_gib": peaks,
+        "rounds": rounds,
+    } | {
+        f"refined_over_{other}": round(
+            statistics.median(
+                a / b for a, b in zip(seconds["refined"], seconds[other], strict=True)
+            ),
+            4,
+        )
+        for other in ("unguided", "guided")
+    }
+
+
+def main() -> None:
+    args = arguments(__doc__, "architecture")
+    name = args.architecture
+    built, (pipe, refiner) = timed(lambda: load(name, args.small))
+    report(f"{name}, built", seconds=round(built, 1), peak_gib=peak_gib(), dtype=str(refiner.dtype))
+
+    few = args.small
+    report(f"{name}, shared, batch 1", **measure(pipe, refiner, 1, 1 if few else 3))
+    refiner.merge()
+    free_memory()
+    report(f"{name}, merged, batch 1", **measure(pipe, refiner, 1, 1 if few else 5))
+    report(f"{name}, merged, batch 4", **measure(pipe, refiner, 4, 1 if few else 2))
+
+    # One network at a time on the card.
+    pipe.to("cpu")
+    refiner.network.to("cpu")
+    free_memory()
+    offload(pipe, refiner, "model", device())
+    report(f"{name}, offload model, batch 1", **measure(pipe, refiner, 1, 1))
+
+
+if __name__ == "__main__":
+    main()

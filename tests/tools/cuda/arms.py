@@ -1,13 +1,13 @@
-"""Seconds and memory of the three arms on an architecture with random weights, by the whole pipeline.
+"""Seconds and memory of the three arms on an architecture with random weights.
 
     python tests/tools/cuda/arms.py sdxl
 
-Text encoders, (the refining pass,) 20 steps and decoding.  The arms take turns; ratios are medians over
-rounds of the ratio within a round.
+Of the whole pipeline: text encoders, (the refining pass,) 20 steps and decoding.  The arms take
+turns; ratios are medians over rounds of the ratio within a round.
 """
 
+import functools
 import statistics
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ ARMS = ("unguided", "guided", "refined")
 
 
 def load(name: str, small: bool) -> tuple[DiffusionPipeline, Refiner]:
-    """Return the pipeline on the device and an untrained refiner in its precision: as fast as a trained one."""
+    """Return the pipeline on the device and an untrained refiner, as fast as a trained one."""
     torch.manual_seed(0)
     dtype = torch.float16 if name in UNETS else torch.bfloat16
     if small:
@@ -45,10 +45,10 @@ def small_pipeline(name: str) -> DiffusionPipeline:
     """Return a small pipeline of the architecture's family."""
     if name in UNETS:
         return random_pipeline(name, small=True)
-    from families import build  # noqa: PLC0415 (of the tests)
+    from families import pipeline  # noqa: PLC0415 (of the tests)
 
     families = {"sd35-medium": "sd3", "klein": "flux2_klein"}
-    return build(families.get(name, name.replace("-", "_")))
+    return pipeline(families.get(name, name.replace("-", "_")))
 
 
 def arm(pipe: DiffusionPipeline, refiner: Refiner, name: str, x_T: torch.Tensor) -> Any:
@@ -72,8 +72,7 @@ def measure(
     for i in range(rounds + 1):
         for name in ARMS:
             reset_peak()
-            call: Callable[[], Any] = lambda name=name: arm(pipe, refiner, name, x_T)  # noqa: E731
-            took, _ = timed(call)
+            took, _ = timed(functools.partial(arm, pipe, refiner, name, x_T))
             peaks[name] = peak_gib()
             if i:
                 seconds[name].append(took)

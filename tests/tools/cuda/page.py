@@ -1,4 +1,4 @@
-"""The page's server on the card: the first and the second comparison, Stop, and the same pixels after it."""
+"""The page's server on the card: two comparisons, Stop, the same pixels after it."""
 
 import hashlib
 import importlib.util
@@ -13,7 +13,7 @@ from typing import Any
 from results import arguments, report
 
 ROOT = Path(__file__).resolve().parents[3]
-# prompt, seed, backbone, steps, guidance scale, strength, sampler, width, height, refiner, LoRA, weight
+# Prompt, seed, model, steps, guidance, strength, sampler, width, height, refiner, LoRA, weight.
 SETTINGS = ["a red apple", 7, "emoji", 20, 2.5, 1.0, "DDIM", 0, 0, "", "", 1.0]
 MANY_STEPS = 200
 

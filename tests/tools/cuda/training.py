@@ -1,9 +1,9 @@
-"""An optimiser step of a training preset on its architecture with random weights: seconds, memory, parts.
+"""An optimiser step of a training preset on its architecture with random weights.
 
     python tests/tools/cuda/training.py sdxl
 
-A step is refine, sample N steps, loss, backward, for every batch that is accumulated, and AdamW.  The parts
-are timed alone: N + 1 forwards and a backward (the goal is a step of at most 1.05 times their sum).
+A step is refine, sample N steps, loss, backward, for every batch that is accumulated, and AdamW.
+The parts are timed alone: N + 1 forwards and a backward (the goal: at most 1.05 times their sum).
 """
 
 import statistics
@@ -63,7 +63,7 @@ class Step:
         self.optimizer.zero_grad()
 
     def parts(self) -> float:
-        """Return the seconds of a batch's parts, timed alone: the N forwards, the refining pass, the backward."""
+        """Return the seconds of a batch's parts: N forwards, the refining pass, the backward."""
         forwards, _ = timed(lambda: self.sample(self.x_T))
         refining, correction = timed(self.refine)
         backward, _ = timed(lambda: correction.square().mean().backward())
@@ -71,7 +71,7 @@ class Step:
 
 
 def measure(step: Step, rounds: int) -> dict[str, Any]:
-    """Return the seconds of a batch, an update and a whole optimiser step, its peak memory, and the ratio to the parts."""
+    """Return seconds of a batch, an update and an optimiser step, the peak and the parts' ratio."""
     step.batch()
     step.update()  # allocates AdamW's state
     reset_peak()

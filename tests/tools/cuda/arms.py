@@ -20,7 +20,7 @@ from noiserefine.models.offload import offload
 from noiserefine.noise import encode_prompt
 from train.tools.architectures import UNETS, random_pipeline
 
-PROMPT = "golden retriever"  # a class of SiT's, too
+PROMPT = "7"  # a class of SiT's, too
 STEPS, GUIDANCE_SCALE = 20, 7.0
 RANKS = {"sdxl": 256}  # the presets'
 RANK = 128
@@ -65,7 +65,7 @@ def arm(pipe: DiffusionPipeline, refiner: Refiner, name: str, x_T: torch.Tensor)
 def measure(
     pipe: DiffusionPipeline, refiner: Refiner, batch_size: int, rounds: int
 ) -> dict[str, Any]:
-    """Return the arms' median seconds, their peak memory and the ratios, after a round to warm up."""
+    """Return the arms' median seconds, peak memory and ratios, after a round to warm up."""
     x_T = draw_noise(pipe, 0, batch_size)
     seconds: dict[str, list[float]] = {name: [] for name in ARMS}
     peaks = {}

@@ -42,7 +42,8 @@ def half(request):
 
 
 def images(pipe, x_T, **guidance):
-    return sample_latents(pipe, x_T, encode_prompt(pipe, PROMPT), STEPS, **guidance)
+    embeds = encode_prompt(pipe, [PROMPT] * len(x_T))
+    return sample_latents(pipe, x_T, embeds, STEPS, **guidance)
 
 
 def rms(x):

@@ -25,5 +25,5 @@ def _report(test: pytest.TestReport) -> None:
 if __name__ == "__main__":
     if arguments(__doc__).small:
         os.environ["NOISEREFINE_TEST_DEVICE"] = "cpu"
-    options = ["tests/test_cuda.py", "-p", "no:cacheprovider", "--tb=short"]
+    options = ["tests/test_cuda.py", "-p", "no:cacheprovider", "--tb=short", "--capture=no"]
     sys.exit(pytest.main(options, plugins=[Outcomes()]))

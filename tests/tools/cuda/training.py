@@ -14,6 +14,7 @@ from arms import PROMPT, small_pipeline
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from results import arguments, device, peak_gib, report, reset_peak, timed
+from train.options import DTYPES, Options, parse
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.denoiser import denoiser
@@ -21,7 +22,6 @@ from noiserefine.guidance import sample_latents
 from noiserefine.msd import msd_loss, sampler_gain
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
-from train.options import DTYPES, Options, parse
 from train.tools.architectures import random_pipeline
 
 

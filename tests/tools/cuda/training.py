@@ -4,33 +4,39 @@
 
 A step is refine, sample N steps, loss, backward, for every batch that is accumulated, and AdamW.
 The parts are timed alone: N + 1 forwards and a backward (the goal: at most 1.05 times their sum).
+The preset is measured, and what needs the least memory: one target a batch, gradient checkpointing
+and a small rank.
 """
 
 import statistics
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from arms import PROMPT, small_pipeline
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
-from results import arguments, device, peak_gib, report, reset_peak, timed
-from train.options import DTYPES, Options, parse
+from results import arguments, device, free_memory, peak_gib, report, reset_peak, timed
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.denoiser import denoiser
 from noiserefine.guidance import sample_latents
-from noiserefine.msd import msd_loss, sampler_gain
 from noiserefine.noise import encode_prompt
-from noiserefine.samplers import with_sampler
+from noiserefine.samplers import samplers_of
+from train.options import DTYPES, Options, default_options
 from train.tools.architectures import random_pipeline
+from train.train_refiner import MSD
+
+LEAST_MEMORY: dict[str, Any] = dict(batch_size=1, gradient_checkpointing=True, rank=32)
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 class Step:
-    """What an optimiser step needs."""
+    """What an optimiser step of the trainer works with."""
 
-    def __init__(self, pipe: DiffusionPipeline, options: Options, dtype: torch.dtype):
-        self.pipe, self.options, self.dtype = pipe, options, dtype
-        self.sampler = with_sampler(pipe, options.sampler)
+    def __init__(self, pipe: DiffusionPipeline, options: Options):
+        self.options, self.dtype = options, DTYPES[options.mixed_precision]
         self.refiner = Refiner.create(pipe, options.rank)
         denoiser(pipe).requires_grad_(False)
         network = self.refiner.network
@@ -39,23 +45,19 @@ class Step:
             network.enable_gradient_checkpointing()
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=options.lr)
-        self.gain = sampler_gain(self.sampler.scheduler, options.steps)
-        self.x_T = draw_noise(pipe, 0, options.batch_size).to(device())
-        self.embeds = encode_prompt(pipe, [PROMPT] * options.batch_size, guided=False)
+        self.loss = MSD(pipe, options)
+        x_T = draw_noise(pipe, 0, options.batch_size).to(device())
+        embeds = encode_prompt(pipe, [PROMPT] * options.batch_size, guided=False)
+        self.batch = SimpleNamespace(x_T=x_T, embeds=embeds, seed=0, x0_guide=torch.zeros_like(x_T))
 
     def refine(self) -> torch.Tensor:
         enabled = self.dtype != torch.float32
         with torch.autocast(device().type, self.dtype, enabled=enabled):
-            return self.refiner.correction(self.x_T, self.embeds)
+            return self.refiner.correction(self.batch.x_T, self.batch.embeds)
 
-    def sample(self, x: torch.Tensor) -> torch.Tensor:
-        return sample_latents(self.sampler, x, self.embeds, self.options.steps)
-
-    def batch(self) -> None:
-        """Accumulate the gradient of a batch."""
-        x_hat = self.x_T + self.refine()
-        x0 = self.sample(x_hat)
-        msd_loss(x0.float(), x_hat, torch.zeros_like(x_hat), self.gain).backward()
+    def accumulate(self) -> None:
+        """Add the gradient of a batch."""
+        self.loss(self.batch.x_T + self.refine(), self.batch).backward()
 
     def update(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.parameters, self.options.max_grad_norm)
@@ -64,7 +66,8 @@ class Step:
 
     def parts(self) -> float:
         """Return the seconds of a batch's parts: N forwards, the refining pass, the backward."""
-        forwards, _ = timed(lambda: self.sample(self.x_T))
+        x_T, embeds, steps = self.batch.x_T, self.batch.embeds, self.options.steps
+        forwards, _ = timed(lambda: sample_latents(self.loss.pipe, x_T, embeds, steps))
         refining, correction = timed(self.refine)
         backward, _ = timed(lambda: correction.square().mean().backward())
         return forwards + refining + backward
@@ -72,47 +75,53 @@ class Step:
 
 def measure(step: Step, rounds: int) -> dict[str, Any]:
     """Return seconds of a batch, an update and an optimiser step, the peak and the parts' ratio."""
-    step.batch()
+    step.accumulate()
     step.update()  # allocates AdamW's state
     reset_peak()
-    batches, parts = [], []
+    batches, ratios = [], []
     for _ in range(rounds):
-        batches.append(timed(step.batch)[0])
-        parts.append(step.parts())
+        batches.append(timed(step.accumulate)[0])
+        ratios.append(batches[-1] / step.parts())
     update, _ = timed(step.update)
-    peak, batch = peak_gib(), statistics.median(batches)
-    accumulated = step.options.gradient_accumulation_steps
+    batch, accumulated = statistics.median(batches), step.options.gradient_accumulation_steps
     return {
+        "rank": step.options.rank,
+        "parameters": sum(p.numel() for p in step.parameters),
         "batch_size": step.options.batch_size,
+        "gradient_checkpointing": step.options.gradient_checkpointing,
+        "accumulated_batches": accumulated,
         "batch_seconds": round(batch, 3),
         "update_seconds": round(update, 3),
         "optimiser_step_seconds": round(accumulated * batch + update, 3),
-        "accumulated_batches": accumulated,
-        "batch_over_parts": round(
-            statistics.median(a / b for a, b in zip(batches, parts, strict=True)), 3
-        ),
-        "peak_gib": peak,
-        "finite": all(bool(p.isfinite().all()) for p in step.parameters),
+        "batch_over_parts": round(statistics.median(ratios), 3),
+        "peak_gib": peak_gib(),
     }
+
+
+def gib(pipe: DiffusionPipeline, *names: str) -> float:
+    """Return what the weights of a pipeline's parts take."""
+    networks = [pipe.components[name] for name in names if pipe.components.get(name) is not None]
+    weights = [p.numel() * p.element_size() for part in networks for p in part.parameters()]
+    return round(sum(weights) / 2**30, 2)
 
 
 def main() -> None:
     args = arguments(__doc__, "preset")
-    name = args.preset
-    options = parse(["--preset", name, "--prompts", "none", "--output_dir", "none"])
-    if args.small:
-        options.mixed_precision, options.rank, options.batch_size = "no", 8, 2
-    dtype = DTYPES[options.mixed_precision]
+    name, options = args.preset, default_options(args.preset)
     torch.manual_seed(0)
-    pipe = (
-        small_pipeline(name).to(device()) if args.small else random_pipeline(name, device(), dtype)
-    )
-    built, step = timed(lambda: Step(pipe, options, dtype))
-    trained = sum(p.numel() for p in step.parameters)
-    report(
-        f"{name}, refiner created", seconds=round(built, 1), parameters=trained, rank=options.rank
-    )
-    report(f"{name}, training", **measure(step, 1 if args.small else 2))
+    if args.small:
+        options = replace(options, mixed_precision="no", rank=8, batch_size=2)
+        pipe = small_pipeline(name).to(device())
+    else:
+        pipe = random_pipeline(name, device(), DTYPES[options.mixed_precision])
+    options.sampler = options.sampler or samplers_of(pipe)[0]
+    report(f"{name}, text encoders", gib=gib(pipe, *TEXT_ENCODERS), vae_gib=gib(pipe, "vae"))
+    for title, chosen in (
+        (f"{name}, training", options),
+        (f"{name}, training in the least memory", replace(options, **LEAST_MEMORY)),
+    ):
+        report(title, **measure(Step(pipe, chosen), 1 if args.small else 2))
+        free_memory()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How a part of the measurements reports, and how it times."""
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-MARK = "RESULT "  # begins the lines of a part's output that run.py reads
+MARK = "RESULT "  # what follows it in a line of a part's output is read by run.py
 
 
 def report(name: str, **figures: Any) -> None:
@@ -57,5 +58,6 @@ def peak_gib() -> float | None:
 
 def free_memory() -> None:
     """Return the memory of what was deleted to the card."""
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

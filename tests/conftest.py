@@ -93,9 +93,8 @@ def perturbed(pipe, rank=16, **kwargs) -> Refiner:
 
 def output(pipe, **kwargs) -> torch.Tensor:
     """Return the unguided latents of a fixed prompt and seed: what must never change."""
-    latents = torch.randn(
-        1, pipe.unet.config.in_channels, 16, 16, generator=torch.Generator().manual_seed(5)
-    )
+    shape = (1, pipe.unet.config.in_channels, 16, 16)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(5))
     return pipe(
         "a red apple",
         latents=latents,

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from noiserefine import Refiner
-from train import evaluate
+from train import evaluate, measurement
 from train.emoji.captions import build_tokenizer
 from train.emoji.render import BACKGROUNDS, held_out_pairs, objects, prompt
 from train.metrics import METRICS, frechet_distance, load_metrics
@@ -174,22 +174,23 @@ def test_intervals_resample_prompts(tmp_path):
         arms=["gaussian"],
         bootstrap=400,
         reference="guided",
+        images=None,
     )
-    measurement, rng, metrics = (
-        evaluate.Measurement(args, PartialState()),
+    session, rng, metrics = (
+        measurement.Measurement(args, PartialState()),
         np.random.default_rng(0),
         load_metrics(["judge"], None, torch.device("cpu")),
     )
-    measurement.begin({})
+    session.begin({})
     right = np.repeat([1.0, 0.0, 1.0, 0.0], 50)
     np.savez(
-        measurement.file("gaussian", 0),
+        session.file("gaussian", 0),
         features=rng.normal(size=(200, 128)) * 2,
         correct=np.stack([right, right], 1),
         forwards=200,
         seconds=1.0,
     )
-    arm = measurement.results(prompts, metrics)["arms"]["gaussian"]
+    arm = session.results(prompts, metrics)["arms"]["gaussian"]
     assert arm["object_accuracy"] == 0.5 and arm["object_accuracy_interval"] == [0, 1], (
         "0.43 to 0.57 if images were drawn one by one"
     )
@@ -287,7 +288,7 @@ def test_metrics_of_the_big_models(tmp_path, pipe):
     for (name, values), metric in zip(expected.items(), metrics):
         np.testing.assert_allclose(rows[name], values, rtol=1e-4, atol=1e-4)
         assert (
-            metric.figures(rows, [])
+            metric.summarise(rows, [])
             == {name: pytest.approx(float(values.mean()), rel=1e-4, abs=1e-4)}
             and metric.about[name] == f"{tmp_path}/{'aesthetic' if name == 'aesthetic' else 'clip'}"
         )
@@ -338,7 +339,7 @@ def test_inception(tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
     torch.save({"layer": torch.zeros(3)}, tmp_path / "inception.pth")
     (metric,) = load_metrics([f"inception={tmp_path}/inception.pth"], tmp_path, torch.device("cpu"))
-    figures = metric.figures(metric.measure(images, [""] * len(images)), [])
+    figures = metric.summarise(metric.measure(images, [""] * len(images)), [])
     assert figures["fid"] == pytest.approx(0, abs=1e-6), "the images are the real ones"
     colours = np.array([np.asarray(image)[0, 0] for image in images]) / 64
     p = np.exp(np.tile(colours, 2))
@@ -355,7 +356,7 @@ def test_inception(tmp_path, monkeypatch):
     assert figures["inception_score"] == pytest.approx(
         score(np.random.default_rng(0).permutation(100)), rel=1e-5
     )
-    alike = metric.figures(
+    alike = metric.summarise(
         metric.measure(
             sorted(images, key=lambda image: image.getpixel((0, 0))), [""] * len(images)
         ),
@@ -365,7 +366,7 @@ def test_inception(tmp_path, monkeypatch):
         np.mean([score(np.random.default_rng(i).permutation(100)) for i in range(20)]), rel=0.02
     ), "whatever the order"
     shifted = [Image.fromarray((np.asarray(image) // 2).astype(np.uint8)) for image in images]
-    assert metric.figures(metric.measure(shifted, [""] * len(shifted)), [])["fid"] > 1
+    assert metric.summarise(metric.measure(shifted, [""] * len(shifted)), [])["fid"] > 1
 
 
 @pytest.mark.parametrize(
@@ -427,7 +428,7 @@ def test_benchmark_runs(tmp_path):
         "1",
         "--steps",
         "3",
-        "--json",
+        "--output",
         tmp_path / "benchmark.json",
     ) as process:
         assert process.wait() == 0, process.stdout.read()

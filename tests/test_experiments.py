@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from noiserefine import Refiner, draw_noise
+from noiserefine.guidance import sample_latents
 from noiserefine.inversion import ddim_inversion
 from noiserefine.models.catalogue import BACKBONES
 from noiserefine.models.loading import load_pipeline
@@ -23,6 +24,7 @@ from noiserefine.models.user_lora import add_lora
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
 from train import evaluate, train_refiner
+from train.common import load_named
 from train.emoji import style
 from train.emoji.render import clay
 from train.experiments import (
@@ -33,10 +35,14 @@ from train.experiments import (
     report,
     reproduce,
 )
-from train.experiments.denoiser_lora import Trajectories, read_targets
-from train.experiments.networks import NETWORKS, Difference, load_network
+from train.experiments.denoiser_lora import read_targets
+from train.experiments.losses import INVERSION_STEPS
+from train.experiments.networks import Difference, Mlp
 from train.experiments.noise_gradients import sample_with_gradient
-from train.train_refiner import latents_from
+from train.experiments.reproduce import NETWORKS, NOISE_LOSS
+from train.experiments.trajectories import Trajectories
+from train.metrics import load_metrics
+from train.options import parse, plan
 
 TINY = [
     "--preset",
@@ -73,9 +79,7 @@ def run(tmp_path_factory):
     """A run of the trainer on inverted noise: its targets hold what every experiment here needs."""
     AcceleratorState._reset_state(reset_partial_state=True)
     folder = tmp_path_factory.mktemp("run")
-    train_refiner.main(
-        [*TINY, "--loss", "noise", "--inversion_steps", "10", "--output_dir", str(folder)]
-    )
+    train_refiner.main([*TINY, "--loss", NOISE_LOSS, "--output_dir", str(folder)])
     return folder
 
 
@@ -86,9 +90,10 @@ def test_the_loss_in_noise_space_is_the_distance_to_the_inversion(run, pipe):
     assert first == pytest.approx(
         (draw_noise(pipe, 0, 8) - state["inverted"]).pow(2).mean().item(), rel=1e-3
     )
-    assert train_refiner.plan(
-        train_refiner.parse([*TINY, "--loss", "noise", "--output_dir", "x"]), 1
-    )[1] == {"targets": (2 * 2 + 50) * 8, "training": 2 * 8}
+    assert plan(parse([*TINY, "--loss", NOISE_LOSS, "--output_dir", "x"]))[1] == {
+        "targets": (2 * 2 + INVERSION_STEPS) * 8,
+        "training": 2 * 8,
+    }
 
 
 def test_inversion_is_undone_by_sampling(pipe):
@@ -99,9 +104,9 @@ def test_inversion_is_undone_by_sampling(pipe):
             pipe, ["a red apple on a blue background", "a panda on a pink background"], guided=False
         ),
     )
-    x0 = latents_from(ddim, draw_noise(pipe, 3, 2), embeds, 20, 0)
+    x0 = sample_latents(ddim, draw_noise(pipe, 3, 2), embeds, 20, 0)
     errors = [
-        (latents_from(ddim, ddim_inversion(pipe, x0, embeds, steps), embeds, steps, 0) - x0)
+        (sample_latents(ddim, ddim_inversion(pipe, x0, embeds, steps), embeds, steps, 0) - x0)
         .pow(2)
         .mean()
         for steps in (5, 40)
@@ -110,11 +115,11 @@ def test_inversion_is_undone_by_sampling(pipe):
     assert type(pipe.scheduler).__name__ == "DDIMScheduler"
 
 
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "lora"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_other_networks(name, pipe, tmp_path):
-    before, x_T = output(pipe), draw_noise(pipe, 0, 2)
+    before, x_T, kind = output(pipe), draw_noise(pipe, 0, 2), load_named("network", NETWORKS[name])
     torch.manual_seed(0)
-    network = NETWORKS[name].create(pipe, 8)
+    network = kind.create(pipe, 8)
     start = network(x_T, ["a cat", "a dog"])
     assert ((start - x_T).abs().max() < 1e-5) == (name != "raw"), "raw alone does not start at x_T"
     pipe.unet.requires_grad_(False)
@@ -125,11 +130,11 @@ def test_other_networks(name, pipe, tmp_path):
     refined = network(x_T, ["a cat", "a dog"])
     assert (refined - start).abs().mean() > 1e-3
     network.save_pretrained(tmp_path)
-    again = load_network(tmp_path, pipe)
-    assert type(again) is NETWORKS[name] and torch.equal(again(x_T, ["a cat", "a dog"]), refined)
+    again = kind.from_pretrained(tmp_path, pipe)
+    assert type(again) is kind and torch.equal(again(x_T, ["a cat", "a dog"]), refined)
     assert torch.equal(output(pipe), before)
     with pytest.raises(ValueError, match="takes no guidance scale"):
-        NETWORKS[name].create(pipe, 8, guidance_scale_range=[1, 2])
+        kind.create(pipe, 8, guidance_scale_range=[1, 2])
     with pytest.raises(FileNotFoundError, match="is not a refiner"):
         Refiner.from_pretrained(tmp_path, pipe)
 
@@ -147,16 +152,16 @@ def test_difference_takes_two_forwards(pipe):
 
 
 def test_a_network_is_trained_in_the_refiners_place(tmp_path, pipe):
-    train_refiner.main([*TINY, "--network", "mlp", "--epochs", "3", "--output_dir", str(tmp_path)])
+    options = ["--network", NETWORKS["mlp"], "--epochs", "3", "--output_dir", str(tmp_path)]
+    train_refiner.main([*TINY, *options])
     losses = [
         json.loads(line)["loss"] for line in (tmp_path / "stats.jsonl").read_text().splitlines()
     ]
     assert losses[-1] < losses[0]
     x_T = draw_noise(pipe, 0)
-    assert type(network := load_network(tmp_path, pipe)) is NETWORKS["mlp"] and not torch.equal(
-        network(x_T, "a cat"), x_T
-    )
-    assert load_network(EMOJI_REFINER, pipe).config.parametrisation == "cancelled head"
+    assert not torch.equal(Mlp.from_pretrained(tmp_path, pipe)(x_T, "a cat"), x_T)
+    with pytest.raises(ValueError, match="is a mlp, not a difference"):
+        Difference.from_pretrained(tmp_path, pipe)
 
 
 def test_trajectories(pipe, sdxl):
@@ -238,7 +243,7 @@ def test_the_few_step_model_ends_where_guidance_does(pipe):
         ]
         * 2,
     )
-    x0 = latents_from(with_sampler(pipe, "DDIM"), x_T, embeds, 10, 0, guidance_scale=2.5)
+    x0 = sample_latents(with_sampler(pipe, "DDIM"), x_T, embeds, 10, 0, guidance_scale=2.5)
     x = path.at(t, x0, draw_noise(pipe, 100, 8))
     with torch.no_grad():
         few, base = [
@@ -289,12 +294,12 @@ def test_the_full_gradient_goes_through_every_step(pipe):
     ddim, embeds = with_sampler(pipe, "DDIM"), encode_prompt(pipe, "a cat", guided=False)
     x = draw_noise(pipe, 0).requires_grad_(True)
     x0, passed = sample_with_gradient(ddim, x, embeds, 3)
-    torch.testing.assert_close(x0, latents_from(ddim, x, embeds, 3, 0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(x0, sample_latents(ddim, x, embeds, 3, 0), rtol=0, atol=1e-5)
     assert len(passed) == 3
     x0.pow(2).sum().backward()
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     sides = [
-        latents_from(ddim, x.detach() + step * direction, embeds, 3, 0).double().pow(2).sum()
+        sample_latents(ddim, x.detach() + step * direction, embeds, 3, 0).double().pow(2).sum()
         for step in (-1e-2, 1e-2)
     ]
     assert (x.grad * direction).sum().item() == pytest.approx(
@@ -358,7 +363,7 @@ def test_novelty_finds_a_copy(tmp_path):
             tmp_path / f"{name}_pictures.npy",
             rng.integers(256, size=(count, 64, 64, 3), dtype=np.uint8),
         )
-    judge = evaluate.load_metrics(["judge"], None, torch.device("cpu"))[0].judge
+    judge = load_metrics(["judge"], None, torch.device("cpu"))[0].judge
     copies = judge.judge(
         [Image.fromarray(picture) for picture in np.load(tmp_path / "train_pictures.npy")[:4]]
     )[2]
@@ -452,24 +457,19 @@ def test_every_experiment_is_a_command_that_its_script_takes(tmp_path):
     chosen = reproduce.experiments(tmp_path)
     for name, commands in chosen.items():
         for command in commands:
-            assert (ROOT / command.script).is_file() or (
-                ROOT / f"{command.script.replace('.', '/')}.py"
-            ).is_file(), name
+            assert (ROOT / command.script).is_file(), name
             if command.script == "train/train_refiner.py":
-                assert train_refiner.parse(list(command.options)).output_dir == str(
-                    command.result.parent
-                )
+                assert parse(list(command.options)).output_dir == str(command.result.parent)
             elif command.script == "train/evaluate.py":
                 assert evaluate.parse(list(command.options)).output == command.result
-    assert (
-        train_refiner.plan(train_refiner.parse(list(chosen["table1"][1].options)), 1)[1]["training"]
-        == reproduce.BUDGET
-    ), "as many evaluations as the refiner's"
+    assert plan(parse(list(chosen["table1"][1].options)), 1)[1]["training"] == reproduce.BUDGET, (
+        "as many evaluations as the refiner's"
+    )
     files = {
-        command.kept.stem
+        command.copy.stem
         for commands in chosen.values()
         for command in commands
-        if command.kept and command.kept.suffix == ".json"
+        if command.copy and command.copy.suffix == ".json"
     }
     assert {file for _, files, _, _ in report.SECTIONS for file in files} == files
     made = {str(command.result) for commands in chosen.values() for command in commands}
@@ -521,8 +521,7 @@ def test_the_kept_report_is_of_the_kept_results(tmp_path, monkeypatch):
     shutil.copytree(reproduce.RESULTS, tmp_path / "kept")
     monkeypatch.setattr(report, "RESULTS", tmp_path / "kept")
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr("sys.argv", ["report.py"])
-    report.main()
+    report.main([])
     assert (tmp_path / "kept" / "report.md").read_text() == text
 
 
@@ -542,7 +541,6 @@ def test_the_report_has_a_section_for_every_experiment(tmp_path, monkeypatch, ca
     }
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr("sys.argv", ["report.py"])
     for name in {file for _, files, _, _ in report.SECTIONS for file in files}:
         (tmp_path / f"{name}.json").write_text(
             json.dumps(result | {"results": {"validation_refined": 0.25}})
@@ -575,7 +573,7 @@ def test_the_report_has_a_section_for_every_experiment(tmp_path, monkeypatch, ca
             }
         )
     )
-    report.main()
+    report.main([])
     text = (tmp_path / "report.md").read_text()
     assert (
         all(f"## {title}" in text for title, *_ in report.SECTIONS)
@@ -584,7 +582,7 @@ def test_the_report_has_a_section_for_every_experiment(tmp_path, monkeypatch, ca
     assert "| refined, unguided | 0.500 [0.400, 0.600] |" in text and "42.71" in text
     assert "| refined, unguided | ![refined, unguided](base-refined.webp) |" in text
     (tmp_path / "mlp.json").unlink()
-    report.main()
+    report.main([])
     text = (tmp_path / "report.md").read_text()
     assert (
         "## Not measured yet\n\nA Gaussian for every prompt (table 10)." in text

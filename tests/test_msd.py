@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from torch.autograd.graph import saved_tensors_hooks
 
+from noiserefine.guidance import sample_latents
 from noiserefine import Refiner, draw_noise
 from noiserefine.msd import msd_loss, sampler_gain
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import SAMPLERS, make_scheduler, with_sampler
-from train.train_refiner import latents_from
 
 N = 6
 
@@ -143,7 +143,7 @@ def test_memory_does_not_grow_with_steps(pipe):
             lambda tensor: sizes.append(tensor.nbytes) or tensor, lambda tensor: tensor
         ):
             x_hat = x_T + refiner.correction(x_T, embeds)
-            x0 = latents_from(with_sampler(pipe, "DDIM"), x_hat, embeds, steps, 0)
+            x0 = sample_latents(with_sampler(pipe, "DDIM"), x_hat, embeds, steps, 0)
             msd_loss(x0, x_hat, torch.zeros_like(x_T), 8.0).backward()
         return sum(sizes)
 

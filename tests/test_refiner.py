@@ -12,7 +12,7 @@ from noiserefine.denoiser import ForwardCounter
 from noiserefine.latents import decode
 from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt
-from train.evaluate import held_out_prompts
+from train.captions import held_out_prompts
 from train.metrics import load_metrics
 
 PROMPTS = ["a red apple on a blue background", "a cat"]

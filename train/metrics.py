@@ -1,14 +1,18 @@
-"""What images are measured by.
+"""The metrics that evaluate.py measures images by.
 
-Each metric gives arrays with a row for every image, which evaluate.py keeps on disk, and makes its figures
-of the rows of any resample.  A model of the hub is named with the metric, NAME=ID_OR_FOLDER in place of its own.
+A metric turns images into arrays with a row for every image, which evaluate.py keeps on disk, and
+summarises the rows of any resample. Its model is named with it, NAME=HUB_ID_OR_FOLDER.
+
+Add a metric as a subclass of Metric here and an entry in METRICS, or elsewhere: `--metrics` takes
+module:Class too.
 """
 
 import hashlib
 import tempfile
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,100 +28,126 @@ from transformers import (
 )
 
 from noiserefine.checkpoint import HUB_ERRORS
-from train.emoji.classifier import Judge
-from train.emoji.render import BACKGROUNDS, objects, prompt
+from train.common import load_named
 
-PICK_SCORE, PICK_PROCESSOR = (
-    "yuvalkirstain/PickScore_v1",
-    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-)  # the model's card names both
+# Name -> the class, imported when it is asked for.
+METRICS = {
+    "judge": "train.emoji.judge:EmojiJudge",
+    "inception": "train.metrics:Inception",
+    "clip_score": "train.metrics:ClipScore",
+    "pick_score": "train.metrics:PickScore",
+    "aesthetic": "train.metrics:Aesthetic",
+}
+UNAVAILABLE = {  # metrics of the paper, and why they are not offered
+    "hpsv2": "HPSv2's weights are published as an OpenCLIP checkpoint only, not in safetensors",
+    "image_reward": "the package image-reward 1.5 does not import with transformers 5",
+}
+IMAGE_FILES = (".jpg", ".jpeg", ".png")
+INCEPTION_PARTS = 10  # of the images, whose inception scores are averaged
+
 Rows = dict[str, np.ndarray]
 
 
-class Metric(Protocol):
+@dataclass(frozen=True)
+class Figure:
+    """How a figure of a metric is shown and resampled."""
+
+    title: str
+    digits: int = 2
+    biased: bool = False  # whether repeated images bias it: its interval is then centred
+    in_gap: bool = True  # whether guidance is expected to improve it
+
+
+class Metric(ABC):
+    """A measure of images: one or more figures."""
+
+    default_source: ClassVar[str]  # hub id, folder, file or address of its model
+    figures: ClassVar[dict[str, Figure]]
     about: dict[str, Any]  # the model it uses, for the record
 
-    def measure(self, images: list[Image.Image], prompts: list[str]) -> Rows:
-        """Arrays of one row an image."""
+    @abstractmethod
+    def __init__(self, source: str, real_images: Path | None, device: torch.device): ...
 
-    def figures(self, rows: Rows, groups: list[np.ndarray]) -> dict[str, float]:
-        """Figures of the rows; groups: the rows of each prompt."""
+    @abstractmethod
+    def measure(self, images: list[Image.Image], prompts: list[str]) -> Rows:
+        """Return arrays of one row for each image."""
+
+    @abstractmethod
+    def summarise(self, rows: Rows, groups: list[np.ndarray]) -> dict[str, float]:
+        """Return the figures of the rows. groups: the indices of each prompt's rows."""
+
+
+def load_metrics(names: list[str], real_images: Path | None, device: torch.device) -> list[Metric]:
+    """Return the metrics, each NAME, module:Class, NAME=SOURCE or module:Class=SOURCE.
+
+    Raise ValueError for an unknown one and for one that cannot run, saying why.
+    """
+    chosen = [name.partition("=")[::2] for name in names]
+    for name, _ in chosen:
+        if name in UNAVAILABLE:
+            raise ValueError(
+                f"The metric {name} cannot be measured: {UNAVAILABLE[name]}. "
+                f"There are {', '.join(METRICS)}."
+            )
+        if name not in METRICS and ":" not in name:
+            raise ValueError(f"There is no metric {name!r}; choose from {', '.join(METRICS)}.")
+    kinds = [(load_named("metrics", METRICS.get(name, name)), source) for name, source in chosen]
+    return [kind(source or kind.default_source, real_images, device) for kind, source in kinds]
 
 
 def frechet_distance(features: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> float:
-    """Between Gaussians fitted to features (N, D) and given by mean (D,) and covariance (D, D)."""
-    ours = np.cov(features, rowvar=False)
+    """Return the distance of a Gaussian fitted to features (N, D) to one given by its moments.
+
+    mean (D,), covariance (D, D).
+    """
+    fitted = np.cov(features, rowvar=False)
     values, vectors = np.linalg.eigh(covariance)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ ours @ root).clip(0)).sum()
+    cross = np.sqrt(np.linalg.eigvalsh(root @ fitted @ root).clip(0)).sum()
     return float(
-        ((features.mean(0) - mean) ** 2).sum() + np.trace(ours) + np.trace(covariance) - 2 * cross
+        ((features.mean(0) - mean) ** 2).sum() + np.trace(fitted) + np.trace(covariance) - 2 * cross
     )
 
 
-class EmojiJudge:
-    """Of the embedded model: whether object and background are those of the prompt, the Frechet distance of the judge's features
-    to those of real held-out renders, and their variance among the images of one prompt, summed over features."""
+class Inception(Metric):
+    """FID (Heusel et al. 2017) and inception score (Salimans et al. 2016, the mean of ten parts).
 
-    def __init__(self, source: str, real_images: Path | None, device: torch.device):
-        self.about = {"judge": Path(source).name}
-        self.judge = Judge.from_pretrained(Path(source))
-        self.real = (
-            self.judge.real_mean.double().numpy(),
-            self.judge.real_covariance.double().numpy(),
-        )
-        self.pairs = {
-            prompt(i, j): (i, j) for i in range(len(objects())) for j in range(len(BACKGROUNDS))
-        }
+    The network is torch-fidelity's port of the original. It has 2,048 features: measure as many
+    images as the paper's 30,000.
+    """
 
-    def measure(self, images: list[Image.Image], prompts: list[str]) -> Rows:
-        unknown = [text for text in prompts if text not in self.pairs]
-        if unknown:
-            raise ValueError(
-                f"The judge of the embedded model knows prompts such as “{next(iter(self.pairs))}” only; “{unknown[0]}” is none of them. "
-                "Choose other --metrics, or leave --prompts out."
-            )
-        thing, colour, features = self.judge.judge(images)
-        return {
-            "features": features,
-            "correct": np.stack([thing, colour], 1) == [self.pairs[text] for text in prompts],
-        }
-
-    def figures(self, rows: Rows, groups: list[np.ndarray]) -> dict[str, float]:
-        features, (thing, colour) = rows["features"], rows["correct"].mean(0).tolist()
-        variances = [features[group].var(0, ddof=1).sum() for group in groups if len(group) > 1]
-        return {
-            "object_accuracy": thing,
-            "background_accuracy": colour,
-            "frechet_distance": frechet_distance(features, *self.real),
-            "feature_variance": float(np.mean(variances)) if variances else np.nan,
-        }
-
-
-class Inception:
-    """FID (Heusel et al. 2017) to a folder of real images and the inception score (Salimans et al. 2016, the mean of ten parts), by
-    torch-fidelity's port of the original Inception network.  It has 2,048 features: give as many images as the paper's 30,000."""
+    default_source = (
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+        "weights-inception-2015-12-05-6726825d.pth"
+    )
+    figures = {
+        "fid": Figure("FID ↓", biased=True),
+        "inception_score": Figure("inception score ↑", biased=True),
+    }
 
     def __init__(self, source: str, real_images: Path | None, device: torch.device):
         try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+            from torch_fidelity.feature_extractor_inceptionv3 import (  # noqa: PLC0415  # optional
+                FeatureExtractorInceptionV3,
+            )
         except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
             raise ValueError(
-                f"The metric inception needs torch-fidelity and a torchvision of this torch ({error}): pip install torch-fidelity."
+                "The metric inception needs torch-fidelity and a torchvision of this torch "
+                f"({error}): pip install torch-fidelity."
             ) from error
-        if real_images is None or not (
-            files := sorted(
-                path
-                for path in real_images.rglob("*")
-                if path.suffix.lower() in (".jpg", ".jpeg", ".png")
-            )
-        ):
+        files = sorted(
+            path
+            for path in (real_images.rglob("*") if real_images else ())
+            if path.suffix.lower() in IMAGE_FILES
+        )
+        if not files:
             raise ValueError(
-                "The metric inception needs --real_images, a folder of JPEG or PNG files to compare with."
+                "The metric inception needs --real_images, a folder of JPEG or PNG files to "
+                "compare with."
             )
-        path = Path(source) if Path(source).is_file() else download(source)
+        path = Path(source) if Path(source).is_file() else _download(source)
         with tempfile.TemporaryDirectory() as folder:
-            # torch-fidelity unpickles what it is given: it gets a copy that was read as tensors only.
+            # torch-fidelity unpickles the file: give it a copy that was read as tensors only.
             copy = Path(folder) / "inception.pth"
             torch.save(torch.load(path, map_location="cpu", weights_only=True), copy)
             self.network = (
@@ -155,15 +185,16 @@ class Inception:
             )
             for image in images
         ]
-        features, logits = (torch.cat(parts).double().cpu().numpy() for parts in zip(*outputs))
+        features, logits = (
+            torch.cat(parts).double().cpu().numpy() for parts in zip(*outputs, strict=True)
+        )
         return {"inception_features": features, "inception_logits": logits.astype(np.float32)}
 
-    def figures(self, rows: Rows, groups: list[np.ndarray]) -> dict[str, float]:
+    def summarise(self, rows: Rows, groups: list[np.ndarray]) -> dict[str, float]:
         scores = []
-        shuffled = np.random.default_rng(0).permutation(
-            rows["inception_logits"]
-        )  # images of like prompts lie together, which lowers the score
-        for logits in np.array_split(shuffled, 10):
+        # Shuffled: images of like prompts lie together, which lowers the score of a part.
+        shuffled = np.random.default_rng(0).permutation(rows["inception_logits"])
+        for logits in np.array_split(shuffled, INCEPTION_PARTS):
             log_p = F.log_softmax(torch.from_numpy(logits).double(), 1)
             scores.append(
                 (log_p.exp() * (log_p - log_p.exp().mean(0, keepdim=True).log()))
@@ -178,39 +209,71 @@ class Inception:
         }
 
 
-class Clip:
-    """CLIPScore, 100 max(cos, 0), or PickScore, the model's scaled cosine: how well an image and its prompt agree."""
+class ClipScore(Metric):
+    """CLIPScore, 100 max(cos, 0): how well an image and its prompt agree."""
 
-    def __init__(self, name: str, processor: str, source: str, device: torch.device):
-        self.name, self.model, self.device = name, from_hub(CLIPModel, source).to(device), device
-        self.processor = from_hub(AutoProcessor, processor)
+    name = "clip_score"
+    default_source = "openai/clip-vit-large-patch14"
+    figures = {"clip_score": Figure("CLIPScore ↑")}
+
+    def __init__(self, source: str, real_images: Path | None, device: torch.device):
+        self.model, self.device = _from_hub(CLIPModel, source).to(device), device
+        processor = self.processor_of(source)
+        self.processor = _from_hub(AutoProcessor, processor)
         self.about = {
-            name: source,
-            f"{name}_processor": processor,
-            f"{name}_revision": getattr(self.model.config, "_commit_hash", None),
+            self.name: source,
+            f"{self.name}_processor": processor,
+            f"{self.name}_revision": getattr(self.model.config, "_commit_hash", None),
         }
+
+    def processor_of(self, source: str) -> str:
+        """Return the hub id or folder of the model's preprocessing."""
+        return source
 
     @torch.inference_mode()
     def measure(self, images: list[Image.Image], prompts: list[str]) -> Rows:
         batch = self.processor(
             text=prompts, images=images, padding=True, truncation=True, return_tensors="pt"
         ).to(self.device)
-        output = self.model(**batch)
-        scores = output.logits_per_image.diagonal()  # cosines times the model's own scale
-        if self.name == "clip_score":
-            scores = 100 * (scores / self.model.logit_scale.exp()).clamp(min=0)
-        return {self.name: scores.double().cpu().numpy()}
+        scaled_cosines = self.model(**batch).logits_per_image.diagonal()
+        return {self.name: self.score(scaled_cosines).double().cpu().numpy()}
 
-    def figures(self, rows: Rows, groups: list[np.ndarray]) -> dict[str, float]:
+    def score(self, scaled_cosines: torch.Tensor) -> torch.Tensor:
+        """Return the score, (B,), of cosines that the model's own scale is multiplied to."""
+        return 100 * (scaled_cosines / self.model.logit_scale.exp()).clamp(min=0)
+
+    def summarise(self, rows: Rows, groups: list[np.ndarray]) -> dict[str, float]:
         return {self.name: float(rows[self.name].mean())}
 
 
-class Aesthetic:
+class PickScore(ClipScore):
+    """PickScore (Kirstain et al. 2023): the scaled cosine of a CLIP trained on preferences."""
+
+    name = "pick_score"
+    default_source = "yuvalkirstain/PickScore_v1"
+    figures = {"pick_score": Figure("PickScore ↑")}
+
+    def processor_of(self, source: str) -> str:
+        """Return the processor that the model's card names."""
+        own = source == self.default_source
+        return "laion/CLIP-ViT-H-14-laion2B-s32B-b79K" if own else source
+
+    def score(self, scaled_cosines: torch.Tensor) -> torch.Tensor:
+        return scaled_cosines
+
+
+class Aesthetic(Metric):
     """The LAION aesthetic score (Schuhmann 2022): linear layers on CLIP's image embedding."""
 
+    default_source = "shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE"
+    figures = {"aesthetic": Figure("aesthetic score ↑")}
+
     def __init__(self, source: str, real_images: Path | None, device: torch.device):
-        self.model, self.device = from_hub(CLIPVisionModelWithProjection, source).to(device), device
-        self.processor = from_hub(CLIPImageProcessorPil, source)
+        self.model, self.device = (
+            _from_hub(CLIPVisionModelWithProjection, source).to(device),
+            device,
+        )
+        self.processor = _from_hub(CLIPImageProcessorPil, source)
         folder = (
             Path(source)
             if Path(source).is_dir()
@@ -240,12 +303,12 @@ class Aesthetic:
             score = F.linear(score, weight, bias)
         return {"aesthetic": score[:, 0].double().cpu().numpy()}
 
-    def figures(self, rows: Rows, groups: list[np.ndarray]) -> dict[str, float]:
+    def summarise(self, rows: Rows, groups: list[np.ndarray]) -> dict[str, float]:
         return {"aesthetic": float(rows["aesthetic"].mean())}
 
 
-def download(url: str) -> Path:
-    """A file of the web, kept in torch's cache. Raises FileNotFoundError where it can't be reached."""
+def _download(url: str) -> Path:
+    """Return a downloaded file, cached by torch. Raise FileNotFoundError if it can't be reached."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -253,60 +316,23 @@ def download(url: str) -> Path:
             torch.hub.download_url_to_file(url, str(path))
         except OSError as error:
             raise FileNotFoundError(
-                f"{url} can't be downloaded ({error}); NAME=FILE in --metrics takes a copy that is here."
+                f"{url} can't be downloaded ({error}); NAME=FILE in --metrics takes a local copy."
             ) from error
     return path
 
 
-def from_hub(kind: type, source: str) -> Any:
-    """A model or processor of a hub id or folder, in safetensors only. Raises FileNotFoundError where it can't be reached or read."""
+def _from_hub(kind: Any, source: str) -> Any:
+    """Return a model, in safetensors only, or a processor of a hub id or folder.
+
+    Raise FileNotFoundError if it cannot be reached or read.
+    """
+    safetensors = {"use_safetensors": True} if hasattr(kind, "config_class") else {}
     try:
-        loaded = kind.from_pretrained(
-            source, **({"use_safetensors": True} if hasattr(kind, "config_class") else {})
-        )  # type: ignore[attr-defined]
+        loaded = kind.from_pretrained(source, **safetensors)
     except (*HUB_ERRORS, ValueError) as error:
         raise FileNotFoundError(
-            f"{source} can't be loaded: it is no folder here with a model in safetensors, and the hub doesn't serve it to this "
-            f"machine ({str(error).splitlines()[0]}). NAME=FOLDER in --metrics takes a copy that is here."
+            f"{source} can't be loaded: it is neither a local folder with a model in safetensors "
+            f"nor served by the hub ({str(error).splitlines()[0]}). NAME=FOLDER in --metrics takes "
+            "a local copy."
         ) from error
     return loaded.eval() if isinstance(loaded, torch.nn.Module) else loaded
-
-
-# Name -> the model it uses if none is named, and how it is made of (source, folder of real images, device).
-METRICS: dict[str, tuple[str, Callable[[str, Path | None, torch.device], Metric]]] = {
-    "judge": (str(Path(__file__).parent / "emoji" / "classifier.safetensors"), EmojiJudge),
-    "inception": (
-        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
-        Inception,
-    ),
-    "clip_score": (
-        "openai/clip-vit-large-patch14",
-        lambda source, _, device: Clip("clip_score", source, source, device),
-    ),
-    "pick_score": (
-        PICK_SCORE,
-        lambda source, _, device: Clip(
-            "pick_score", PICK_PROCESSOR if source == PICK_SCORE else source, source, device
-        ),
-    ),
-    "aesthetic": ("shunk031/aesthetics-predictor-v2-sac-logos-ava1-l14-linearMSE", Aesthetic),
-}
-CANNOT = {  # of the paper's metrics, and why
-    "hpsv2": "HPSv2's weights are published as an OpenCLIP checkpoint only, not in safetensors or transformers' format",
-    "image_reward": "the package image-reward 1.5 does not import with transformers 5",
-}
-
-
-def load_metrics(names: list[str], real_images: Path | None, device: torch.device) -> list[Metric]:
-    """The metrics, each NAME or NAME=SOURCE. Raises ValueError for one that there is not or that cannot run, saying why."""
-    chosen = [name.partition("=")[::2] for name in names]
-    for name, _ in chosen:
-        if name in CANNOT:
-            raise ValueError(
-                f"The metric {name} cannot be measured: {CANNOT[name]}. There are {', '.join(METRICS)}."
-            )
-        if name not in METRICS:
-            raise ValueError(f"There is no metric {name!r}; choose of {', '.join(METRICS)}.")
-    return [
-        METRICS[name][1](source or METRICS[name][0], real_images, device) for name, source in chosen
-    ]

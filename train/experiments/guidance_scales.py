@@ -1,16 +1,14 @@
-"""Whether a refiner that takes the guidance scale follows it (paper, appendix A.4, figures 23 and 24).
+"""Measure whether a refiner follows its guidance-scale input (appendix A.4, figures 23 and 24).
 
-    python train/experiments/guidance_scales.py --refiner runs/refiner-emoji-scales --output guidance_scales.json
+    python train/experiments/guidance_scales.py --refiner runs/refiner-emoji-scales \\
+        --output guidance_scales.json
 
-For the same held-out prompts and seeds: guided images at every scale, and unguided images from noise
-refined for every scale.  Writes the share of images whose object the judge recognises, with 95 %
-bootstrap intervals, and the mean squared distance between the latents of each refined and each guided arm: where the
-input is followed, a row of that table is smallest near its own scale.
+For the same held-out prompts and seeds: guided images at every scale, and unguided images from
+noise refined for every scale. Reports the share of images whose object the judge recognises, with
+95 % bootstrap intervals, and the mean squared distance between the latents of each refined and each
+guided arm. If the refiner follows its input, each row is smallest near its own scale.
 """
 
-import argparse
-import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,125 +16,106 @@ import torch
 from tqdm import tqdm
 
 from noiserefine import Refiner, draw_noise
+from noiserefine.guidance import sample_latents
 from noiserefine.latents import decode
 from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
-from train.evaluate import FIRST_SEED, held_out_prompts, interval
+from train.captions import held_out_prompts
+from train.common import (
+    FIRST_EVALUATION_SEED,
+    argument_parser,
+    markdown_table,
+    mean_and_interval,
+    run_script,
+    with_interval,
+    write_json,
+)
 from train.metrics import load_metrics
-from train.train_refiner import latents_from
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--backbone", default="assets/emoji", help="folder or hub id of the pipeline"
-    )
-    parser.add_argument(
-        "--refiner",
-        required=True,
-        help="folder or hub id of a refiner that takes the guidance scale",
-    )
-    parser.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0])
-    parser.add_argument("--n", type=int, default=200, help="prompts")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch_size", type=int, default=50)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file of the results")
-    args = parser.parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    """Sample, measure and write the figures."""
+    parser = argument_parser(__doc__)
+    add = parser.add_argument
+    add("--backbone", default="assets/emoji", help="folder or hub id of the pipeline")
+    add("--refiner", required=True, help="folder or hub id of a refiner that takes the scale")
+    add("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0, 4.0])
+    add("--n", type=int, default=200, help="prompts")
+    add("--steps", type=int, default=20)
+    add("--batch_size", type=int, default=50)
+    add("--output", type=Path, required=True, help="JSON file of the results")
+    args = parser.parse_args(arguments)
     pipe = load_pipeline(args.backbone)
     refiner = Refiner.from_pretrained(args.refiner, pipe)
     for scale in args.scales:
         refiner.check_guidance_scale(scale)
-    (judge,), pipe, prompts = (
-        load_metrics(["judge"], None, pipe.device),
-        with_sampler(pipe, "DDIM"),
-        held_out_prompts(args.n),
-    )
-    recognised: dict[str, list[list[np.bool_]]] = {
-        arm: [[] for _ in args.scales] for arm in ("guided", "refined")
-    }
+    (judge,) = load_metrics(["judge"], None, pipe.device)
+    pipe, prompts = with_sampler(pipe, "DDIM"), held_out_prompts(args.n)
+
+    arms = ("guided", "refined")
+    recognised: dict[str, list[list[bool]]] = {arm: [[] for _ in args.scales] for arm in arms}
     distances = []
     for start in tqdm(range(0, args.n, args.batch_size)):
-        chosen = slice(start, min(start + args.batch_size, args.n))
-        x_T = draw_noise(pipe, FIRST_SEED + start, chosen.stop - start).to(pipe.device)
-        embeds = encode_prompt(pipe, prompts[chosen])
-        x0 = {
-            "guided": [
-                latents_from(pipe, x_T, embeds, args.steps, start, guidance_scale=scale)
-                for scale in args.scales
-            ],
-            "refined": [
-                latents_from(
-                    pipe, refiner(x_T, embeds, guidance_scale=scale), embeds, args.steps, start
-                )
-                for scale in args.scales
-            ],
-        }
-        for arm, latents in x0.items():
-            for i, of_scale in enumerate(latents):
-                recognised[arm][i].extend(
-                    judge.measure(decode(pipe, of_scale), prompts[chosen])["correct"][:, 0]
-                )
-        guided = torch.stack(x0["guided"]).float()
-        distances.append(
-            torch.stack(
-                [(guided - refined.float()).pow(2).mean((2, 3, 4)) for refined in x0["refined"]]
-            )
-        )
-    distance = torch.cat(distances, 2)  # (refined scales, guided scales, images)
-    resamples = [np.arange(args.n), *np.random.default_rng(0).integers(args.n, size=(300, args.n))]
+        batch_prompts = prompts[start : start + args.batch_size]
+        x_T = draw_noise(pipe, FIRST_EVALUATION_SEED + start, len(batch_prompts)).to(pipe.device)
+        embeds = encode_prompt(pipe, batch_prompts)
+        x0: dict[str, list[torch.Tensor]] = {arm: [] for arm in arms}
+        for scale in args.scales:
+            x_hat = refiner(x_T, embeds, guidance_scale=scale)
+            guided = sample_latents(pipe, x_T, embeds, args.steps, guidance_scale=scale)
+            x0["guided"].append(guided.float())
+            x0["refined"].append(sample_latents(pipe, x_hat, embeds, args.steps).float())
+        for arm, all_latents in x0.items():
+            for latents, found in zip(all_latents, recognised[arm], strict=True):
+                rows = judge.measure(decode(pipe, latents), batch_prompts)
+                found.extend(rows["correct"][:, 0])
+        guided = torch.stack(x0["guided"])
+        distances.append(torch.stack([(guided - x).pow(2).mean((2, 3, 4)) for x in x0["refined"]]))
+
     result = {
         "n": args.n,
-        "first_seed": FIRST_SEED,
+        "first_seed": FIRST_EVALUATION_SEED,
         "steps": args.steps,
         "scales": args.scales,
         "refiner": args.refiner,
-        "distance_of_refined_to_guided": distance.mean(2).tolist(),
+        # Rows: the scale refined for. Columns: the scale of the guided images.
+        "distance_of_refined_to_guided": torch.cat(distances, 2).mean(2).tolist(),
     }
-    for arm, rows in recognised.items():
-        accuracies = [np.array([np.array(row)[r].mean() for r in resamples]) for row in rows]
+    for arm, all_found in recognised.items():
+        estimates = [mean_and_interval(found, resamples=300) for found in all_found]
         result[arm] = [
-            {
-                "object_accuracy": float(values[0]),
-                "object_accuracy_interval": interval(values, "object_accuracy"),
-            }
-            for values in accuracies
+            {"object_accuracy": mean, "object_accuracy_interval": bounds}
+            for mean, bounds in estimates
         ]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(args.output, result)
     print(table(result))
 
 
 def table(result: dict) -> str:
-    """The results as a Markdown table: a row for each input scale."""
+    """Return the results as a Markdown table, a row for each input scale."""
     scales = [f"{scale:g}" for scale in result["scales"]]
-    rows = [
-        "| g | guided: accuracy | refined for g: accuracy | "
-        + " | ".join(f"distance to guided {g}" for g in scales)
-        + " |",
-        "|---|---|---|" + "---|" * len(scales),
-    ]
-    for g, guided, refined, distances in zip(
-        scales, result["guided"], result["refined"], result["distance_of_refined_to_guided"]
-    ):
-        cells = [
-            "{:.3f} [{:.3f}, {:.3f}]".format(
-                arm["object_accuracy"], *arm["object_accuracy_interval"]
-            )
-            for arm in (guided, refined)
-        ]
-        rows.append(
-            f"| {g} | {' | '.join(cells)} | "
-            + " | ".join(f"{value:.4f}" for value in distances)
-            + " |"
-        )
-    return "\n".join(rows)
+    distances = np.array(result["distance_of_refined_to_guided"])
+    header = ["g", "guided: accuracy", "refined for g: accuracy"]
+    return markdown_table(
+        header + [f"distance to guided {g}" for g in scales],
+        [
+            [
+                g,
+                *(
+                    with_interval(
+                        result[arm][i]["object_accuracy"],
+                        result[arm][i]["object_accuracy_interval"],
+                        digits=3,
+                    )
+                    for arm in ("guided", "refined")
+                ),
+                *(f"{value:.4f}" for value in distances[i]),
+            ]
+            for i, g in enumerate(scales)
+        ],
+    )
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_script(main)

@@ -1,7 +1,8 @@
-"""Noise refining networks to compare the refiner with: other parametrisations, no pretraining, a Gaussian for every prompt.
+"""Noise refining networks to compare the refiner with, for train_refiner.py's `--network`.
 
-All of them correct x_T by what `correction` returns and are trained by train_refiner.py, with --network.  They are experiments:
-their files are for evaluate.py, and neither the app nor plain diffusers loads them.
+Other parametrisations, no pretraining, a Gaussian for every prompt: all of them correct x_T by what
+`correction` returns. They are experiments: evaluate.py loads their files, with the same
+`--network`, and neither the app nor plain diffusers does.
 """
 
 import json
@@ -24,7 +25,7 @@ WEIGHTS_NAME = "network.safetensors"
 
 
 class Alternative(Refiner):
-    """A refining network that is not the refiner, kept as the plain tensors that training changes."""
+    """A refining network that is not the refiner, saved as the tensors that training changes."""
 
     name: str
 
@@ -36,6 +37,7 @@ class Alternative(Refiner):
         alpha: float | None = None,
         guidance_scale_range: list[float] | None = None,
     ) -> "Alternative":
+        """Return the untrained network. Raise ValueError for a guidance_scale_range."""
         if guidance_scale_range is not None:
             raise ValueError(
                 f"The network {cls.name} takes no guidance scale: leave --guidance_scale_range out."
@@ -46,61 +48,49 @@ class Alternative(Refiner):
 
     @classmethod
     def build(cls, pipe: DiffusionPipeline, config: RefinerConfig) -> Any:
-        raise TypeError("one of NETWORKS has it")
+        """Return the network, which is called as the pipeline's UNet is."""
+        raise NotImplementedError
 
     def trained(self) -> dict[str, torch.Tensor]:
-        theirs = {id(parameter) for parameter in self.pipe.unet.parameters()}
+        """Return the tensors that are not the pipeline's."""
+        shared = {id(parameter) for parameter in self.pipe.unet.parameters()}
         return {
             name: parameter.data
             for name, parameter in self.network.named_parameters()
-            if id(parameter) not in theirs
+            if id(parameter) not in shared
         }
 
     def save_pretrained(self, folder: str | Path) -> None:
-        save_file(
-            {name: value.contiguous() for name, value in self.trained().items()},
-            Path(folder) / WEIGHTS_NAME,
-        )
+        """Write the trained tensors and refiner.json."""
+        tensors = {name: value.contiguous() for name, value in self.trained().items()}
+        save_file(tensors, Path(folder) / WEIGHTS_NAME)
         (Path(folder) / CONFIG_NAME).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(
         cls, name_or_path: str | Path, pipe: DiffusionPipeline, merge: bool | None = None
     ) -> "Alternative":
-        network = cls.create(
-            pipe, json.loads((Path(name_or_path) / CONFIG_NAME).read_text())["rank"]
-        )
-        state, trained = read_tensors(Path(name_or_path) / WEIGHTS_NAME), network.trained()
-        check_tensors(Path(name_or_path) / WEIGHTS_NAME, state, trained)
+        """Load what `save_pretrained` wrote. Raise ValueError for another network's files."""
+        config = json.loads((Path(name_or_path) / CONFIG_NAME).read_text())
+        if config["parametrisation"] != cls.name:
+            raise ValueError(f"{name_or_path} is a {config['parametrisation']}, not a {cls.name}.")
+        network = cls.create(pipe, config["rank"])
+        path, trained = Path(name_or_path) / WEIGHTS_NAME, network.trained()
+        state = read_tensors(path)
+        check_tensors(path, state, trained)
         for name, value in state.items():
             trained[name].copy_(value)
         return network
 
 
-class Autocast(Alternative):
-    """A network whose own weights stay in float32, at the pipeline's precision."""
-
-    def correction(
-        self,
-        x_T: torch.Tensor,
-        embeds: dict[str, torch.Tensor],
-        guidance_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        dtype = self.pipe.unet.dtype
-        with torch.autocast(x_T.device.type, dtype, enabled=dtype != torch.float32):
-            return super().correction(x_T, embeds)
-
-
 class Raw(Alternative):
-    """x_T + UNet_lora(x_T): the residual of section 3.3 as it is written, which starts far from x_T."""
+    """x_T + UNet_lora(x_T): section 3.3's residual as it is written, which starts far from x_T."""
 
     name = "raw"
 
     @classmethod
     def build(cls, pipe: DiffusionPipeline, config: RefinerConfig) -> UNet2DConditionModel:
-        unet = with_lora(
-            pipe.unet, config.rank, config.alpha, config.target_modules, config.head
-        )
+        unet = with_lora(pipe.unet, config.rank, config.alpha, config.target_modules, config.head)
         unet.conv_out.get_base_layer().bias = pipe.unet.conv_out.bias
         return unet
 
@@ -122,8 +112,25 @@ class Difference(Raw):
         return super().correction(x_T, embeds) - canvas.from_sample(base.float())
 
 
+class Autocast(Alternative):
+    """A network whose own weights stay in float32, at the pipeline's precision."""
+
+    def correction(
+        self,
+        x_T: torch.Tensor,
+        embeds: dict[str, torch.Tensor],
+        guidance_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        dtype = self.pipe.unet.dtype
+        with torch.autocast(x_T.device.type, dtype, enabled=dtype != torch.float32):
+            return super().correction(x_T, embeds)
+
+
 class Scratch(Autocast):
-    """The same UNet without its pretrained weights, trained whole (table 14); its last layer starts at zero, so that it starts at x_T."""
+    """The same UNet without pretrained weights, trained whole (table 14).
+
+    Its last layer starts at zero, so the network starts at x_T.
+    """
 
     name = "scratch"
 
@@ -136,7 +143,10 @@ class Scratch(Autocast):
 
 
 class GaussianOfPrompt(nn.Module):
-    """A two-layer MLP on the mean prompt embedding that predicts mean and standard deviation of the noise, as corrections of 0 and 1."""
+    """A two-layer MLP on the mean prompt embedding: mean and standard deviation of the noise.
+
+    It predicts both as corrections, of 0 and of 1.
+    """
 
     def __init__(self, width: int, shape: tuple[int, int, int], hidden: int = 512):
         super().__init__()
@@ -152,14 +162,13 @@ class GaussianOfPrompt(nn.Module):
     def forward(
         self, x: torch.Tensor, timestep: int, encoder_hidden_states: torch.Tensor, **_
     ) -> SimpleNamespace:
-        mean, log_deviation = (
-            self.layers(encoder_hidden_states.mean(1)).view(len(x), 2, *self.shape).unbind(1)
-        )
+        moments = self.layers(encoder_hidden_states.mean(1)).view(len(x), 2, *self.shape)
+        mean, log_deviation = moments.unbind(1)
         return SimpleNamespace(sample=mean + (log_deviation.exp() - 1) * x)
 
 
 class Mlp(Autocast):
-    """x_T moved to N(mu, sigma^2) of the prompt (appendix A.9.2, table 10); for the model's native size only."""
+    """x_T moved to N(mu, sigma^2) of the prompt (A.9.2, table 10), at the model's native size."""
 
     name = "mlp"
 
@@ -169,18 +178,3 @@ class Mlp(Autocast):
         return GaussianOfPrompt(
             pipe.unet.config.cross_attention_dim, (pipe.unet.config.in_channels, size, size)
         ).to(pipe.device)
-
-
-NETWORKS: dict[str, type[Refiner]] = {"lora": Refiner} | {
-    kind.name: kind for kind in (Raw, Difference, Scratch, Mlp)
-}
-
-
-def load_network(name_or_path: str | Path, pipe: DiffusionPipeline) -> Refiner:
-    """A refiner, or one of the NETWORKS that train_refiner.py made in its place; raises what Refiner.from_pretrained raises."""
-    folder = Path(name_or_path)
-    if (folder / WEIGHTS_NAME).is_file():
-        return NETWORKS[
-            json.loads((folder / CONFIG_NAME).read_text())["parametrisation"]
-        ].from_pretrained(folder, pipe)
-    return Refiner.from_pretrained(name_or_path, pipe)

@@ -1,31 +1,34 @@
-"""One page of what was measured on the embedded model, each table beside the paper's own.
+"""Write one page of what was measured on the embedded model, each table beside the paper's own.
 
     python train/experiments/report.py
 
-Reads the JSON files in assets/results/paper, which train/experiments/reproduce.py fills, and writes report.md and its plots there.  What was not
-measured yet is left out.  The paper's figures are quoted; nothing of them was measured here.
+Reads the JSON files in assets/results/paper, which train/experiments/reproduce.py fills, and writes
+report.md and its plots there. Sections without results are left out. The paper's figures are
+quoted.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 
 from matplotlib.figure import Figure
 
-from train.evaluate import SHOWN, TITLES, held_out_prompts, table
+from train.captions import held_out_prompts
+from train.common import ROOT, argument_parser, markdown_table, run_script
+from train.emoji.judge import EmojiJudge
+from train.experiments import inversion_error, noise_gradients, novelty
 from train.experiments.reproduce import (
     FEW_STEPS,
     LEARNING_RATES,
     RESULTS,
-    ROOT,
     SAMPLERS_TRIED,
     STEPS,
     STRENGTHS,
     TURBO_STEPS,
 )
+from train.measurement import SHOWN, arms_table
 
 Results = dict[str, dict]
-Row = tuple[str, str, str]  # what it is called, a result of evaluate.py, the arm in it
+Row = tuple[str, str, str]  # title, result of evaluate.py, arm in it
 BASE: list[Row] = [
     ("Gaussian, unguided", "base", "gaussian"),
     ("Gaussian, guided", "base", "guided"),
@@ -34,33 +37,36 @@ BASE: list[Row] = [
 
 
 def arms(results: Results, rows: list[Row]) -> str:
-    """A table of arms, and their first images."""
-    counts = sorted(
+    """Return a table of arms, and their first images."""
+    sizes = sorted(
         {(results[file]["n"], results[file]["prompts"]) for _, file, _ in rows}, reverse=True
     )
+    counts = " and ".join(f"{n} images of {prompts} prompts" for n, prompts in sizes)
+    summaries = [(title, results[file]["arms"][arm]) for title, file, arm in rows]
+    images = [[title, f"![{title}]({file}-{arm}.webp)"] for title, file, arm in rows]
     return "\n".join(
         [
-            f"n = {' and '.join(f'{n} images of {prompts} prompts' for n, prompts in counts)} an arm.\n",
-            table([(title, results[file]["arms"][arm]) for title, file, arm in rows]),
-            "\n| | the first images |",
-            "|---|---|",
-            *[f"| {title} | ![{title}]({file}-{arm}.webp) |" for title, file, arm in rows],
+            f"n = {counts} an arm.\n",
+            arms_table(summaries, EmojiJudge.figures),
+            "",
+            markdown_table(["", "the first images"], images),
         ]
     )
 
 
 def quote(header: str, *rows: str) -> str:
-    return "\n".join(
-        ["The paper's:\n", header, "|" + "---|" * header.strip("|").count("|") + "---|", *rows]
-    )
+    """Return the paper's own table."""
+    separator = "|" + "---|" * (header.strip("|").count("|") + 1)
+    return "\n".join(["The paper's:\n", header, separator, *rows])
 
 
 def plain(*rows: Row) -> Callable[[Results], str]:
-    """A section of the base's arms and others."""
+    """Return what writes a section of the base's arms and others."""
     return lambda results: arms(results, [*BASE, *rows])
 
 
 def styles(results: Results) -> str:
+    """Return the fine-tunes' arms."""
     return arms(
         results,
         [
@@ -76,6 +82,7 @@ def styles(results: Results) -> str:
 
 
 def turbo(results: Results) -> str:
+    """Return the few-step model's arms."""
     return arms(
         results,
         [
@@ -87,16 +94,13 @@ def turbo(results: Results) -> str:
 
 
 def inversion(results: Results) -> str:
-    rows = [
-        f"| {steps} | {row['psnr']:.2f} [{row['psnr_interval'][0]:.2f}, {row['psnr_interval'][1]:.2f}] |"
-        for steps, row in results["inversion"]["steps"].items()
-    ]
-    return "\n".join(
-        [f"n = {results['inversion']['n']}.\n", "| steps | PSNR in dB ↑ |", "|---|---|", *rows]
-    )
+    """Return the table of DDIM inversion's errors."""
+    result = results["inversion"]
+    return f"n = {result['n']}.\n\n{inversion_error.table(result['steps'])}"
 
 
 def samplers(results: Results) -> str:
+    """Return the arms of every sampler and number of steps."""
     return arms(
         results,
         [
@@ -109,47 +113,34 @@ def samplers(results: Results) -> str:
 
 
 def few_steps(results: Results) -> str:
+    """Return the arms of every number of steps, and plot them."""
     files = [(steps, f"ddim-{steps}") for steps in FEW_STEPS] + [(20, "base")]
+    colours = {"gaussian": "tab:gray", "guided": "tab:blue", "refined": "tab:orange"}
     figure = Figure(figsize=(9, 3.4), layout="constrained", dpi=110)
-    for axis, metric in zip(figure.subplots(1, 2), ("object_accuracy", "frechet_distance")):
-        for arm, colour in (
-            ("gaussian", "tab:gray"),
-            ("guided", "tab:blue"),
-            ("refined", "tab:orange"),
-        ):
+    metrics = ("object_accuracy", "frechet_distance")
+    for axes, metric in zip(figure.subplots(1, 2), metrics, strict=True):
+        for arm, colour in colours.items():
             values = [results[file]["arms"][arm] for _, file in files]
-            axis.plot(
-                [value["forwards"] for value in values],
-                [value[metric] for value in values],
-                "o-",
-                color=colour,
-                label=arm,
-            )
-            axis.fill_between(
-                [value["forwards"] for value in values],
-                *zip(*[value[f"{metric}_interval"] for value in values]),
-                color=colour,
-                alpha=0.15,
-                linewidth=0,
-            )
-        axis.set(xlabel="UNet forwards", title=TITLES[metric])
-        axis.legend()
+            forwards = [value["forwards"] for value in values]
+            axes.plot(forwards, [value[metric] for value in values], "o-", color=colour, label=arm)
+            lows, highs = zip(*(value[f"{metric}_interval"] for value in values), strict=True)
+            axes.fill_between(forwards, lows, highs, color=colour, alpha=0.15, linewidth=0)
+        axes.set(xlabel="network forwards", title=EmojiJudge.figures[metric].title)
+        axes.legend()
     figure.savefig(RESULTS / "steps.png")
-    return "![Quality against UNet forwards](steps.png)\n\n" + arms(
+    titles = {"gaussian": "Gaussian", "guided": "guided", "refined": "refined"}
+    return "![Quality against network forwards](steps.png)\n\n" + arms(
         results,
         [
             (f"{steps} steps, {title}", file, arm)
             for steps, file in files
-            for title, arm in (
-                ("Gaussian", "gaussian"),
-                ("guided", "guided"),
-                ("refined", "refined"),
-            )
+            for arm, title in titles.items()
         ],
     )
 
 
 def strengths(results: Results) -> str:
+    """Return the arms of every strength."""
     rows = [
         (0.0, "base", "gaussian"),
         (1.0, "base", "refined"),
@@ -159,34 +150,21 @@ def strengths(results: Results) -> str:
 
 
 def gradients(results: Results) -> str:
+    """Return the tables of MSD's gradient and of the full one."""
     result = results["gradients"]
-    lines = [
-        f"n = {result['n']} prompts, N = {result['steps']}, Adam with a learning rate of {result['lr']} for both.\n",
-        "![](gradients.png)\n",
-        "| gradient | loss at the start | at the end | largest norm of the gradient / first |",
-        "|---|---|---|---|",
-    ]
-    for name, title in (("msd", "MSD"), ("full", "full")):
-        loss, norms = (
-            result[name]["loss"],
-            list(zip(*result[name]["gradient_norm"])),
-        )  # of each prompt
-        lines.append(
-            f"| {title} | {sum(loss[0]) / len(loss[0]):.4f} | {sum(loss[-1]) / len(loss[-1]):.4f} | {sum(max(norm) / norm[0] for norm in norms) / len(norms):.1f} |"
-        )
-    lines += [
-        "\n| t | mean size of the Jacobian's diagonal entries | of the others | ratio |",
-        "|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['t']} | {row['diagonal']:.3f} | {row['off_diagonal']:.5f} | {row['diagonal'] / row['off_diagonal']:.0f} |"
-        for row in result["jacobian"]
-    ]
-    return "\n".join(lines)
+    settings = f"n = {result['n']} prompts, N = {result['steps']}"
+    return (
+        f"{settings}, Adam with a learning rate of {result['lr']} for both.\n\n"
+        f"![](gradients.png)\n\n{noise_gradients.table(result)}"
+    )
 
 
 def tuning(results: Results) -> str:
-    """The held-out loss in the trainer's terms, or the accuracy and Fréchet distance of LoRAs on the denoiser."""
+    """Return what each learning rate led to.
+
+    For networks in the refiner's place the held-out distance, for LoRAs on the denoiser the
+    accuracy and Fréchet distance.
+    """
 
     def trained(name: str, lr: float) -> str:
         return f"{results[f'tuning-{name}-{lr}']['results']['validation_refined']:.4f}"
@@ -196,38 +174,26 @@ def tuning(results: Results) -> str:
         return f"{arm['object_accuracy']:.3f}, {arm['frechet_distance']:.2f}"
 
     rows = [
-        (title, name, trained)
-        for title, name in (
-            ("refiner", "lora"),
-            ("MLP", "mlp"),
-            ("from scratch", "scratch"),
-            ("noise loss", "noise"),
-        )
-    ]
-    rows += [
-        (title, name, measured)
-        for title, name in (
-            ("guidance distillation", "guidance"),
-            ("fine-tuning on guided images", "images"),
-        )
+        ("refiner", "lora", trained),
+        ("MLP", "mlp", trained),
+        ("from scratch", "scratch", trained),
+        ("noise loss", "noise", trained),
+        ("guidance distillation", "guidance", measured),
+        ("fine-tuning on guided images", "images", measured),
     ]
     n = results[f"tuning-guidance-{LEARNING_RATES[0]}"]["n"]
-    return "\n".join(
-        [
-            "A quarter of each training. The first four: mean squared distance to the guided latents on held-out prompts, smaller is better; the others: object accuracy "
-            f"and Fréchet distance of {n} images.\n",
-            f"| learning rate | {' | '.join(f'{lr:g}' for lr in LEARNING_RATES)} |",
-            "|---|" + "---|" * len(LEARNING_RATES),
-            *[
-                f"| {title} | {' | '.join(make(name, lr) for lr in LEARNING_RATES)} |"
-                for title, name, make in rows
-            ],
-        ]
+    return (
+        "A quarter of each training. The first four: mean squared distance to the guided latents "
+        "on held-out prompts, smaller is better; the others: object accuracy and Fréchet distance "
+        f"of {n} images.\n\n"
+    ) + markdown_table(
+        ["learning rate", *(f"{lr:g}" for lr in LEARNING_RATES)],
+        [[title, *(cell(name, lr) for lr in LEARNING_RATES)] for title, name, cell in rows],
     )
 
 
 FID = "| | FID ↓ | IS ↑ |"
-# Title, the files it is made of, how, and the paper's own.
+# Title, the results it needs, what writes it, and the paper's own table.
 SECTIONS: list[tuple[str, list[str], Callable[[Results], str], str]] = [
     (
         "Three arms and guidance distillation (table 2)",
@@ -390,53 +356,41 @@ SECTIONS: list[tuple[str, list[str], Callable[[Results], str], str]] = [
     (
         "Nearness to training pictures (figure 12)",
         ["novelty"],
-        lambda results: "\n".join(
-            [
-                "| images | n | mean distance to the nearest training picture | 5th percentile |",
-                "|---|---|---|---|",
-                *[
-                    "| {} | {} | {:.2f} [{:.2f}, {:.2f}] | {:.2f} |".format(
-                        name,
-                        row["n"],
-                        row["distance"],
-                        *row["distance_interval"],
-                        row["fifth_percentile"],
-                    )
-                    for name, row in results["novelty"].items()
-                ],
-            ]
-        ),
+        lambda results: novelty.table(results["novelty"]),
         "",
     ),
 ]
 
 
-def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    """Write the report of the results that exist."""
+    argument_parser(__doc__).parse_args(arguments)
     results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    settings = results.get("base", {})
+    first_seed = results.get("base", {}).get("first_seed")
     parts = [
         "# The paper's experiments on the embedded model\n",
-        f"Held-out prompts, 20 DDIM steps where nothing else is said, seeds from {settings.get('first_seed')}, 95 % bootstrap intervals over prompts; made by "
-        "`python train/experiments/reproduce.py`. Networks that are compared with the refiner had its targets and as many network evaluations (appendix A.7), but for the "
-        "other networks in its place and the other N, which had as many steps, and the one trained for longer. A Fréchet distance depends on n: compare within a table. The first images are of the same seeds everywhere and of these prompts: "
+        "Made by `python train/experiments/reproduce.py`: held-out prompts, 20 DDIM steps unless "
+        f"stated, seeds from {first_seed}, 95 % bootstrap intervals over prompts. Networks that "
+        "are compared with the refiner had its targets and as many network evaluations (appendix "
+        "A.7); the other networks in its place and the other N had as many steps, and one was "
+        "trained for longer. A Fréchet distance depends on n: compare within a table. The first "
+        "images have the same seeds everywhere and these prompts: "
         f"{'; '.join(held_out_prompts(SHOWN))}.",
     ]
     missing = []
-    for title, files, make, theirs in SECTIONS:
+    for title, files, write, quoted in SECTIONS:
         if all(file in results for file in files):
-            parts.append(f"\n## {title}\n\n{make(results)}" + (f"\n\n{theirs}" if theirs else ""))
+            section = f"\n## {title}\n\n{write(results)}"
+            parts.append(section + (f"\n\n{quoted}" if quoted else ""))
         else:
             missing.append(title)
     if missing:
         parts.append(f"\n## Not measured yet\n\n{'; '.join(missing)}.")
-    (RESULTS / "report.md").write_text("\n".join(parts) + "\n", encoding="utf-8")
-    print(
-        f"{(RESULTS / 'report.md').relative_to(ROOT)}: {len(SECTIONS) - len(missing)} of {len(SECTIONS)} sections."
-    )
+    path = RESULTS / "report.md"
+    path.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    written = len(SECTIONS) - len(missing)
+    print(f"{path.relative_to(ROOT)}: {written} of {len(SECTIONS)} sections.")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,383 +1,294 @@
-"""The paper's tables and figures in miniature, on the embedded model: trains, measures and reports.
+"""Reproduce the paper's tables and figures in miniature, on the embedded model.
 
-    python train/experiments/reproduce.py --work_dir runs/paper                # all of it, in hours; goes on where it stopped
+    python train/experiments/reproduce.py --work_dir runs/paper    # all of it: hours
     python train/experiments/reproduce.py --work_dir runs/paper --only table1 table5
     python train/experiments/reproduce.py --list
 
-Every experiment is a few commands of this folder.  A command whose result is there is not run again: JSON files are kept in assets/results/paper,
-LoRAs and judges that are shipped in their places, everything else under --work_dir; with another embedded model, remove them first.  The pictures of
-the style clay need assets/ of the npm package @lobehub/fluent-emoji-3d as WORK_DIR/fluent.  At the end train/experiments/report.py writes assets/results/paper/report.md.
+Every experiment is a few commands of this folder. A command whose result exists is not run again,
+so the same command continues where it stopped: JSON files are kept in assets/results/paper, LoRAs
+and judges that are shipped in their places, everything else under --work_dir. With another embedded
+model, remove them first. The pictures of the style clay need assets/ of the npm package
+@lobehub/fluent-emoji-3d as WORK_DIR/fluent. At the end train/experiments/report.py writes
+assets/results/paper/report.md.
 """
 
-import argparse
 import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-
-from train.train_refiner import parse, plan
+from train.common import ROOT, argument_parser
+from train.options import PRESETS, Options, plan
 
 RESULTS = ROOT / "assets" / "results" / "paper"
-REFINER, LORAS, LORA = (
-    "assets/refiners/emoji",
-    ROOT / "assets" / "loras",
-    "pytorch_lora_weights.safetensors",
-)
-LEARNING_RATES = (
-    3e-4,
-    1e-3,
-    3e-3,
-)  # tried in a quarter of each training, by the experiment "tuning"; the best of them are used below, 1e-3 where none is named
-SAMPLERS_TRIED = {
+REFINER = "assets/refiners/emoji"
+LORAS, LORA = ROOT / "assets" / "loras", "pytorch_lora_weights.safetensors"
+NETWORKS = {  # compared with the refiner
+    "mlp": "train.experiments.networks:Mlp",
+    "scratch": "train.experiments.networks:Scratch",
+    "raw": "train.experiments.networks:Raw",
+    "difference": "train.experiments.networks:Difference",
+}
+NOISE_LOSS = "train.experiments.losses:NoiseLoss"
+# Tried in a quarter of each training, by the experiment "tuning"; the best are used below, and
+# 1e-3 where none is named.
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+SAMPLERS_TRIED = {  # beside DDIM, by the name of their results
     "dpm2m": "DPM++ 2M",
     "dpmsde": "DPM++ SDE",
     "euler": "Euler",
     "heunedm": "Heun (EDM)",
-}  # beside DDIM, by the name of their results
-STEPS, FEW_STEPS, TURBO_STEPS, STRENGTHS = (
-    (10, 20, 50),
-    (4, 6, 10, 14),
-    (1, 2, 4),
-    (0.25, 0.5, 0.75, 1.25, 1.5),
-)
-BUDGET = plan(parse(["--preset", "emoji", "--output_dir", "x"]), 1)[1][
-    "training"
-]  # network evaluations of the refiner's training, after its targets
+}
+STEPS, FEW_STEPS, TURBO_STEPS = (10, 20, 50), (4, 6, 10, 14), (1, 2, 4)
+STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5)
+# Network evaluations of the refiner's training, after its targets.
+BUDGET = plan(Options(**PRESETS["emoji"]))[1]["training"]
 
 
 @dataclass(frozen=True)
 class Command:
-    """A script of this folder and the file that it leaves, which means that it is done."""
+    """A script, its options, and the file whose existence means that it has run."""
 
     script: str
     options: tuple[str, ...]
     result: Path
-    kept: Path | None = None  # where a copy of it stays, in the repository
+    copy: Path | None = None  # in the repository
 
     def run(self) -> None:
-        if self.kept and self.kept.exists():
+        """Run the script, unless its result or the copy exists, and copy the result."""
+        if self.copy and self.copy.exists():
             return
         if not self.result.exists():
-            words = [
-                sys.executable,
-                *([self.script] if self.script.endswith(".py") else ["-m", self.script]),
-                *self.options,
-            ]
+            words = [sys.executable, self.script, *self.options]
             print("$", shlex.join(words[1:]), flush=True)
             self.result.parent.mkdir(parents=True, exist_ok=True)
             RESULTS.mkdir(parents=True, exist_ok=True)
             subprocess.run(words, check=True)
-        if self.kept:
-            self.kept.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(self.result, self.kept)
-            for picture in self.result.with_suffix("").glob(
-                "*.webp"
-            ):  # of evaluate.py: the first images of an arm
-                shutil.copy(picture, self.kept.with_name(f"{self.kept.stem}-{picture.name}"))
+        if self.copy:
+            self.copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.result, self.copy)
+            # The first images of each arm, which evaluate.py writes.
+            for row in self.result.with_suffix("").glob("*.webp"):
+                shutil.copy(row, self.copy.with_name(f"{self.copy.stem}-{row.name}"))
 
 
-def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
-    """The commands of each experiment, in an order in which they can be run."""
-    shared = (
-        "--targets_of",
-        str(work / "refiner"),
-    )  # the shipped refiner's, made again by the run "refiner"
-    inverted = ("--loss", "noise", "--targets_of", str(work / "inverted"))
+class Commands:
+    """The commands of the experiments. Options are given as on a command line."""
 
-    def train(name: str, *options: str, kept: Path | None = None) -> Command:
-        return Command(
-            "train/train_refiner.py",
-            ("--preset", "emoji", *options, "--output_dir", str(work / name)),
-            work / name / "refiner.json",
-            kept,
+    def __init__(self, work: Path, n: int = 1000):
+        self.work, self.n, self.results = work, n, work / "results"
+        # The shipped refiner's targets, made again by the run "refiner", and inverted noise.
+        self.shared = f"--targets_of {shlex.quote(str(work / 'refiner'))}"
+        self.inverted = f"--loss {NOISE_LOSS} --targets_of {shlex.quote(str(work / 'inverted'))}"
+        self.base = self.evaluate(
+            "base", f"--refiner {REFINER} --arms gaussian guided refined refined_guided"
         )
+        self.refiner = self.train("refiner")
+        # One step, for its targets, which hold the inverted noise.
+        self.inversions = self.train("inverted", f"--loss {NOISE_LOSS} --epochs 0.01")
 
-    def evaluate(name: str, *options: str, images: int = n) -> Command:
-        result = work / "results" / f"{name}.json"
-        return Command(
-            "train/evaluate.py",
-            (*options, "--n", str(images), "--output", str(result)),
-            result,
-            RESULTS / f"{name}.json",
-        )
+    def train(self, name: str, options: str = "", copy: Path | None = None) -> Command:
+        """Train a refiner on the embedded model."""
+        folder = self.work / name
+        words = ("--preset", "emoji", *shlex.split(options), "--output_dir", str(folder))
+        return Command("train/train_refiner.py", words, folder / "refiner.json", copy)
 
-    def denoiser(name: str, loss: str, *options: str, kept: Path | None = None) -> Command:
-        folder = work / name
-        return Command(
-            "train/experiments/denoiser_lora.py",
-            (
-                "--loss",
-                loss,
-                "--targets",
-                str(work / "refiner"),
-                *options,
-                "--output_dir",
-                str(folder),
-            ),
-            folder / LORA,
-            kept,
-        )
+    def evaluate(self, name: str, options: str, n: int | None = None) -> Command:
+        """Measure arms."""
+        result = self.results / f"{name}.json"
+        words = (*shlex.split(options), "--n", str(n or self.n), "--output", str(result))
+        return Command("train/evaluate.py", words, result, RESULTS / result.name)
 
-    def compared(name: str, *options: str) -> list[Command]:
-        """A run of the trainer with other options, and what its result does."""
+    def denoiser(self, name: str, options: str, copy: Path | None = None) -> Command:
+        """Train a LoRA on the denoiser itself."""
+        folder, targets = self.work / name, str(self.work / "refiner")
+        words = ("--targets", targets, *shlex.split(options), "--output_dir", str(folder))
+        return Command("train/experiments/denoiser_lora.py", words, folder / LORA, copy)
+
+    def evaluate_denoiser(self, name: str, trained: str, n: int | None = None) -> Command:
+        """Measure what `denoiser` trained, unguided."""
+        lora = shlex.quote(str(self.work / trained))
+        return self.evaluate(name, f"--lora {lora} --arms gaussian", n)
+
+    def compare(self, name: str, options: str, network: str | None = None) -> list[Command]:
+        """Train with other options, and measure the result."""
+        loader = f"--network {NETWORKS[network]}" if network else ""
+        refiner = shlex.quote(str(self.work / name))
         return [
-            train(name, *options),
-            evaluate(name, "--refiner", str(work / name), "--arms", "refined"),
+            self.train(name, f"{options} {loader}"),
+            self.evaluate(name, f"--refiner {refiner} --arms refined {loader}"),
         ]
 
-    def tuned() -> Iterator[Command]:
-        """A quarter of each training with every learning rate: the held-out distance of the trainer, or accuracy and Fréchet distance of a changed denoiser."""
+    def tune(self) -> Iterator[Command]:
+        """Train a quarter of each training with every learning rate."""
         for lr in LEARNING_RATES:
             for network in ("lora", "mlp", "scratch"):
                 name = f"tuning-{network}-{lr}"
-                yield train(
-                    name,
-                    *shared,
-                    "--network",
-                    network,
-                    "--epochs",
-                    "1",
-                    "--lr",
-                    str(lr),
-                    kept=RESULTS / f"{name}.json",
-                )
+                options = f"{self.shared} --network {NETWORKS.get(network, network)}"
+                yield self.train(name, f"{options} --epochs 1 --lr {lr}", RESULTS / f"{name}.json")
             name = f"tuning-noise-{lr}"
-            yield train(
-                name, *inverted, "--epochs", "4", "--lr", str(lr), kept=RESULTS / f"{name}.json"
-            )
+            options = f"{self.inverted} --epochs 4 --lr {lr}"
+            yield self.train(name, options, RESULTS / f"{name}.json")
             for loss in ("guidance", "images"):
                 name = f"tuning-{loss}-{lr}"
-                yield denoiser(name, loss, "--evaluations", str(BUDGET // 4), "--lr", str(lr))
-                yield evaluate(
-                    name, "--lora", str(work / name), "--arms", "gaussian", images=n // 4
-                )
+                yield self.denoiser(name, f"--loss {loss} --evaluations {BUDGET // 4} --lr {lr}")
+                yield self.evaluate_denoiser(name, name, self.n // 4)
 
-    def sampled(
-        name: str, sampler: str, steps: Iterable[int], arms: list[str], images: int
-    ) -> Iterator[Command]:
-        for count in steps:
-            yield evaluate(
-                f"{name}-{count}",
-                "--refiner",
-                REFINER,
-                "--sampler",
-                sampler,
-                "--steps",
-                str(count),
-                "--arms",
-                *arms,
-                images=images,
-            )
-
-    def styled(name: str) -> list[Command]:
-        """Pictures of a style, a fine-tune and a judge made of them, and the base's refiner on the fine-tune."""
-        pictures, judge, lora = (
-            work / name / "pictures",
-            ROOT / f"train/emoji/classifier-{name}.safetensors",
-            LORAS / f"emoji-{name}",
+    def style(self, name: str) -> list[Command]:
+        """Render a style, fine-tune and train a judge on it, measure with the base's refiner."""
+        pictures, lora = self.work / name / "pictures", LORAS / f"emoji-{name}"
+        judge = ROOT / f"train/emoji/classifier-{name}.safetensors"
+        folder, fluent = shlex.quote(str(pictures)), shlex.quote(str(self.work / "fluent"))
+        render = f"--style {name} --artwork {fluent} --per_object 60 --held_out_per_pair 4"
+        train_judge = (
+            f"--pictures {folder} --checkpoint {folder}/judge.pt --steps 500 --lr 1e-3 "
+            "--start_from train/emoji/classifier.safetensors"
         )
         return [
-            Command(
-                "train.emoji.render",
-                (
-                    "--style",
-                    name,
-                    "--artwork",
-                    str(work / "fluent"),
-                    "--per_object",
-                    "60",
-                    "--held_out_per_pair",
-                    "4",
-                    "--output_dir",
-                    str(pictures),
-                ),
-                pictures / "judge_classes.npy",
-            ),
-            Command(
-                "train.emoji.style",
-                ("--pictures", str(pictures), "--output_dir", str(lora)),
+            self._script("emoji/render", f"{render} --output_dir {folder}", self._rendered(name)),
+            self._script(
+                "emoji/style",
+                f"--pictures {folder} --output_dir {shlex.quote(str(lora))}",
                 lora / LORA,
             ),
-            Command(
-                "train.emoji.classifier",
-                (
-                    "--pictures",
-                    str(pictures),
-                    "--checkpoint",
-                    str(pictures / "judge.pt"),
-                    "--steps",
-                    "500",
-                    "--lr",
-                    "1e-3",
-                    "--start_from",
-                    "train/emoji/classifier.safetensors",
-                    "--output",
-                    str(judge),
-                ),
-                judge,
+            self._script(
+                "emoji/classifier", f"{train_judge} --output {shlex.quote(str(judge))}", judge
             ),
-            evaluate(
+            self.evaluate(
                 f"emoji-{name}",
-                "--backbone",
-                f"emoji-{name}",
-                "--refiner",
-                REFINER,
-                "--metrics",
-                f"judge={judge.relative_to(ROOT)}",
+                f"--backbone emoji-{name} --refiner {REFINER} "
+                f"--metrics judge={judge.relative_to(ROOT)}",
             ),
         ]
 
-    base = evaluate(
-        "base", "--refiner", REFINER, "--arms", "gaussian", "guided", "refined", "refined_guided"
-    )
-    refiner = train("refiner")
-    invert = train(
-        "inverted", "--loss", "noise", "--epochs", "0.01"
-    )  # one step: for its targets, which hold the inverted noise
-    return {
-        "base": [base],
-        "tuning": [refiner, invert, *tuned()],
-        "table2": [
-            base,
-            refiner,
-            denoiser("guidance", "guidance", "--evaluations", str(BUDGET), "--lr", "3e-4"),
-            evaluate("guidance-distilled", "--lora", str(work / "guidance"), "--arms", "gaussian"),
-        ],
-        "table1": [
-            invert,
-            *compared("noise-loss", *inverted, "--epochs", "16", "--lr", "3e-4"),
-        ],  # as many evaluations: each item takes two and not eight
-        "table11": [
-            Command(
-                "train/experiments/inversion_error.py",
-                ("--n", "40", "--output", str(work / "results" / "inversion.json")),
-                work / "results" / "inversion.json",
-                RESULTS / "inversion.json",
-            )
-        ],
-        "table4": styled("clay") + styled("ink"),
-        "table5": [
-            refiner,
-            denoiser(
-                "consistency", "consistency", "--steps", "500", kept=LORAS / "emoji-turbo" / LORA
+    def turbo(self) -> list[Command]:
+        """Train a few-step model, and measure the base's refiner on it."""
+        shipped = LORAS / "emoji-turbo" / LORA
+        options = f"--backbone emoji-turbo --refiner {REFINER} --arms gaussian refined"
+        return [
+            self.denoiser("consistency", "--loss consistency --steps 500", shipped),
+            *(
+                self.evaluate(f"turbo-{steps}", f"{options} --sampler Euler --steps {steps}")
+                for steps in TURBO_STEPS
             ),
         ]
-        + [
-            evaluate(
-                f"turbo-{steps}",
-                "--backbone",
-                "emoji-turbo",
-                "--refiner",
-                REFINER,
-                "--arms",
-                "gaussian",
-                "refined",
-                "--sampler",
-                "Euler",
-                "--steps",
-                str(steps),
-            )
-            for steps in TURBO_STEPS
+
+    def figures(self, script: str, name: str, options: str) -> Command:
+        """Run an experiment that writes a JSON file."""
+        result = self.results / f"{name}.json"
+        words = (*shlex.split(options), "--output", str(result))
+        return Command(f"train/experiments/{script}.py", words, result, RESULTS / result.name)
+
+    def novelty(self) -> list[Command]:
+        """Render the training pictures again and measure how near images are to them."""
+        pictures = shlex.quote(str(self.work / "pictures"))
+        measured = shlex.quote(str(self.results / "base"))
+        rendered = self.work / "pictures" / "judge_classes.npy"
+        return [
+            self.base,
+            self._script("emoji/render", f"--output_dir {pictures}", rendered),
+            self.figures("novelty", "novelty", f"--pictures {pictures} --measured {measured}"),
+        ]
+
+    def _rendered(self, name: str) -> Path:
+        return self.work / name / "pictures" / "judge_classes.npy"
+
+    def _script(self, script: str, options: str, result: Path) -> Command:
+        return Command(f"train/{script}.py", tuple(shlex.split(options)), result)
+
+
+def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
+    """Return the commands of each experiment, in an order in which they can be run."""
+    make = Commands(work, n)
+    refiner, shared, inverted = make.refiner, make.shared, make.inverted
+    return {
+        "base": [make.base],
+        "tuning": [refiner, make.inversions, *make.tune()],
+        "table2": [
+            make.base,
+            refiner,
+            make.denoiser("guidance", f"--loss guidance --evaluations {BUDGET} --lr 3e-4"),
+            make.evaluate_denoiser("guidance-distilled", "guidance"),
         ],
-        "table10": [refiner, *compared("mlp", *shared, "--network", "mlp", "--lr", "3e-4")],
+        # As many evaluations as the refiner's: each item takes two and not eight.
+        "table1": [
+            make.inversions,
+            *make.compare("noise-loss", f"{inverted} --epochs 16 --lr 3e-4"),
+        ],
+        "table11": [make.figures("inversion_error", "inversion", "--n 40")],
+        "table4": make.style("clay") + make.style("ink"),
+        "table5": [refiner, *make.turbo()],
+        "table10": [refiner, *make.compare("mlp", f"{shared} --lr 3e-4", "mlp")],
         "table12": [
             refiner,
-            denoiser("images", "images", "--evaluations", str(BUDGET), "--lr", "3e-3"),
-            evaluate("fine-tuned", "--lora", str(work / "images"), "--arms", "gaussian"),
+            make.denoiser("images", f"--loss images --evaluations {BUDGET} --lr 3e-3"),
+            make.evaluate_denoiser("fine-tuned", "images"),
         ],
-        "table14": [refiner, *compared("scratch", *shared, "--network", "scratch")],
+        "table14": [refiner, *make.compare("scratch", shared, "scratch")],
         "table15": [
             refiner,
-            *compared("n5", *shared, "--steps", "5"),
-            *compared("n10", *shared, "--steps", "10"),
+            *make.compare("n5", f"{shared} --steps 5"),
+            *make.compare("n10", f"{shared} --steps 10"),
         ],
         "parametrisation": [
             refiner,
-            *compared("raw", *shared, "--network", "raw"),
-            *compared("difference", *shared, "--network", "difference"),
+            *make.compare("raw", shared, "raw"),
+            *make.compare("difference", shared, "difference"),
         ],
         "seeds": [
-            command
-            for seed in (1, 2)
-            for command in compared(f"seed{seed}", "--seed", str(seed * 10**7))
+            *make.compare("seed1", "--seed 10000000"),
+            *make.compare("seed2", "--seed 20000000"),
         ],
-        "longer": compared(
-            "longer", "--num_targets", "11776", "--target_steps", "20", "--steps", "10"
-        ),
+        "longer": make.compare("longer", "--num_targets 11776 --target_steps 20 --steps 10"),
         "strength": [
-            evaluate(
+            make.evaluate(
                 f"strength-{strength}",
-                "--refiner",
-                REFINER,
-                "--strength",
-                str(strength),
-                "--arms",
-                "refined",
+                f"--refiner {REFINER} --strength {strength} --arms refined",
             )
             for strength in STRENGTHS
         ],
-        "steps": list(sampled("ddim", "DDIM", FEW_STEPS, ["gaussian", "guided", "refined"], n)),
+        "steps": [
+            make.evaluate(
+                f"ddim-{steps}",
+                f"--refiner {REFINER} --steps {steps} --arms gaussian guided refined",
+            )
+            for steps in FEW_STEPS
+        ],
         "samplers": [
-            command
+            make.evaluate(
+                f"{name}-{steps}",
+                f"--refiner {REFINER} --sampler {shlex.quote(sampler)} --steps {steps} "
+                "--arms gaussian refined",
+                n // 4,
+            )
             for name, sampler in SAMPLERS_TRIED.items()
-            for command in sampled(name, sampler, STEPS, ["gaussian", "refined"], n // 4)
+            for steps in STEPS
         ],
-        "novelty": [
-            base,
-            Command(
-                "train.emoji.render",
-                ("--output_dir", str(work / "pictures")),
-                work / "pictures" / "judge_classes.npy",
-            ),
-            Command(
-                "train/experiments/novelty.py",
-                (
-                    "--pictures",
-                    str(work / "pictures"),
-                    "--measured",
-                    str(work / "results" / "base"),
-                    "--output",
-                    str(work / "results" / "novelty.json"),
-                ),
-                work / "results" / "novelty.json",
-                RESULTS / "novelty.json",
-            ),
-        ],
+        "novelty": make.novelty(),
         "gradients": [
-            Command(
-                "train/experiments/noise_gradients.py",
-                (
-                    "--output",
-                    str(work / "results" / "gradients.json"),
-                    "--plot",
-                    str(RESULTS / "gradients.png"),
-                ),
-                work / "results" / "gradients.json",
-                RESULTS / "gradients.json",
+            make.figures(
+                "noise_gradients",
+                "gradients",
+                f"--plot {shlex.quote(str(RESULTS / 'gradients.png'))}",
             )
         ],
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(arguments: list[str] | None = None) -> None:
+    """Run or list the experiments, then write the report."""
+    parser = argument_parser(__doc__)
     parser.add_argument("--work_dir", type=Path, default=Path("runs/paper"))
     parser.add_argument(
         "--only", nargs="+", choices=experiments(Path("x")), help="experiments; all if not given"
     )
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
-    args = parser.parse_args()
-    work = Path(
-        os.path.relpath(args.work_dir, ROOT)
-    )  # results record these paths: no place of one machine
+    args = parser.parse_args(arguments)
+    work = Path(os.path.relpath(args.work_dir, ROOT))  # results record relative paths
     os.chdir(ROOT)
     chosen = experiments(work)
     for name in args.only or chosen:
@@ -394,4 +305,5 @@ if __name__ == "__main__":
     try:
         main()
     except subprocess.CalledProcessError as error:
-        sys.exit(f"{shlex.join(map(str, error.cmd))} failed; the same command goes on from there.")
+        command = shlex.join(map(str, error.cmd))
+        sys.exit(f"{command} failed; run the same command again to continue from there.")

@@ -1,4 +1,4 @@
-"""Pipelines with the architectures of the big models and random weights.
+"""Build pipelines with the architectures of the big models and random weights.
 
 Time, memory and shapes do not depend on weights, so benchmarks and tests run on these without a
 download.  All text encoders read the embedded model's tokenizer.  The small version, of Stable
@@ -7,7 +7,6 @@ conditioning, at a hundredth of the width and with at most two transformer layer
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,10 +41,13 @@ from diffusers import (
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from noiserefine.models.sit import SiTPipeline
+from train.common import ROOT
 from train.tools.convert_sit import IMAGENET_CLASSES, read_classes
 
 Config = dict[str, Any]
-TOKENIZER = Path(__file__).resolve().parents[2] / "assets" / "emoji" / "tokenizer"
+BACKBONE_HELP = "folder or hub id of the pipeline; with --random_weights an architecture's name"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TOKENIZER = ROOT / "assets" / "emoji" / "tokenizer"
 # The prompt alone, as if the user had sent it to a language model without a template of its own.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 

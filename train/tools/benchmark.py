@@ -1,17 +1,17 @@
-"""Times the whole pipeline of the three arms: text encoder, (refiner,) sampling, decoding.
+"""Time the whole pipeline of the three arms: text encoder, (refiner,) sampling, decoding.
 
-    python train/tools/benchmark.py --backbone assets/emoji --refiner assets/refiners/emoji --json benchmark.json
+    python train/tools/benchmark.py --backbone assets/emoji --refiner assets/refiners/emoji \\
+        --output benchmark.json
     python train/tools/benchmark.py --backbone sdxl --random_weights --dtype fp16
 
 Speed and memory do not depend on weights: without --refiner an untrained one is timed, and with
---random_weights the bare architecture.  The arms take turns, so that a slower minute of the machine
+--random_weights the bare architecture. The arms take turns, so that a slower minute of the machine
 slows all three; the ratios are medians over the rounds of the ratio within a round.
 """
 
 import argparse
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -19,63 +19,46 @@ import torch
 from diffusers import DiffusionPipeline
 
 from noiserefine import Refiner, draw_noise
-from noiserefine.denoiser import ForwardCounter
+from noiserefine.denoiser import ForwardCounter, canvas_like, denoiser, precision
+from noiserefine.guidance import sample
 from noiserefine.models.devices import default_device, default_dtype
 from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt
-from noiserefine.samplers import SAMPLERS, with_sampler
-from train.tools.architectures import random_pipeline
+from noiserefine.samplers import SAMPLER_NAMES, with_sampler
+from train.common import argument_parser, run_script, write_json
+from train.tools.architectures import BACKBONE_HELP, DTYPES, random_pipeline
 from train.tools.memory import peak_bytes, reset_peak
 
-PROMPT = "a red apple on a blue background"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+ARMS = ("unguided", "guided", "refined")
+PROMPT, GUIDANCE_SCALE = "a red apple on a blue background", 7.0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--backbone",
-        default="assets/emoji",
-        help="folder or hub id of the pipeline; with --random_weights sd21, sd21-base, sd-turbo or sdxl",
-    )
-    parser.add_argument(
-        "--random_weights",
-        action="store_true",
-        help="build the architecture instead of loading a model",
-    )
-    parser.add_argument(
-        "--refiner",
-        help="folder or hub id of the refiner; an untrained one if not given, which is as fast",
-    )
-    parser.add_argument(
+def main(arguments: list[str] | None = None) -> None:
+    """Time what the command line asks for and write the figures."""
+    parser = argument_parser(__doc__)
+    add = parser.add_argument
+    add("--backbone", default="assets/emoji", help=BACKBONE_HELP)
+    add("--random_weights", action="store_true", help="build the architecture, load nothing")
+    add("--refiner", help="folder or hub id; an untrained refiner if not given, as fast")
+    add(
         "--mode",
         choices=["merged", "shared"],
         default="merged",
-        help="merged: the LoRA in weights of the refiner's own; shared: apart",
+        help="merged: the LoRA is folded into weights of the refiner's own; shared: it is not",
     )
-    parser.add_argument("--rank", type=int, default=128, help="of the untrained refiner")
-    parser.add_argument("--dtype", choices=DTYPES, help="the device's own if not given")
-    parser.add_argument("--sampler", choices=list(SAMPLERS), default="DDIM")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch_size", type=int, default=1, help="images a call")
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        default=20,
-        help="calls of each arm, after --warmup ones that are not counted",
-    )
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
-    args = parser.parse_args()
+    add("--rank", type=int, default=128, help="rank of the untrained refiner")
+    add("--dtype", choices=DTYPES, help="by default the device's own")
+    add("--sampler", choices=SAMPLER_NAMES, default="DDIM")
+    add("--steps", type=int, default=20)
+    add("--batch_size", type=int, default=1, help="images a call")
+    add("--rounds", type=int, default=20, help="calls of each arm after the --warmup ones")
+    add("--warmup", type=int, default=2)
+    add("--output", type=Path, help="JSON file of the figures")
+    args = parser.parse_args(arguments)
     device = default_device()
     dtype = DTYPES[args.dtype] if args.dtype else default_dtype(device)
-    pipe = (
-        random_pipeline(args.backbone, device, dtype)
-        if args.random_weights
-        else load_pipeline(args.backbone, device, dtype)
-    )
+    load = random_pipeline if args.random_weights else load_pipeline
+    pipe = load(args.backbone, device, dtype)
     if args.refiner:
         refiner = Refiner.from_pretrained(args.refiner, pipe, merge=args.mode == "merged")
     else:
@@ -84,88 +67,80 @@ def main() -> None:
             refiner.merge()
         refiner.network.to(dtype)  # a new LoRA is in single precision, for training
     result = measure(pipe, refiner, args)
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    if args.output:
+        write_json(args.output, result)
     print(json.dumps(result, indent=2))
 
 
 def measure(pipe: DiffusionPipeline, refiner: Refiner, args: argparse.Namespace) -> dict:
-    """Seconds, forwards and peak bytes of each arm, and the ratios."""
-    weights = {id(p): p.numel() * p.element_size() for p in pipe.unet.parameters()}
-    extra = sum(
-        p.numel() * p.element_size() for p in refiner.network.parameters() if id(p) not in weights
-    )
+    """Return seconds, forwards and peak bytes of each arm, and the ratios of their times."""
+    weights = {id(p): p.numel() * p.element_size() for p in denoiser(pipe).parameters()}
+    own = [p for p in refiner.network.parameters() if id(p) not in weights]
     x_T = draw_noise(pipe, 0, args.batch_size)
-    start = x_T.to(pipe.device, pipe.unet.dtype)
-    scale = refiner.config.guidance_scale_range[1] if refiner.takes_guidance_scale else None
-    prompts, settings = [PROMPT] * args.batch_size, {"num_inference_steps": args.steps}
-    arms = ("unguided", "guided", "refined")
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     forwards, peaks = {}, {}
     pipe = with_sampler(pipe, args.sampler)
-    for round in range(args.rounds + args.warmup):
-        for name in arms:
+    for round_number in range(args.rounds + args.warmup):
+        for arm in ARMS:
             reset_peak(pipe.device)
             synchronize(pipe.device)
             began, counter = time.perf_counter(), ForwardCounter()
-            with counter.watch(pipe.unet, refiner.network):
-                embeds = encode_prompt(
-                    pipe, prompts, guided=name == "guided"
-                )  # once, for the refiner and the sampling
-                latents = refiner(x_T, embeds, guidance_scale=scale) if name == "refined" else start
-                pipe(
-                    latents=latents,
-                    guidance_scale=7.0 if name == "guided" else 1.0,
-                    **embeds,
-                    **settings,
-                )
+            with counter.watch(denoiser(pipe), refiner.network):
+                _run_arm(arm, pipe, refiner, x_T, args.steps)
             synchronize(pipe.device)
-            forwards[name], peaks[name] = counter.count // args.batch_size, peak_bytes(pipe.device)
-            if round >= args.warmup:
-                seconds[name].append(time.perf_counter() - began)
-    ratio = {
-        f"refined_over_{name}": statistics.median(
-            a / b for a, b in zip(seconds["refined"], seconds[name])
-        )
-        for name in ("unguided", "guided")
-    }
-    name = (
-        torch.cuda.get_device_name()
-        if pipe.device.type == "cuda"
-        else f"{pipe.device.type}, {torch.get_num_threads()} threads"
-    )
+            forwards[arm], peaks[arm] = counter.count // args.batch_size, peak_bytes(pipe.device)
+            if round_number >= args.warmup:
+                seconds[arm].append(time.perf_counter() - began)
+
+    settings = ("backbone", "random_weights", "sampler", "batch_size", "steps", "rounds", "warmup")
     return {
-        "backbone": args.backbone,
-        "random_weights": args.random_weights,
-        "device": name,
-        "dtype": str(pipe.unet.dtype),
-        "sampler": args.sampler,
-        "batch_size": args.batch_size,
-        "steps": args.steps,
-        "rounds": args.rounds,
-        "warmup": args.warmup,
-        "mode": args.mode,
-        **ratio,
+        **{name: getattr(args, name) for name in (*settings, "mode")},
+        "device": device_name(pipe.device),
+        "dtype": str(precision(denoiser(pipe))),
+        "refined_over_unguided": _ratio(seconds["refined"], seconds["unguided"]),
+        "refined_over_guided": _ratio(seconds["refined"], seconds["guided"]),
         "unet_bytes": sum(weights.values()),
-        "refiner_bytes": extra,
+        "refiner_bytes": sum(p.numel() * p.element_size() for p in own),
         "arms": {
-            name: {
-                "seconds": statistics.median(seconds[name]),
-                "forwards": forwards[name],
-                "peak_bytes": peaks[name],
+            arm: {
+                "seconds": statistics.median(seconds[arm]),
+                "forwards": forwards[arm],
+                "peak_bytes": peaks[arm],
             }
-            for name in arms
+            for arm in ARMS
         },
     }
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until the device has done its work."""
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
 
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or the threads of a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def _run_arm(
+    arm: str, pipe: DiffusionPipeline, refiner: Refiner, x_T: torch.Tensor, steps: int
+) -> None:
+    """Make the images of an arm; the refiner and the sampling share one encoding."""
+    embeds = encode_prompt(pipe, [PROMPT] * len(x_T), guided=arm == "guided")
+    scales = refiner.config.guidance_scale_range
+    latents = canvas_like(pipe, x_T).to_latents(x_T.to(pipe.device, precision(denoiser(pipe))))
+    if arm == "refined":
+        latents = refiner(x_T, embeds, guidance_scale=scales[1] if scales else None)
+    scale = GUIDANCE_SCALE if arm == "guided" else 1.0
+    sample(pipe, latents=latents, guidance_scale=scale, num_inference_steps=steps, **embeds)
+
+
+def _ratio(times: list[float], others: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_script(main)

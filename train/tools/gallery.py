@@ -1,9 +1,8 @@
-"""The picture of the three arms in the README, on held-out prompts.
+"""Draw the README's picture of the three arms, on held-out prompts.
 
 python train/tools/gallery.py --output assets/pictures/arms.png
 """
 
-import argparse
 from pathlib import Path
 
 from PIL import Image
@@ -13,34 +12,33 @@ from noiserefine.analysis.compare import compare
 from noiserefine.analysis.recipe import Maker, Recipe
 from noiserefine.models.catalogue import BACKBONES
 from noiserefine.models.loading import load_pipeline
+from train.captions import HELD_OUT
+from train.common import argument_parser, run_script
+
+ARMS = 3
+GAP = 16  # an image is this many times wider than the gap between two
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--prompts", type=Path, default=Path("assets/prompts/emoji_heldout.txt"))
-    parser.add_argument(
-        "--columns", type=int, default=10, help="prompts, evenly spaced in the file"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the first column; the next ones count up"
-    )
-    parser.add_argument("--side", type=int, default=128, help="pixels of a shown image")
-    parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    """Draw the picture that the command line asks for."""
+    parser = argument_parser(__doc__)
+    add = parser.add_argument
+    add("--prompts", type=Path, default=Path(HELD_OUT))
+    add("--columns", type=int, default=10, help="prompts, evenly spaced in the file")
+    add("--seed", type=int, default=0, help="of the first column; the next ones count up")
+    add("--side", type=int, default=128, help="pixels of a shown image")
+    add("--output", type=Path, required=True)
+    args = parser.parse_args(arguments)
     backbone = BACKBONES["emoji"]
     pipe = load_pipeline(backbone.source)
     make = Maker(pipe, Refiner.from_pretrained(backbone.refiner, pipe))
     prompts = args.prompts.read_text(encoding="utf-8").splitlines()
-    gap = args.side // 16
-    sheet = Image.new(
-        "RGB", (args.columns * (args.side + gap) - gap, 3 * (args.side + gap) - gap), "white"
-    )
+    pitch = args.side + args.side // GAP
+    gap = pitch - args.side
+    sheet = Image.new("RGB", (args.columns * pitch - gap, ARMS * pitch - gap), "white")
     for column in range(args.columns):
-        prompt = prompts[column * len(prompts) // args.columns]
         recipe = Recipe(
-            prompt,
+            prompts[column * len(prompts) // args.columns],
             args.seed + column,
             steps=backbone.steps,
             guidance_scale=backbone.guidance_scale or 1.0,
@@ -48,11 +46,11 @@ def main() -> None:
         )
         for row, (_, arm) in enumerate(compare(make, recipe)):
             image = arm.image.resize((args.side, args.side), Image.Resampling.BICUBIC)
-            sheet.paste(image, (column * (args.side + gap), row * (args.side + gap)))
-        print(prompt)
+            sheet.paste(image, (column * pitch, row * pitch))
+        print(recipe.prompt)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(args.output)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

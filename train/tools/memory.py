@@ -8,6 +8,7 @@ PROCESS = Path("/proc/self")
 
 
 def reset_peak(device: torch.device) -> None:
+    """Forget the peak so far."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif PROCESS.exists():
@@ -15,14 +16,12 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Since reset_peak, weights included; None on systems that don't tell.
+    """Return the peak since `reset_peak`, weights included; None if the system doesn't report it.
 
-    VmHWM and not ru_maxrss, which a child process inherits from its parent.
+    It is read from VmHWM and not ru_maxrss, which a child process inherits from its parent.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return (
-        int((PROCESS / "status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-        if PROCESS.exists()
-        else None
-    )
+    if not PROCESS.exists():
+        return None
+    return int((PROCESS / "status").read_text().split("VmHWM:")[1].split()[0]) * 1024

@@ -1,11 +1,13 @@
-"""Time and memory of one training step's loss against its parts: N + 1 forwards and one backward.
+"""Time one training step against its parts: N + 1 forwards and one backward.
 
-    python train/tools/profile_msd.py --backbone assets/emoji --json msd.json
-    python train/tools/profile_msd.py --backbone sd21-base --random_weights --dtype bf16 --rank 128 --batch_size 1 --rounds 1
+    python train/tools/profile_msd.py --backbone assets/emoji --output msd.json
+    python train/tools/profile_msd.py --backbone sd21-base --random_weights --dtype bf16 \\
+        --rank 128 --batch_size 1 --rounds 1
 
-The step is refine, sample N steps, loss, backward, as in train_refiner.py.  The parts are timed alone on
-the same tensors, taking turns with the step; the ratio is the median over rounds.  Peak memory is that
-of a process of its own which takes one step of N = 5 or 20: resident memory on a CPU, allocated memory on CUDA.
+The step is refine, sample N steps, loss, backward, as in train_refiner.py. The parts are timed
+alone on the same tensors, taking turns with the step; the ratio is the median over rounds. Peak
+memory is that of a process of its own which takes one step of N = 5 or 20: resident memory on a
+CPU, allocated memory on CUDA.
 """
 
 import argparse
@@ -21,138 +23,108 @@ import torch
 from diffusers.training_utils import cast_training_params
 
 from noiserefine import Refiner, draw_noise
-from noiserefine.denoiser import first_step
-from noiserefine.guidance import sample
+from noiserefine.denoiser import canvas_like, denoiser, first_step, guidance_arguments
+from noiserefine.guidance import sample_latents
 from noiserefine.models.devices import default_device
 from noiserefine.models.loading import load_pipeline
 from noiserefine.msd import msd_loss, sampler_gain
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
-from train.tools.architectures import random_pipeline
-from train.tools.benchmark import DTYPES, synchronize
+from train.common import argument_parser, run_script, write_json
+from train.tools.architectures import BACKBONE_HELP, DTYPES, random_pipeline
+from train.tools.benchmark import synchronize
 from train.tools.memory import peak_bytes
 
-
-def timed(call, device: torch.device):
-    synchronize(device)
-    began = time.perf_counter()
-    result = call()
-    synchronize(device)
-    return time.perf_counter() - began, result
+STEPS = 10  # N of the timed step
+PEAK_STEPS = (5, 20)
 
 
-def peak(args: argparse.Namespace, steps: int) -> int:
-    command = [
-        sys.executable,
-        __file__,
-        "--backbone",
-        args.backbone,
-        "--rank",
-        args.rank,
-        "--batch_size",
-        args.batch_size,
-        "--dtype",
-        args.dtype,
-        *(["--random_weights"] if args.random_weights else []),
-        "--peak",
-        steps,
-    ]
-    return int(
-        subprocess.run(
-            [str(part) for part in command], check=True, capture_output=True, text=True
-        ).stdout.split()[-1]
-    )
+class Step:
+    """One step of training on random noise, and its parts."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.dtype = DTYPES[args.dtype]
+        load = random_pipeline if args.random_weights else load_pipeline
+        self.pipe = load(args.backbone, default_device(), self.dtype)
+        self.refiner = Refiner.create(self.pipe, args.rank)
+        denoiser(self.pipe).requires_grad_(False)
+        cast_training_params(self.refiner.network)
+        self.sampling_pipe = with_sampler(self.pipe, "DDIM")
+        self.x_T = draw_noise(self.pipe, 0, args.batch_size).to(self.pipe.device)
+        self.embeds: dict[str, Any] = encode_prompt(self.pipe, ["a cat"] * args.batch_size)
+
+    def refine(self) -> torch.Tensor:
+        """Return the correction, with gradient."""
+        enabled = self.dtype != torch.float32
+        with torch.autocast(self.pipe.device.type, self.dtype, enabled=enabled):
+            return self.refiner.correction(self.x_T, self.embeds)
+
+    def whole(self, steps: int) -> None:
+        """Refine, sample, and go backward."""
+        x_hat = self.x_T + self.refine()
+        x0 = sample_latents(self.sampling_pipe, x_hat, self.embeds, steps).float()
+        gain = sampler_gain(self.sampling_pipe.scheduler, steps)
+        msd_loss(x0, x_hat, torch.zeros_like(x0), gain).backward()
+
+    @torch.no_grad()
+    def forwards(self) -> None:
+        """Evaluate the bare network as often as the sampling does."""
+        call = {"latents": canvas_like(self.pipe, self.x_T).to_latents(self.x_T.to(self.dtype))}
+        call |= guidance_arguments(self.pipe) | self.embeds
+        for _ in range(STEPS):
+            first_step(self.pipe, denoiser(self.pipe), **call)
+
+    def ratio(self) -> float:
+        """Return the time of the step over that of its parts."""
+        whole, _ = self._time(lambda: self.whole(STEPS))
+        refining, correction = self._time(self.refine)
+        backward, _ = self._time(lambda: correction.square().mean().backward())
+        forwards, _ = self._time(self.forwards)
+        return whole / (refining + backward + forwards)
+
+    def _time(self, call):
+        synchronize(self.pipe.device)
+        began = time.perf_counter()
+        result = call()
+        synchronize(self.pipe.device)
+        return time.perf_counter() - began, result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--backbone",
-        default="assets/emoji",
-        help="folder or hub id of the pipeline; with --random_weights sd21, sd21-base, sd-turbo or sdxl",
-    )
-    parser.add_argument(
-        "--random_weights",
-        action="store_true",
-        help="build the architecture instead of loading a model",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        default="fp32",
-        help="of the frozen model; the LoRA is in float32",
-    )
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
-    parser.add_argument(
-        "--peak",
-        type=int,
-        help="only take a step of this N and print the process's peak memory in bytes",
-    )
-    args = parser.parse_args()
-    dtype = DTYPES[args.dtype]
-    pipe = (
-        random_pipeline(args.backbone, default_device(), dtype)
-        if args.random_weights
-        else load_pipeline(args.backbone, dtype=dtype)
-    )
-    refiner = Refiner.create(pipe, args.rank)
-    pipe.unet.requires_grad_(False)
-    cast_training_params(refiner.network)
-    sampling_pipe = with_sampler(pipe, "DDIM")
-    x_T = draw_noise(pipe, 0, args.batch_size).to(pipe.device)
-    embeds: dict[str, Any] = encode_prompt(pipe, ["a cat"] * args.batch_size)
-    target, call = torch.zeros_like(x_T), {"latents": x_T.to(dtype), "guidance_scale": 1.0} | embeds
+def peak(arguments: list[str], steps: int) -> int:
+    """Return the peak memory of a step in a process of its own."""
+    command = [sys.executable, __file__, *arguments, "--peak", str(steps)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1])
 
-    def refine() -> torch.Tensor:
-        with torch.autocast(pipe.device.type, dtype, enabled=dtype != torch.float32):
-            return refiner.correction(x_T, embeds)
 
-    def loss(steps: int) -> torch.Tensor:
-        x_hat = x_T + refine()
-        x0 = sample(
-            sampling_pipe,
-            num_inference_steps=steps,
-            latents=x_hat.detach().to(dtype),
-            output_type="latent",
-            **embeds,
-        ).images
-        return msd_loss(x0.float(), x_hat, target, gains[steps])
-
-    gains = {steps: sampler_gain(sampling_pipe.scheduler, steps) for steps in (5, 10, 20)}
+def main(arguments: list[str] | None = None) -> None:
+    """Time what the command line asks for and write the figures."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argument_parser(__doc__)
+    add = parser.add_argument
+    add("--backbone", default="assets/emoji", help=BACKBONE_HELP)
+    add("--random_weights", action="store_true", help="build the architecture, load nothing")
+    add("--dtype", choices=DTYPES, default="fp32", help="of the frozen model, not the LoRA")
+    add("--rank", type=int, default=32)
+    add("--batch_size", type=int, default=32)
+    add("--rounds", type=int, default=5)
+    add("--output", type=Path, help="JSON file of the figures")
+    add("--peak", type=int, help="print the peak memory of a step of this N, in bytes, and stop")
+    args = parser.parse_args(arguments)
+    step = Step(args)
     if args.peak:
-        loss(args.peak).backward()
-        print(peak_bytes(pipe.device))
+        step.whole(args.peak)
+        print(peak_bytes(step.pipe.device))
         return
-    ratios = []
-    for _ in range(args.rounds):
-        step, _ = timed(lambda: loss(10).backward(), pipe.device)
-        refining, correction = timed(refine, pipe.device)
-        backward, _ = timed(lambda c=correction: c.square().mean().backward(), pipe.device)
-        with torch.no_grad():
-            forward, _ = timed(
-                lambda: [first_step(pipe, pipe.unet, **call) for _ in range(10)],
-                pipe.device,
-            )
-        ratios.append(step / (refining + backward + forward))
-    result = {
-        "backbone": args.backbone,
-        "random_weights": args.random_weights,
-        "dtype": args.dtype,
-        "rank": args.rank,
-        "batch_size": args.batch_size,
-        "rounds": args.rounds,
-        "step_over_parts": statistics.median(ratios),
-        "peak_bytes": {steps: peak(args, steps) for steps in (5, 20)},
+    names = ("backbone", "random_weights", "dtype", "rank", "batch_size", "rounds")
+    result = {name: getattr(args, name) for name in names} | {
+        "step_over_parts": statistics.median(step.ratio() for _ in range(args.rounds)),
+        "peak_bytes": {steps: peak(arguments, steps) for steps in PEAK_STEPS},
     }
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    if args.output:
+        write_json(args.output, result)
     print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

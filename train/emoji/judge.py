@@ -1,0 +1,60 @@
+"""The embedded model's metric: a classifier of its own judges objects and backgrounds."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from train.emoji.classifier import Judge
+from train.emoji.render import BACKGROUNDS, objects, prompt
+from train.metrics import Figure, Metric, Rows, frechet_distance
+
+
+class EmojiJudge(Metric):
+    """Accuracy of object and background, Frechet distance and variance of the judge's features.
+
+    The distance is to real held-out renders; the variance is that among the images of one prompt,
+    summed over features.
+    """
+
+    default_source = str(Path(__file__).with_name("classifier.safetensors"))
+    figures = {
+        "object_accuracy": Figure("object accuracy ↑", digits=3),
+        "background_accuracy": Figure("background accuracy ↑", digits=3, in_gap=False),
+        "frechet_distance": Figure("Fréchet distance ↓", biased=True),
+        "feature_variance": Figure("feature variance ↑", in_gap=False),
+    }
+
+    def __init__(self, source: str, real_images: Path | None, device: torch.device):
+        self.about = {"judge": Path(source).name}
+        self.judge = Judge.from_pretrained(Path(source))
+        self.real = (
+            self.judge.real_mean.double().numpy(),
+            self.judge.real_covariance.double().numpy(),
+        )
+        self.pairs = {
+            prompt(i, j): (i, j) for i in range(len(objects())) for j in range(len(BACKGROUNDS))
+        }
+
+    def measure(self, images: list[Image.Image], prompts: list[str]) -> Rows:
+        unknown = [text for text in prompts if text not in self.pairs]
+        if unknown:
+            raise ValueError(
+                "The judge of the embedded model knows prompts such as "
+                f"“{next(iter(self.pairs))}” only; “{unknown[0]}” is none of them. "
+                "Choose other --metrics, or leave --prompts out."
+            )
+        objects_found, backgrounds_found, features = self.judge.judge(images)
+        found = np.stack([objects_found, backgrounds_found], 1)
+        return {"features": features, "correct": found == [self.pairs[text] for text in prompts]}
+
+    def summarise(self, rows: Rows, groups: list[np.ndarray]) -> dict[str, float]:
+        features, (objects_right, backgrounds_right) = rows["features"], rows["correct"].mean(0)
+        variances = [features[group].var(0, ddof=1).sum() for group in groups if len(group) > 1]
+        return {
+            "object_accuracy": float(objects_right),
+            "background_accuracy": float(backgrounds_right),
+            "frechet_distance": frechet_distance(features, *self.real),
+            "feature_variance": float(np.mean(variances)) if variances else np.nan,
+        }

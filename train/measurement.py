@@ -1,0 +1,301 @@
+"""Images of several arms, measured on disk, and their figures with intervals."""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from diffusers.utils import make_image_grid
+from PIL import Image
+from tqdm import tqdm
+
+from noiserefine import Refiner, draw_noise
+from noiserefine.denoiser import ForwardCounter, canvas_like, denoiser, precision
+from noiserefine.guidance import sample
+from noiserefine.noise import encode_prompt
+from noiserefine.samplers import with_sampler
+from train.common import (
+    FIRST_EVALUATION_SEED,
+    atomic,
+    interval,
+    markdown_table,
+    package_versions,
+    with_interval,
+    write_json,
+)
+from train.metrics import Figure, Metric
+
+SHOWN, SHOWN_SIDE = 8, 256  # images of each arm in a row, and their largest side in pixels
+NOT_BINDING = ("arms", "output", "images", "bootstrap", "reference")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How an image is made."""
+
+    refined: bool = False  # from refined noise
+    cfg: bool = False
+    pag: bool = False
+
+
+ARMS = {
+    "gaussian": Arm(),
+    "guided": Arm(cfg=True),
+    "pag": Arm(pag=True),
+    "guided_pag": Arm(cfg=True, pag=True),
+    "refined": Arm(refined=True),
+    "refined_guided": Arm(refined=True, cfg=True),
+}
+
+
+class Measurement:
+    """What the metrics say of each arm's images, and their cost, in files of one batch each."""
+
+    def __init__(self, args: argparse.Namespace, process: PartialState):
+        self.args, self.process = args, process
+        self.folder = args.output.with_suffix("")
+        self.starts = range(0, args.n, args.batch_size)
+
+    def begin(self, about: dict[str, Any]) -> None:
+        """Open the folder for these settings. about: what the images and the metrics depend on.
+
+        Raise ValueError if it holds measurements of other settings.
+        """
+        binding = {
+            name: str(value) for name, value in vars(self.args).items() if name not in NOT_BINDING
+        }
+        self.settings = binding | {"about": about, "versions": package_versions()}
+        path = self.folder / "settings.json"
+        if path.exists() and json.loads(path.read_text()) != self.settings:
+            raise ValueError(
+                f"{self.folder} holds measurements of other settings: give another --output, or "
+                "remove the folder."
+            )
+        if self.process.is_main_process:
+            write_json(path, self.settings)
+        self.process.wait_for_everyone()
+
+    def file(self, arm: str, start: int) -> Path:
+        """Return the file of the batch of an arm that starts with image `start`."""
+        return self.folder / f"{arm}-{start:06d}.npz"
+
+    def make(
+        self,
+        pipe: DiffusionPipeline,
+        refiner: Refiner | None,
+        prompts: list[str],
+        metrics: list[Metric],
+    ) -> None:
+        """Make and measure the images that are missing, every process its share."""
+        sampling_pipe = with_sampler(pipe, self.args.sampler)
+        for start in tqdm(
+            self.starts[self.process.process_index :: self.process.num_processes],
+            disable=not self.process.is_local_main_process,
+        ):
+            arms = [name for name in self.args.arms if self._is_missing(name, start)]
+            if not arms:
+                continue
+            batch_prompts = prompts[start : start + self.args.batch_size]
+            x_T = draw_noise(pipe, FIRST_EVALUATION_SEED + start, len(batch_prompts)).to(
+                pipe.device
+            )
+            embeds = encode_prompt(pipe, batch_prompts)
+            for name in arms:
+                began, counter = time.perf_counter(), ForwardCounter()
+                networks = [denoiser(pipe)]
+                if refiner and isinstance(refiner.network, type(denoiser(pipe))):
+                    networks.append(refiner.network)
+                with counter.watch(*networks):
+                    latents = self._latents(ARMS[name], pipe, refiner, x_T, embeds)
+                    images = self._sample(ARMS[name], sampling_pipe, latents, embeds, start)
+                cost = {"forwards": counter.count, "seconds": time.perf_counter() - began}
+                rows = {
+                    key: value
+                    for metric in metrics
+                    for key, value in metric.measure(images, batch_prompts).items()
+                }
+                self._keep_images(name, start, images)
+                with atomic(self.file(name, start)) as part, part.open("wb") as file:
+                    np.savez(file, **cost, **rows)  # type: ignore[arg-type]
+        self.process.wait_for_everyone()
+
+    def results(self, prompts: list[str], metrics: list[Metric]) -> dict[str, Any]:
+        """Return the figures of every arm with their intervals, and how the arms differ."""
+        estimates, result = {}, self._head(prompts)
+        figures = all_figures(metrics)
+        groups = _rows_of_each_prompt(prompts)
+        resamples = _resamples(len(groups), self.args.bootstrap)
+        for name in self.args.arms:
+            rows, cost = self._read(name)
+            estimates[name] = _estimates(rows, metrics, groups, resamples)
+            result["arms"][name] = cost | _summary(estimates[name], figures)
+
+        # Differences to the reference arm, and the share of its distance that refining closes.
+        reference = estimates.get(self.args.reference)
+        if reference is None:
+            return result
+        for name, values in estimates.items():
+            if name != self.args.reference:
+                differences = {key: values[key] - reference[key] for key in values}
+                result["differences"][name] = _summary(differences, figures)
+        if {"gaussian", "refined"} <= estimates.keys():
+            gaussian, refined = estimates["gaussian"], estimates["refined"]
+            closed = {
+                key: (gaussian[key] - refined[key]) / (gaussian[key] - reference[key])
+                for key in gaussian
+                if figures[key].in_gap
+            }
+            result["gap_closed"] = _summary(closed, figures)
+        return result
+
+    def _head(self, prompts: list[str]) -> dict[str, Any]:
+        return {
+            "n": self.args.n,
+            "prompts": len(set(prompts)),
+            "first_seed": FIRST_EVALUATION_SEED,
+            "settings": self.settings,
+            "arms": {},
+            "differences": {},
+        }
+
+    def _is_missing(self, arm: str, start: int) -> bool:
+        if not self.file(arm, start).exists():
+            return True
+        images = self.args.images
+        return bool(images) and not _image_file(images / arm, start).exists()
+
+    def _latents(
+        self,
+        arm: Arm,
+        pipe: DiffusionPipeline,
+        refiner: Refiner | None,
+        x_T: torch.Tensor,
+        embeds: dict[str, Any],
+    ) -> torch.Tensor:
+        if not (arm.refined and refiner):
+            return canvas_like(pipe, x_T).to_latents(x_T.to(precision(denoiser(pipe))))
+        scale = refiner.scale_input(self.args.guidance_scale)
+        return refiner(x_T, embeds, self.args.strength, scale)
+
+    def _sample(
+        self,
+        arm: Arm,
+        pipe: DiffusionPipeline,
+        latents: torch.Tensor,
+        embeds: dict[str, Any],
+        start: int,
+    ) -> list[Image.Image]:
+        return sample(
+            pipe,
+            guidance_scale=self.args.guidance_scale if arm.cfg else 1.0,
+            pag_scale=self.args.pag_scale if arm.pag else 0.0,
+            latents=latents,
+            num_inference_steps=self.args.steps,
+            generator=torch.Generator().manual_seed(start),
+            **embeds,
+        ).images
+
+    def _keep_images(self, arm: str, start: int, images: list[Image.Image]) -> None:
+        if self.args.images:
+            folder = self.args.images / arm
+            folder.mkdir(parents=True, exist_ok=True)
+            for number, image in enumerate(images, start):
+                image.save(_image_file(folder, number))
+        if start == 0:
+            shown = images[:SHOWN]
+            row = make_image_grid(shown, 1, len(shown), resize=min(SHOWN_SIDE, shown[0].width))
+            row.save(self.folder / f"{arm}.webp", quality=90)
+
+    def _read(self, arm: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Return an arm's rows, and its forwards and seconds for each image."""
+        files = []
+        for start in self.starts:
+            with np.load(self.file(arm, start)) as file:
+                files.append(dict(file))
+        rows = {
+            key: np.concatenate([file[key] for file in files])
+            for key, value in files[0].items()
+            if value.ndim
+        }
+        cost = {
+            key: sum(float(file[key]) for file in files) / self.args.n
+            for key in ("forwards", "seconds")
+        }
+        return rows, cost
+
+
+def all_figures(metrics: Sequence[Metric | type[Metric]]) -> dict[str, Figure]:
+    """Return the figures of several metrics, in their order."""
+    return {key: figure for metric in metrics for key, figure in metric.figures.items()}
+
+
+def arms_table(rows: list[tuple[str, dict]], figures: dict[str, Figure]) -> str:
+    """Return a Markdown table of arms, or of values made of them: (title, summary)."""
+    shown = {key: f for key, f in figures.items() if any(key in values for _, values in rows)}
+
+    def cell(values: dict, key: str) -> str:
+        if key not in values:
+            return ""
+        return with_interval(values[key], values[f"{key}_interval"], shown[key].digits)
+
+    return markdown_table(
+        ["", *(figure.title for figure in shown.values()), "forwards"],
+        [
+            [
+                title,
+                *(cell(values, key) for key in shown),
+                f"{values['forwards']:.0f}" if "forwards" in values else "",
+            ]
+            for title, values in rows
+        ],
+    )
+
+
+def _rows_of_each_prompt(prompts: list[str]) -> list[np.ndarray]:
+    _, prompt_number = np.unique(prompts, return_inverse=True)
+    return [np.flatnonzero(prompt_number == k) for k in range(prompt_number.max() + 1)]
+
+
+def _resamples(prompts: int, count: int) -> list[np.ndarray]:
+    """Return the prompts themselves, then `count` bootstrap resamples, the same for all arms."""
+    drawn = np.random.default_rng(0).integers(prompts, size=(count, prompts))
+    return [np.arange(prompts), *drawn]
+
+
+def _estimates(
+    rows: dict[str, np.ndarray],
+    metrics: list[Metric],
+    groups: list[np.ndarray],
+    resamples: list[np.ndarray],
+) -> dict[str, np.ndarray]:
+    """Return the values of every figure: that of the images, then those of the resamples."""
+    values: dict[str, list[float]] = {}
+    for resample in resamples:
+        drawn = [groups[k] for k in resample]
+        ends = np.cumsum([len(group) for group in drawn])
+        images = np.concatenate(drawn)
+        drawn_rows = {key: value[images] for key, value in rows.items()}
+        drawn_groups = np.split(np.arange(len(images)), ends[:-1])
+        for metric in metrics:
+            for key, value in metric.summarise(drawn_rows, drawn_groups).items():
+                values.setdefault(key, []).append(value)
+    return {key: np.array(value) for key, value in values.items()}
+
+
+def _summary(estimates: dict[str, np.ndarray], figures: dict[str, Figure]) -> dict[str, Any]:
+    """Return each figure's value and interval; one that these images do not tell is left out."""
+    known = {key: values for key, values in estimates.items() if np.isfinite(values).all()}
+    return {key: float(values[0]) for key, values in known.items()} | {
+        f"{key}_interval": interval(values, figures[key].biased) for key, values in known.items()
+    }
+
+
+def _image_file(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.png"

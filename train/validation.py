@@ -1,0 +1,69 @@
+"""Validation while training: how near unguided sampling comes to guided sampling."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from diffusers.utils import make_image_grid
+
+from noiserefine import Refiner, draw_noise
+from noiserefine.guidance import sample_latents
+from noiserefine.latents import decode
+from noiserefine.noise import encode_prompt
+from noiserefine.samplers import with_sampler
+from train.options import Options
+
+FIRST_SEED = 2**31  # beyond every target's
+SHOWN = 8  # images of each arm on a sheet
+
+
+class Validation:
+    """Held-out prompts with fixed seeds, sampled unguided, guided and from refined noise."""
+
+    def __init__(
+        self,
+        options: Options,
+        pipe: DiffusionPipeline,
+        prompts: list[str],
+        accelerator: Accelerator,
+    ):
+        self.options, self.autocast = options, accelerator.autocast
+        self.pipe = with_sampler(pipe, options.sampler)
+        self.folder = Path(options.output_dir) / "validation"
+        generator = torch.Generator().manual_seed(options.seed)
+        order = torch.randperm(len(prompts), generator=generator)[: options.num_validation]
+        self.embeds = encode_prompt(pipe, [prompts[i] for i in order.tolist()])
+        seed, size = FIRST_SEED + options.seed, (options.height, options.width)
+        self.x_T = draw_noise(pipe, seed, len(order), *size).to(accelerator.device)
+        self.x0 = {
+            "gaussian": self._sample(self.x_T, options.steps),
+            "guided": self._sample(
+                self.x_T,
+                options.target_steps,
+                guidance_scale=options.guidance_scale,
+                pag_scale=options.pag_scale,
+            ),
+        }
+
+    def __call__(self, refiner: Refiner, step: int) -> dict[str, float]:
+        """Return the mean squared distance of both unguided arms to the guided latents.
+
+        Write validation/STEP.png with a row each of unguided, guided and refined images.
+        """
+        scale = refiner.scale_input(self.options.guidance_scale)
+        with self.autocast():  # as in training: the LoRA is in float32, its base is not
+            x_hat = refiner.refine(self.x_T, self.embeds, guidance_scale=scale)
+        arms = self.x0 | {"refined": self._sample(x_hat, self.options.steps)}
+        images = [image for x0 in arms.values() for image in decode(self.pipe, x0[:SHOWN])]
+        self.folder.mkdir(exist_ok=True)
+        sheet = make_image_grid(images, len(arms), len(images) // len(arms))
+        sheet.save(self.folder / f"{step:07d}.png")
+        return {
+            f"validation_{name}": (arms[name] - arms["guided"]).pow(2).mean().item()
+            for name in ("gaussian", "refined")
+        }
+
+    def _sample(self, latents: torch.Tensor, steps: int, **guidance) -> torch.Tensor:
+        seed = self.options.seed
+        return sample_latents(self.pipe, latents, self.embeds, steps, seed=seed, **guidance).float()

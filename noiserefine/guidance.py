@@ -49,6 +49,13 @@ def sample(
         network.set_attn_processor(processors)
 
 
+def check_guidance(pipe: DiffusionPipeline, guidance_scale: float, pag_scale: float = 0.0) -> None:
+    """Raise ValueError, before anything is sampled, where the pipeline offers no such guidance."""
+    guidance_arguments(pipe, guidance_scale)
+    if pag_scale:
+        _with_pag(pipe)
+
+
 def _with_pag(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """Return diffusers' pipeline for perturbed attention guidance on the same weights. Raises ValueError where it has none."""
     try:

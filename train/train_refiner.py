@@ -14,8 +14,10 @@ All randomness is drawn from (--seed, step), so an interrupted run ends where an
 does. Section and equation numbers are the paper's.
 """
 
+import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -27,15 +29,15 @@ from torch import nn
 
 from noiserefine import Refiner
 from noiserefine.denoiser import denoiser
-from noiserefine.guidance import sample_latents
+from noiserefine.guidance import check_guidance, sample_latents
 from noiserefine.models.loading import load_pipeline
 from noiserefine.msd import msd_loss, sampler_gain
 from noiserefine.noise import image_size
-from noiserefine.samplers import with_sampler
+from noiserefine.samplers import samplers_of, with_sampler
 from train.captions import read_prompts
 from train.common import load_named, run_script
-from train.options import DTYPES, Options, parse, plan
-from train.run import Checkpoint, Run, read_log
+from train.options import DTYPES, Options, describe, parse, plan
+from train.run import Checkpoint, Run, memory_advice, read_log
 from train.settings import open_run, settings_of
 from train.targets import Batch, Targets
 from train.validation import Validation
@@ -111,64 +113,72 @@ class Correction(nn.Module):
 def main(arguments: list[str] | None = None) -> None:
     """Train a refiner as the command line says, or continue."""
     options = parse(arguments, description=__doc__.split("\n\n")[0])
+    if options.dry_run:
+        print(describe(options, int(os.environ.get("WORLD_SIZE", "1"))))
+        return
+    with memory_advice(options):
+        run(options)
+
+
+def run(options: Options) -> None:
+    """Make the targets and train, or continue."""
     accelerator = _accelerator(options)
     set_seed(options.seed)
 
     # The pipeline, prompts and loss: whatever cannot work is refused before the expensive part.
     pipe = load_pipeline(options.backbone, accelerator.device, DTYPES[options.mixed_precision])
+    options.sampler = options.sampler or samplers_of(pipe)[0]
+    check_guidance(pipe, options.guidance_scale, options.pag_scale)
+    height, width = image_size(pipe, options.height, options.width)
     if pipe.vae.config.get("force_upcast"):
         pipe.vae.float()  # it overflows in half precision; used for pictures only
     prompts = read_prompts(options.prompts, pipe)
     held_out = (
         read_prompts(options.validation_prompts, pipe) if options.validation_prompts else None
     )
-    height, width = image_size(pipe, options.height, options.width)
     loss_of = (MSD if options.loss == "msd" else load_named("loss", options.loss))(pipe, options)
     targets = Targets(options, pipe, prompts, getattr(loss_of, "extra_tensors", None))
     refiner = _create_refiner(options, pipe)
-    total_steps, cost = plan(options, accelerator.num_processes)
-    if accelerator.is_main_process:
-        size = sum(p.numel() for p in refiner.network.parameters() if p.requires_grad)
-        print(
-            f"{options.backbone}: a refiner with {size / 1e6:.1f} M parameters "
-            f"({options.network}, rank {options.rank}); {len(prompts)} prompts, "
-            f"{options.num_targets} targets, {total_steps} steps.\n"
-            f"Network evaluations (appendix A.7): {cost['targets']:,} for the targets, "
-            f"{cost['training']:,} for training."
-        )
-    if options.dry_run:
-        return
-
-    # Targets, then training.
-    folder = Path(options.output_dir)
     signature = refiner.config.base_signature
     facts = {"height": height, "width": width, "backbone_signature": signature}
     settings = settings_of(options, accelerator.num_processes, prompts, **facts)
-    open_run(folder, settings, accelerator.is_main_process)
+    open_run(Path(options.output_dir), settings, accelerator.is_main_process)
+    if accelerator.is_main_process:
+        print(describe(options, accelerator.num_processes, pipe.scheduler))
+
+    # A first sheet, the targets, then training.
     accelerator.wait_for_everyone()
     if options.compile:
         denoiser(pipe).compile()
-    targets.make(accelerator)
     validation = None
     if held_out and accelerator.is_main_process:
         validation = Validation(options, pipe, held_out, accelerator)
+        validation(refiner, step=0)
+    targets.make(accelerator)
     train(accelerator, targets, refiner, loss_of, validation)
     if accelerator.is_main_process:
-        refiner.config.training = {name: settings[name] for name in RECORDED}
-        refiner.config.training["optimizer_steps"] = total_steps
-        refiner.config.results = results(folder, targets, accelerator.num_processes)
-        refiner.save_pretrained(folder)
-        print(f"Saved the refiner to {folder}: {refiner.config.results}")
+        _save(refiner, targets, settings, accelerator.num_processes)
 
 
-def results(folder: Path, targets: Targets, processes: int) -> dict[str, float]:
-    """Return the last validation's distances, and the device seconds of targets and steps."""
-    lines = read_log(folder)
-    validation = {name: value for name, value in lines[-1].items() if name.startswith("validation")}
+def _save(refiner: Refiner, targets: Targets, settings: dict[str, Any], processes: int) -> None:
+    """Write the refiner with what it was trained towards and what was measured of it."""
+    folder, log = Path(settings["output_dir"]), read_log(Path(settings["output_dir"]))
+    refiner.config.training = {name: settings[name] for name in RECORDED}
+    refiner.config.training["optimizer_steps"] = len(log)
+    refiner.config.results = results(log, targets.seconds(), processes)
+    refiner.save_pretrained(folder)
+    print(f"Saved the refiner to {folder}: {refiner.config.results}")
+
+
+def results(
+    log: list[dict[str, float]], seconds_of_targets: float, processes: int
+) -> dict[str, float]:
+    """Return the last validation's figures, and the seconds of all devices added up."""
+    validation = {name: value for name, value in log[-1].items() if name.startswith("validation")}
     return validation | {
-        "seconds_of_targets": targets.seconds(),
-        "seconds_of_steps": processes * sum(line["seconds"] for line in lines),
-        "steps_skipped": sum(line.get("skipped", 0) for line in lines),
+        "seconds_of_targets": seconds_of_targets,
+        "seconds_of_steps": processes * sum(line["seconds"] for line in log),
+        "steps_skipped": sum(line.get("skipped", 0) for line in log),
     }
 
 

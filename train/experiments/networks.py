@@ -6,9 +6,9 @@ Other parametrisations, no pretraining, a Gaussian for every prompt: all of them
 """
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -145,26 +145,29 @@ class Scratch(Autocast):
 class GaussianOfPrompt(nn.Module):
     """A two-layer MLP on the mean prompt embedding: mean and standard deviation of the noise.
 
-    It predicts both as corrections, of 0 and of 1.
+    It predicts both as corrections, of 0 and of 1, and is called by the pipeline in its UNet's
+    place.
     """
 
-    def __init__(self, width: int, shape: tuple[int, int, int], hidden: int = 512):
+    def __init__(self, unet: UNet2DConditionModel, hidden: int = 512):
         super().__init__()
-        self.shape = shape
+        self.config, self.device, self.dtype = unet.config, unet.device, unet.dtype
+        side = unet.config.sample_size
+        self.shape = (unet.config.in_channels, side, side)
         self.layers = nn.Sequential(
-            nn.Linear(width, hidden),
+            nn.Linear(unet.config.cross_attention_dim, hidden),
             nn.SiLU(),
-            nn.Linear(hidden, 2 * shape[0] * shape[1] * shape[2]),
-        )
+            nn.Linear(hidden, 2 * math.prod(self.shape)),
+        ).to(self.device)
         for parameter in self.layers[-1].parameters():
             nn.init.zeros_(parameter)
 
     def forward(
-        self, x: torch.Tensor, timestep: int, encoder_hidden_states: torch.Tensor, **_
-    ) -> SimpleNamespace:
+        self, x: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **_
+    ) -> tuple[torch.Tensor]:
         moments = self.layers(encoder_hidden_states.mean(1)).view(len(x), 2, *self.shape)
         mean, log_deviation = moments.unbind(1)
-        return SimpleNamespace(sample=mean + (log_deviation.exp() - 1) * x)
+        return (mean + (log_deviation.exp() - 1) * x,)
 
 
 class Mlp(Autocast):
@@ -174,7 +177,4 @@ class Mlp(Autocast):
 
     @classmethod
     def build(cls, pipe: DiffusionPipeline, config: RefinerConfig) -> GaussianOfPrompt:
-        size = pipe.unet.config.sample_size
-        return GaussianOfPrompt(
-            pipe.unet.config.cross_attention_dim, (pipe.unet.config.in_channels, size, size)
-        ).to(pipe.device)
+        return GaussianOfPrompt(pipe.unet)

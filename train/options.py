@@ -227,7 +227,9 @@ def hours(options: Options, evaluations: int) -> float | None:
     """Return the hours of this many evaluations on one card; None for an unknown backbone."""
     known = options.backbone == PRESETS[options.preset].get("backbone", Options.backbone)
     forward = FORWARDS.get(options.preset) if known else None
-    return forward and evaluations * forward.teraflop / options.tflops / SECONDS_PER_HOUR
+    if forward is None:
+        return None
+    return evaluations * forward.teraflop / options.tflops / SECONDS_PER_HOUR
 
 
 def _fit_hours(options: Options) -> Options:

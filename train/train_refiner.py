@@ -130,8 +130,9 @@ def run(options: Options) -> None:
     options.sampler = options.sampler or samplers_of(pipe)[0]
     check_guidance(pipe, options.guidance_scale, options.pag_scale)
     height, width = image_size(pipe, options.height, options.width)
-    if pipe.vae.config.get("force_upcast"):
-        pipe.vae.float()  # it overflows in half precision; used for pictures only
+    vae = getattr(pipe, "vae", None)
+    if vae is not None and vae.config.get("force_upcast"):
+        vae.float()  # it overflows in half precision; used for pictures only
     prompts = read_prompts(options.prompts, pipe)
     held_out = (
         read_prompts(options.validation_prompts, pipe) if options.validation_prompts else None

@@ -55,14 +55,18 @@ class Validation:
         with self.autocast():  # as in training: the LoRA is in float32, its base is not
             x_hat = refiner.refine(self.x_T, self.embeds, guidance_scale=scale)
         arms = self.x0 | {"refined": self._sample(x_hat, self.options.steps)}
-        images = [image for x0 in arms.values() for image in decode(self.pipe, x0[:SHOWN])]
-        self.folder.mkdir(exist_ok=True)
-        sheet = make_image_grid(images, len(arms), len(images) // len(arms))
-        sheet.save(self.folder / f"{step:07d}.png")
+        if getattr(self.pipe, "vae", None) is not None:
+            self._write_sheet(arms, step)
         return {
             f"validation_{name}": (arms[name] - arms["guided"]).pow(2).mean().item()
             for name in ("gaussian", "refined")
         }
+
+    def _write_sheet(self, arms: dict[str, torch.Tensor], step: int) -> None:
+        images = [image for x0 in arms.values() for image in decode(self.pipe, x0[:SHOWN])]
+        self.folder.mkdir(exist_ok=True)
+        sheet = make_image_grid(images, len(arms), len(images) // len(arms))
+        sheet.save(self.folder / f"{step:07d}.png")
 
     def _sample(self, latents: torch.Tensor, steps: int, **guidance) -> torch.Tensor:
         seed = self.options.seed

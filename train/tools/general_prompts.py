@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(arguments)
-    rng, prompts = random.Random(args.seed), {}
+    rng, prompts = random.Random(args.seed), dict[str, None]()
     while len(prompts) < args.count + args.held_out:
         prompts[scene(rng)] = None  # a dict keeps their order, each once
     lines = list(prompts)

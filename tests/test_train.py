@@ -232,6 +232,8 @@ def test_targets_are_kept_and_filtered(tmp_path, pipe):
             "2",
             "--score",
             "test_train:brightness",
+            "--sampler",
+            "DDIM",
         ]
     )
 
@@ -343,7 +345,7 @@ def test_paper_is_the_default(tmp_path):
         (["--guidance_scale", "1"], "need guidance"),
         (["--keep_top", "5"], "go together"),
         (["--prompts", "missing.txt"], "no prompt file"),
-        (["--backbone", "missing"], "can't be loaded"),
+        (["--backbone", "missing"], "no model at missing"),
         (["--sampler", "x"], "no sampler"),
         (["--sampler", "UniPC"], "no sampler 'UniPC' for StableDiffusionPipeline"),
         (["--mixed_precision", "fp16"], "needs a GPU"),

@@ -184,7 +184,7 @@ def plan(
     processes: the number of devices. A backward pass counts as one evaluation.
     scheduler: the pipeline's, to count the forwards of its own sampler.
     """
-    sampler = scheduler or options.sampler or NATIVE
+    sampler = (options.sampler or NATIVE) if scheduler is None else scheduler
     used_targets = options.keep_top or options.num_targets
     per_step = effective_batch(options, processes)
     total_steps = max(1, round(options.epochs * used_targets / per_step))

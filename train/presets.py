@@ -33,6 +33,15 @@ EMBEDDED = dict(  # trained on a CPU in minutes
     validate_every=50,
     num_validation=32,
 )
+EMBEDDED_FLOW = EMBEDDED | dict(
+    backbone="assets/emoji-flow",
+    guidance_scale=3.0,
+    num_targets=2048,
+    target_batch_size=16,
+    batch_size=16,
+    lr=5e-4,
+    warmup_steps=10,
+)
 # Flow transformers leave float16's range; at 1024 pixels two targets fit into one forward.
 FLOW = GENERAL_PROMPTS | dict(
     pag_scale=0.0,
@@ -85,6 +94,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "klein": FLOW | dict(backbone="black-forest-labs/FLUX.2-klein-base-4B", guidance_scale=4.0),
     "z-image": FLOW | dict(backbone="Tongyi-MAI/Z-Image", guidance_scale=5.0),
     "emoji": EMBEDDED,
+    "emoji-flow": EMBEDDED_FLOW,
+    "emoji-sit": EMBEDDED_FLOW
+    | dict(
+        backbone="assets/emoji-sit",
+        prompts="assets/prompts/emoji_objects.txt",
+        validation_prompts="assets/prompts/emoji_objects.txt",
+    ),
 }
 # `--quick`: the first refiner of a model within an evening. These values are scaled down from the
 # embedded model's and have not been tried on the big ones.
@@ -100,7 +116,7 @@ QUICK = dict(
     save_every=64,
     validate_every=32,
 )
-QUICK_EMBEDDED = dict(num_targets=1472)
+QUICK_EMBEDDED = dict(num_targets=1024)
 
 
 @dataclass(frozen=True)

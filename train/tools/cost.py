@@ -10,7 +10,7 @@ measure it with train/tools/benchmark.py. train/presets.py holds the counts for 
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -129,7 +129,7 @@ def called_layers(name: str, network: nn.Module) -> dict[str, int]:
     """
     called: dict[str, int] = {}
 
-    def record(layer: str):
+    def record(layer: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             called.pop(layer, None)
             called[layer] = next(iter((*args, *kwargs.values()))).ndim
@@ -174,7 +174,7 @@ def activations(name: str, batch: int, rank: int, checkpointing: bool) -> float:
     """Return the GiB that a forward stores for its backward pass."""
     network = meta_lora(name, meta_denoiser(name), rank).half().train()
     if checkpointing:
-        network.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing()  # type: ignore[operator]
     args, kwargs = inputs(name, batch)
     with stored_bytes(network) as total:
         network(*args, **kwargs)

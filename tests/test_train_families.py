@@ -1,0 +1,115 @@
+"""The trainer on other families of pipelines, with their own samplers and guidance."""
+
+import json
+
+import families
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from noiserefine import Refiner, draw_noise
+from noiserefine.guidance import check_guidance
+from train import train_refiner
+from train.options import default_options, describe, parse, plan
+from train.presets import FORWARDS, PRESETS
+from train.tools import cost
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Return what trains a family's tiny pipeline for two steps."""
+
+    def run(name: str, *arguments: str) -> tuple[Refiner, list[dict]]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        pipe = families.pipeline(name)
+        monkeypatch.setattr(train_refiner, "load_pipeline", lambda *_: pipe)
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("1\n2\n" if name == "sit" else "a cat\na dog\n")
+        options = (
+            "--preset sd35-medium --pag_scale 0 --num_validation 1 --num_targets 4 "
+            "--target_steps 2 --steps 2 --batch_size 2 --gradient_accumulation_steps 1 "
+            "--epochs 1 --rank 4 --mixed_precision no --lr 1e-3 --warmup_steps 0 "
+            f"--gradient_checkpointing False --prompts {prompts} --validation_prompts {prompts}"
+        )
+        train_refiner.main([*options.split(), "--output_dir", str(tmp_path / name), *arguments])
+        lines = (tmp_path / name / "stats.jsonl").read_text().splitlines()
+        refiner = Refiner.from_pretrained(tmp_path / name, pipe, merge=False)
+        return refiner, [json.loads(line) for line in lines]
+
+    return run
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux2_klein", "sit", "pixart_sigma"])
+def test_a_family_is_trained_and_loaded(train, name):
+    refiner, log = train(name)
+    assert len(log) == 2 and all(line["loss"] > 0 and not line["skipped"] for line in log)
+    x_T = draw_noise(refiner.pipe, 0)
+    assert (refiner.refine(x_T, "1") - x_T).abs().mean() > 1e-4, "two steps move it"
+    sampler = refiner.config.training["sampler"]
+    assert sampler == ("DDIM" if name == "pixart_sigma" else "Native")
+
+
+def test_other_samplers_of_a_family(train):
+    refiner, _ = train("sd3", "--sampler", "Heun")
+    assert refiner.config.training["sampler"] == "Heun"
+
+
+def test_guidance_that_a_pipeline_lacks_is_refused_first(train, tmp_path):
+    with pytest.raises(ValueError, match="no perturbed-attention guidance for Flux2KleinPipeline"):
+        train("flux2_klein", "--pag_scale", "3")
+    with pytest.raises(ValueError, match="no classifier-free guidance"):
+        check_guidance(families.pipeline("lcm"), 4.0)
+    assert not (tmp_path / "flux2_klein").exists()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_have_a_cost(preset):
+    """Every preset's options can be parsed; its cost is known, and quick means quick."""
+    arguments = ["--preset", preset, "--output_dir", "x"]
+    options, quick = parse(arguments), parse([*arguments, "--quick"])
+    evaluations, fewer = (sum(plan(each)[1].values()) for each in (options, quick))
+    assert fewer <= evaluations / 1.9 and (preset.startswith("emoji") or fewer <= 60_000)
+    assert ("hours at" in describe(options)) == (preset in FORWARDS)
+    if preset in FORWARDS:
+        fitted = parse([*arguments, "--hours", "2"])
+        hours = sum(plan(fitted)[1].values()) * FORWARDS[preset].teraflop / 200 / 3600
+        assert hours == pytest.approx(min(2, hours), rel=0.02) and hours > 1.9
+
+
+def test_hours_that_are_too_few():
+    with pytest.raises(ValueError, match="too short: it is enough for"):
+        parse(["--preset", "z-image", "--hours", "0.1", "--output_dir", "x"])
+
+
+def test_costs_are_those_of_the_architectures():
+    assert cost.count("sit") == FORWARDS["sit"]
+    assert cost.count("sd21") == FORWARDS["sd21"]
+    table = cost.cost("sd21", 200.0)
+    assert table[0] == "sd21" and float(table[7]) == pytest.approx(19.7, abs=0.1)
+
+
+def test_checkpointing_and_a_small_batch_need_less_memory():
+    few, many = (
+        cost.activations("sit", batch, 4, checkpointing)
+        for batch, checkpointing in ((1, True), (2, False))
+    )
+    assert 0 < few < many / 2
+
+
+def test_every_preset_has_the_general_recipe():
+    """What the paper fixed stays: N = 10 unguided steps in the loss, six or more epochs."""
+    for preset in FORWARDS:
+        options = default_options(preset)
+        assert options.steps == 10 and options.epochs >= 6 and options.guidance_scale > 1
+        assert options.mixed_precision != "no"
+
+
+def test_out_of_memory_names_what_helps(train, tmp_path, monkeypatch):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    train("sd3")
+    monkeypatch.setattr(train_refiner, "msd_loss", exhausted)
+    with pytest.raises(MemoryError, match="--gradient_checkpointing True.*--batch_size 1 --grad"):
+        train("sd3", "--output_dir", str(tmp_path / "full"))
+    monkeypatch.undo()

@@ -57,7 +57,8 @@ def pair(weight, seed):
     return down, random(outputs, RANK, *ones, seed=seed + 1)
 
 
-# Each returns the tensors of a layer as a trainer writes them, and the new weight by its definition.
+# Each returns the tensors of a layer as a trainer writes them, and the new weight by its
+# definition.
 def plain(weight, seed):
     down, up = pair(weight, seed)
     delta = ALPHA / RANK * (up.flatten(1) @ down.flatten(1)).view_as(weight)
@@ -71,7 +72,8 @@ def tucker(weight, seed):
     mid = random(RANK, RANK, *kernel, seed=seed + 2)
     x = torch.eye(inputs).view(inputs, inputs, 1, 1)
     x = nn.functional.pad(x, (1, 1, 1, 1))
-    # The three convolutions one after the other, on every input channel's impulse; flipped, as correlation is.
+    # The three convolutions one after the other, on every input channel's impulse; flipped, as
+    # correlation is.
     y = nn.functional.conv2d(x, down)
     y = nn.functional.conv2d(y, mid, padding=1)
     y = nn.functional.conv2d(y, up)

@@ -18,7 +18,8 @@ class Usage:
     precision: str = "bfloat16"  # on CUDA; flow transformers leave float16's range
 
 
-# By the pipeline's class. Guidance scales and steps are those of the pipelines or of their authors' model cards.
+# By the pipeline's class. Guidance scales and steps are those of the pipelines or of their authors'
+# model cards.
 FAMILIES = {
     "StableDiffusionPipeline": Usage("Stable Diffusion", 7.0, 20, "DDIM", "float16"),
     "StableDiffusionXLPipeline": Usage("Stable Diffusion XL", 7.0, 20, "DDIM", "float16"),
@@ -384,8 +385,8 @@ def table() -> str:
         source = "embedded" if not each.download else "converted" if local else each.source
         size = f"{each.download:g} GiB" if each.download else "–"
         rows.append(
-            f"| {each.title} (`{name}`) | {source} | {each.parameters:g} B | {size} | {each.guidance} "
-            f"| {each.licence} | {each.tried} |"
+            f"| {each.title} (`{name}`) | {source} | {each.parameters:g} B | {size} | "
+            f"{each.guidance} | {each.licence} | {each.tried} |"
         )
     return "\n".join(rows)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import diffusers
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-# By a word in the LoRA's name, as their makers publish them: the scheduler, and the steps it is for.
+# By a word in the LoRA's name, as their makers publish them: the scheduler, and the steps it is
+# for.
 FEW_STEPS = {
     "lcm": ("LCMScheduler", "4 to 8"),
     "tcd": ("TCDScheduler", "4 to 8"),
@@ -23,8 +24,8 @@ def few_step_scheduler(
 ) -> tuple[SchedulerMixin, str] | None:
     """Return the scheduler that a LoRA needs and what to say of it; None for a LoRA of many steps.
 
-    It is the one in the LoRA's folder (scheduler/scheduler_config.json or scheduler_config.json), else the
-    one that a word in its name stands for, starting at the last timestep ("trailing").
+    It is the one in the LoRA's folder (scheduler/scheduler_config.json or scheduler_config.json),
+    else the one that a word in its name stands for, starting at the last timestep ("trailing").
     Raises ValueError, a sentence's second half, for a configuration that is none.
     """
     if not hasattr(pipe.scheduler.config, "beta_start"):  # of another kind than these LoRAs are for
@@ -53,6 +54,7 @@ def few_step_scheduler(
 def _says(where: str, kind: type, steps: str) -> str:
     name = kind.__name__.removesuffix("Scheduler").removesuffix("Discrete")
     return (
-        f"{where} says that it is for few steps: sample with {steps} steps and guidance scale 1. The sampler Native is "
-        f"the one it was made for, {name}, and all samplers now start at the last timestep."
+        f"{where} says that it is for few steps: sample with {steps} steps and guidance scale 1. "
+        f"The sampler Native is the one it was made for, {name}, and all samplers now start at the "
+        "last timestep."
     )

@@ -35,7 +35,8 @@ def load_folder(
     """Load the text-to-image pipeline of a folder or hub id on the CPU, in safetensors, without its code.
 
     device: where it will compute, for the family's best dtype where that is None.
-    Raises FileNotFoundError where it cannot be reached, and ValueError where it is no such pipeline.
+    Raises FileNotFoundError where it cannot be reached, and ValueError where it is no such
+    pipeline.
     """
     with _hub_errors(source):
         kind, variant = examine(source, device, dtype, backbone)
@@ -112,8 +113,9 @@ def _unreachable(source: str, error: Exception) -> Exception:
     if backbone and backbone.made_by:
         return FileNotFoundError(f"{NOT_REACHED} {backbone.title}: make it with {backbone.made_by}")
     return FileNotFoundError(
-        f"{NOT_REACHED} {source}: it is no folder or file here, and the hub doesn't serve it to this machine (offline, "
-        "a wrong id, or a model that asks for a login). The embedded model needs no download."
+        f"{NOT_REACHED} {source}: it is no folder or file here, and the hub doesn't serve it to "
+        "this machine (offline, a wrong id, or a model that asks for a login). The embedded model "
+        "needs no download."
     )
 
 
@@ -136,8 +138,9 @@ def pipeline_class(source: str, index: dict) -> type[DiffusionPipeline]:
     kind = getattr(diffusers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, DiffusionPipeline)):
         raise ValueError(
-            f"{source} is a {name}, a pipeline that diffusers {diffusers.__version__} does not have: its code lies in "
-            "the repository, and is not run. Models whose pipeline is part of diffusers work."
+            f"{source} is a {name}, a pipeline that diffusers {diffusers.__version__} does not "
+            "have: its code lies in the repository, and is not run. Models whose pipeline is part "
+            "of diffusers work."
         )
     return _get_task_class(AUTO_TEXT2IMAGE_PIPELINES_MAPPING, name, False) or kind
 
@@ -165,8 +168,8 @@ def _variant(source: str, index: dict, prefer: bool) -> dict[str, str]:
     pickles = {file.parent.name for file in files if file.suffix == ".bin"}
     if only := sorted((pickles & index.keys()) - variants.keys()):
         raise ValueError(
-            f"{source} has its {only[0]} as a pickle (.bin) only, which can run code when it is opened, and was not. "
-            f"Models with {SAFETENSORS} files work."
+            f"{source} has its {only[0]} as a pickle (.bin) only, which can run code when it is "
+            f"opened, and was not. Models with {SAFETENSORS} files work."
         )
     lacking = [names for names in variants.values() if "" not in names]
     wanted = lacking or [names for names in variants.values() if prefer]
@@ -195,7 +198,8 @@ def _check_json(folder: Path) -> None:
                 sound = False
             if not sound:
                 raise ValueError(
-                    f"The model in {folder} is incomplete or damaged: {path.relative_to(folder)} is no JSON object."
+                    f"The model in {folder} is incomplete or damaged: {path.relative_to(folder)} "
+                    "is no JSON object."
                 )
 
 
@@ -208,7 +212,8 @@ def check_files(folder: Path) -> None:
         for shard in set(map(str, shards.values())):
             if Path(shard).name != shard or not shard.endswith(SAFETENSORS):
                 raise ValueError(
-                    f"{index} names {shard}, which is no safetensors file beside it: the model was not loaded."
+                    f"{index} names {shard}, which is no safetensors file beside it: the model was "
+                    "not loaded."
                 )
     for config in folder.glob("*/config.json"):
         if "transformers_weights" in json.loads(config.read_text(encoding="utf-8")):
@@ -256,7 +261,8 @@ def _check_complete(source: str, pipe: DiffusionPipeline) -> None:
         parameters = part.named_parameters() if isinstance(part, nn.Module) else ()
         for weight in (key for key, value in parameters if value.is_meta):
             raise ValueError(
-                f"The model in {source} is incomplete or damaged: {name} lacks its weights {weight}."
+                f"The model in {source} is incomplete or damaged: {name} lacks its weights "
+                f"{weight}."
             )
 
 
@@ -284,6 +290,6 @@ def check_weights(source: str, backbone: Backbone) -> None:
     for name, expected in backbone.sha256.items():
         if served.get(name) != expected:
             raise ValueError(
-                f"{source} serves {name} with SHA-256 {served.get(name)}, not the original's {expected}: it is not the model "
-                "that its name says, and was not downloaded."
+                f"{source} serves {name} with SHA-256 {served.get(name)}, not the original's "
+                f"{expected}: it is not the model that its name says, and was not downloaded."
             )

@@ -30,12 +30,14 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """Load a text-to-image pipeline, in safetensors only and without running a repository's code.
 
-    source: a name of the catalogue, a hub id, a folder in diffusers' layout, or a .safetensors checkpoint,
-    as `read_name` reads them.  A model of the catalogue comes with the autoencoder, revision and LoRA
-    named there, and is refused where the hub serves other weights than the original ones.
-    device, dtype: where it will compute, in which precision; the machine's and the family's best where None.
-    prediction_type: v, epsilon or v-zsnr (v with zero terminal SNR), for a model whose files say it wrongly
-    or not at all; it may also end the source, as in model.safetensors:v.
+    source: a name of the catalogue, a hub id, a folder in diffusers' layout, or a .safetensors
+    checkpoint, as `read_name` reads them.  A model of the catalogue comes with the autoencoder,
+    revision and LoRA named there, and is refused where the hub serves other weights than the
+    original ones.
+    device, dtype: where it will compute, in which precision; the machine's and the family's best
+    where None.
+    prediction_type: v, epsilon or v-zsnr (v with zero terminal SNR), for a model whose files say it
+    wrongly or not at all; it may also end the source, as in model.safetensors:v.
     move: False leaves the pipeline on the CPU.
     Raises FileNotFoundError where the source cannot be reached, and ValueError where it holds no
     text-to-image model, damaged files or other weights.
@@ -81,8 +83,8 @@ def _check_channels(source: str, pipe: DiffusionPipeline) -> None:
     config = pipe.unet.config if hasattr(pipe, "unet") else None
     if config and config.in_channels != config.out_channels:
         raise ValueError(
-            f"{source} takes {config.in_channels} channels: it changes a given picture (inpainting, for one) and makes none "
-            "from text alone."
+            f"{source} takes {config.in_channels} channels: it changes a given picture "
+            "(inpainting, for one) and makes none from text alone."
         )
 
 
@@ -97,8 +99,8 @@ def _complete(pipe: DiffusionPipeline, backbone: Backbone) -> None:
     predicts = prediction_type(pipe)
     if predicts != backbone.prediction_type:
         raise ValueError(
-            f"{backbone.source} predicts “{predicts}” and not “{backbone.prediction_type}”: it is not the model that the "
-            "catalogue means."
+            f"{backbone.source} predicts “{predicts}” and not “{backbone.prediction_type}”: it is "
+            "not the model that the catalogue means."
         )
     if backbone.lora:
         pipe.load_lora_weights(backbone.lora, use_safetensors=True)

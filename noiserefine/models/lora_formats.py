@@ -1,9 +1,9 @@
 """The formats of LoRA files, each brought to one form: layer by layer, W + up @ down.
 
 Names come from kohya's and LyCORIS's trainers (lora_unet_down_blocks_0_..., or the original UNet's
-input_blocks), from peft (base_model.model.) and from old diffusers (attn1.processor.to_q_lora).  The kinds
-beside plain LoRA are Tucker-decomposed convolutions, LoHa (W + w1 * w2 elementwise), LoKr (W + w1 ⊗ w2),
-full differences, and DoRA (m (W + up @ down) / |W + up @ down|, arXiv 2402.09353).
+input_blocks), from peft (base_model.model.) and from old diffusers (attn1.processor.to_q_lora).
+The kinds beside plain LoRA are Tucker-decomposed convolutions, LoHa (W + w1 * w2 elementwise), LoKr
+(W + w1 ⊗ w2), full differences, and DoRA (m (W + up @ down) / |W + up @ down|, arXiv 2402.09353).
 """
 
 import math
@@ -71,7 +71,8 @@ class Change:
 def layers_of(state: dict[str, torch.Tensor]) -> tuple[dict[str, Parts], list[str]]:
     """Sort a file's tensors by layer; return them with the words whose bundled embeddings are left out.
 
-    Raises ValueError, a sentence's second half, for a kind that cannot become a LoRA and for no LoRA at all.
+    Raises ValueError, a sentence's second half, for a kind that cannot become a LoRA and for no
+    LoRA at all.
     """
     layers: dict[str, Parts] = {}
     words, unknown = [], []

@@ -67,10 +67,10 @@ class Models:
     def get(self, model: Model) -> Loaded:
         """Return the model with its LoRA at its weight.
 
-        Small files are read first, so that a wrong name costs no model that is in memory; another refiner
-        or LoRA of a backbone in memory is exchanged on it.
-        Raises what load_pipeline, add_lora and Refiner.from_pretrained raise, and ValueError where the card
-        is too small.
+        Small files are read first, so that a wrong name costs no model that is in memory; another
+        refiner or LoRA of a backbone in memory is exchanged on it.
+        Raises what load_pipeline, add_lora and Refiner.from_pretrained raise, and ValueError where
+        the card is too small.
         """
         files = replace(model, lora_weight=1.0)
         with self.lock:
@@ -99,7 +99,8 @@ class Models:
     def _exchangeable(self, model: Model) -> Model | None:
         """Return the model in memory with the same backbone, whose LoRA and refiner may be exchanged.
 
-        The embedded model stays as it is.  Offloaded and compiled networks cannot change their layers.
+        The embedded model stays as it is.  Offloaded and compiled networks cannot change their
+        layers.
         """
         if self.keep_all or self.compiled or self.offload != "none":
             return None
@@ -143,8 +144,8 @@ class Models:
             there = torch.cuda.get_device_properties(device).total_memory / 2**30
             if there < backbone.memory:
                 raise ValueError(
-                    f"{backbone.title} needs about {backbone.memory:g} GiB of GPU memory and this card has {there:.0f}: start "
-                    f"the app with {self.smaller_mode()}."
+                    f"{backbone.title} needs about {backbone.memory:g} GiB of GPU memory and this "
+                    f"card has {there:.0f}: start the app with {self.smaller_mode()}."
                 )
         pipe = load_pipeline(model.backbone, device, move=not by_way_of_cpu)
         scheduler = pipe.scheduler
@@ -165,8 +166,8 @@ class Models:
         if folder is None:
             command = training_command(pipe, model.backbone, backbone)
             return None, (
-                "**No refiner exists for this model yet**, so there is no third column. This trains one:\n\n"
-                f"`{command}`"
+                "**No refiner exists for this model yet**, so there is no third column. This "
+                f"trains one:\n\n`{command}`"
             )
         refiner = Refiner.from_pretrained(folder, pipe, merge=True if self.keep_all else None)
         scales = "takes no guidance scale" + (

@@ -11,8 +11,8 @@ from noiserefine.models.catalogue import BACKBONES, Backbone
 def refiner_for(pipe: DiffusionPipeline, backbone: Backbone | None) -> str | None:
     """Return the folder of a model's refiner, None where there is none.
 
-    It is the catalogue entry's, else the one of a base in the catalogue with this architecture: a fine-tune
-    takes its base's refiner (paper, table 4).
+    It is the catalogue entry's, else the one of a base in the catalogue with this architecture: a
+    fine-tune takes its base's refiner (paper, table 4).
     """
     candidates = [backbone] if backbone else list(BACKBONES.values())
     for folder in dict.fromkeys(each.refiner for each in candidates):
@@ -34,6 +34,6 @@ def training_command(pipe: DiffusionPipeline, source: str, backbone: Backbone | 
         same = (each.preset for each in BACKBONES.values() if each.pipeline == type(pipe).__name__)
         preset = next((each for each in same if each != "emoji"), "sd21")
     return (
-        f"python train/train_refiner.py --preset {preset} --backbone {source} --prompts prompts.txt "
-        f"--output_dir {output}"
+        f"python train/train_refiner.py --preset {preset} --backbone {source} --prompts "
+        f"prompts.txt --output_dir {output}"
     )

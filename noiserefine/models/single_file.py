@@ -30,7 +30,8 @@ SPELLINGS = {
     EPSILON: ("epsilon", "eps", "noise"),
 }
 YES, NO = ("true", "1", "yes"), ("false", "0", "no")
-# By the width of the text that the UNet reads: Stable Diffusion 1, 2, XL; the catalogue's base of each.
+# By the width of the text that the UNet reads: Stable Diffusion 1, 2, XL; the catalogue's base of
+# each.
 BASES = {768: "sd15", 2048: "sdxl"}
 SD2_WIDTH, SD2_BASES = 1024, {V: "sd21", EPSILON: "sd21-base"}
 KINDS = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
@@ -73,8 +74,8 @@ def prediction_of(asked: str) -> Prediction:
     kind = _kind(asked.removesuffix("-zsnr"))
     if kind is None or asked == "epsilon-zsnr":
         raise ValueError(
-            f"There is no prediction type {asked!r}; choose one of v, epsilon and v-zsnr, which is v with zero "
-            "terminal SNR."
+            f"There is no prediction type {asked!r}; choose one of v, epsilon and v-zsnr, which is "
+            "v with zero terminal SNR."
         )
     return Prediction(kind, asked.endswith("-zsnr"))
 
@@ -117,8 +118,9 @@ class Header(Mapping):
 def markers(header: Header) -> tuple[set[str], bool]:
     """Return the prediction types that a file states, and whether it states zero terminal SNR.
 
-    They are read from its tensors' names (v_pred, ztsnr), from the metadata of sd-scripts, OneTrainer,
-    ComfyUI and Stability's ModelSpec, and from the .yaml that A1111 looks for beside it.
+    They are read from its tensors' names (v_pred, ztsnr), from the metadata of sd-scripts,
+    OneTrainer, ComfyUI and Stability's ModelSpec, and from the .yaml that A1111 looks for beside
+    it.
     Raises ValueError for a prediction that is neither v nor epsilon.
     """
     found, metadata = set(), header.metadata
@@ -128,7 +130,8 @@ def markers(header: Header) -> tuple[set[str], bool]:
         if word := metadata.get(key):
             if _kind(word) is None:
                 raise ValueError(
-                    f"{header.path} predicts {word!r} ({key}); models that predict v or epsilon work as single files."
+                    f"{header.path} predicts {word!r} ({key}); models that predict v or epsilon "
+                    "work as single files."
                 )
             found.add(_kind(word))
     said = metadata.get("ss_v_parameterization", "").lower()
@@ -177,8 +180,8 @@ def identify(path: Path, asked: Prediction | None = None) -> tuple[str, Predicti
         prediction = _unstated(path, width, stated, zero_snr)
     if prediction.zero_snr and prediction.kind == EPSILON:
         raise ValueError(
-            f"{path} has zero terminal SNR and predicts epsilon, from which the first step cannot be made: if it predicts "
-            f"v, name it {path}:v-zsnr."
+            f"{path} has zero terminal SNR and predicts epsilon, from which the first step cannot "
+            f"be made: if it predicts v, name it {path}:v-zsnr."
         )
     return (SD2_BASES[prediction.kind] if width == SD2_WIDTH else BASES[width]), prediction
 
@@ -190,12 +193,14 @@ def _unstated(path: Path, width: int, stated: set[str], zero_snr: bool) -> Predi
         raise ValueError(f"{path} says both that it predicts v and that it predicts epsilon. {how}")
     if width == SD2_WIDTH:
         raise ValueError(
-            f"{path} doesn't say whether it predicts v, as Stable Diffusion 2.1, or ε, as its base. {how}"
+            f"{path} doesn't say whether it predicts v, as Stable Diffusion 2.1, or ε, as its "
+            f"base. {how}"
         )
     if zero_snr or re.search(r"v[-_ ]?pred", path.stem.lower()):
         raise ValueError(
-            f"{path} doesn't say what it predicts, and {'its zero terminal SNR' if zero_snr else 'its name'} points to "
-            f"v, while its family predicts ε. {how}"
+            f"{path} doesn't say what it predicts, and "
+            f"{'its zero terminal SNR' if zero_snr else 'its name'} points to v, while its family "
+            f"predicts ε. {how}"
         )
     return Prediction(EPSILON)
 
@@ -205,7 +210,8 @@ def _text_width(header: Header) -> int:
     path = header.path
     if any("lora_" in name or ".lora" in name or ".hada_" in name for name in header):
         raise ValueError(
-            f"{path} is a LoRA, not a model: name it in the LoRA field, beside the model it belongs to."
+            f"{path} is a LoRA, not a model: name it in the LoRA field, beside the model it "
+            "belongs to."
         )
     first = "model.diffusion_model.input_blocks.0.0.weight"
     ends = "transformer_blocks.0.attn2.to_k.weight"
@@ -215,8 +221,8 @@ def _text_width(header: Header) -> int:
         channels, (width,) = header.shapes[first][1], widths.pop() or (0,)
         if channels != 4:  # noqa: PLR2004 - of the latents
             raise ValueError(
-                f"{path} takes {channels} channels: it changes a given picture (inpainting, for one) and makes none "
-                "from text alone."
+                f"{path} takes {channels} channels: it changes a given picture (inpainting, for "
+                "one) and makes none from text alone."
             )
         if width in (*BASES, SD2_WIDTH):
             return width
@@ -226,8 +232,8 @@ def _text_width(header: Header) -> int:
         kind = "v1"
     what = "a checkpoint of another family" if kind == "v1" else f"a checkpoint of the kind {kind}"
     raise ValueError(
-        f"{path} is {what}; single files of Stable Diffusion 1, 2 and XL and their descendants can be loaded. Other models "
-        "work as a folder in diffusers' layout."
+        f"{path} is {what}; single files of Stable Diffusion 1, 2 and XL and their descendants can "
+        "be loaded. Other models work as a folder in diffusers' layout."
     )
 
 
@@ -239,8 +245,9 @@ def load_single_file(
 ) -> DiffusionPipeline:
     """Load one .safetensors checkpoint; its configuration and tokenizers are those of the catalogue's base.
 
-    source: a path, or owner/name/file of the hub; device: where it will compute.  Raises FileNotFoundError where it or the base's
-    configuration cannot be reached, and ValueError where it cannot be used.
+    source: a path, or owner/name/file of the hub; device: where it will compute.  Raises
+    FileNotFoundError where it or the base's configuration cannot be reached, and ValueError where
+    it cannot be used.
     """
     path = local_file(source)
     name, prediction = identify(path, asked)
@@ -252,8 +259,8 @@ def load_single_file(
         )
     except HUB_ERRORS as error:
         raise FileNotFoundError(
-            f"{path} needs the configuration of {base.source}, which the hub doesn't serve to this machine: "
-            f"{sentence(error)}"
+            f"{path} needs the configuration of {base.source}, which the hub doesn't serve to this "
+            f"machine: {sentence(error)}"
         ) from error
     try:
         pipe = KINDS[base.pipeline].from_single_file(str(path), config=folder, dtype=dtype)

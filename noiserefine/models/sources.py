@@ -21,9 +21,9 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 def read_name(typed: str) -> str:
     """Return the path or hub id that a typed name means.
 
-    Quotes and `file://` are removed, `~` is the home folder, and an address on huggingface.co becomes
-    owner/name or, of one file, owner/name/path/of/file.  Raises ValueError for an address elsewhere, for
-    a pickle, and for another program's syntax.
+    Quotes and `file://` are removed, `~` is the home folder, and an address on huggingface.co
+    becomes owner/name or, of one file, owner/name/path/of/file.  Raises ValueError for an address
+    elsewhere, for a pickle, and for another program's syntax.
     """
     name = typed.strip().strip(QUOTES).strip().removeprefix("file://")
     if re.fullmatch(r"<\w+:.*>", name):
@@ -32,13 +32,13 @@ def read_name(typed: str) -> str:
         name = found[1] + _path_in_repository(found[2])
     elif re.match(r"\w+://", name):
         raise ValueError(
-            f"{name} is a web address. Addresses on huggingface.co work; from elsewhere, download the "
-            ".safetensors file and name its path."
+            f"{name} is a web address. Addresses on huggingface.co work; from elsewhere, download "
+            "the .safetensors file and name its path."
         )
     if name.lower().endswith(PICKLES):
         raise ValueError(
-            f"{name} is a pickle, which can run code when it is opened, and was not. Take the model's "
-            ".safetensors file, or convert this one on a machine that may run it."
+            f"{name} is a pickle, which can run code when it is opened, and was not. Take the "
+            "model's .safetensors file, or convert this one on a machine that may run it."
         )
     if name.startswith("~"):
         name = str(Path(name).expanduser())
@@ -92,8 +92,8 @@ def local_file(name: str) -> Path:
         return Path(hf_hub_download(f"{owner}/{repository}", file))
     except HUB_ERRORS as error:
         raise FileNotFoundError(
-            f"There is no file {name}, and the hub does not serve it to this machine: offline, a wrong "
-            "name, or a repository that asks for a login."
+            f"There is no file {name}, and the hub does not serve it to this machine: offline, a "
+            "wrong name, or a repository that asks for a login."
         ) from error
 
 

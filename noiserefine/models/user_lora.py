@@ -40,10 +40,10 @@ NUMBERED = re.compile(r"[-_](?:step|epoch|e)?[-_]?\d+$")  # kohya's checkpoints:
 def add_lora(pipe: DiffusionPipeline, name_or_path: str) -> str:
     """Put a user's LoRA on the pipeline as the adapter "style"; return what to say of it, "" for nothing.
 
-    name_or_path: a .safetensors file, a folder or a hub repository with one, as `read_name` reads them.
-    A few-step LoRA changes the pipeline's scheduler too (see few_steps.py).
-    Raises FileNotFoundError where there is none and ValueError where it cannot be used; the pipeline
-    is then as it was.
+    name_or_path: a .safetensors file, a folder or a hub repository with one, as `read_name` reads
+    them. A few-step LoRA changes the pipeline's scheduler too (see few_steps.py).
+    Raises FileNotFoundError where there is none and ValueError where it cannot be used; the
+    pipeline is then as it was.
     """
     path, note = find_lora(name_or_path)
     state, configs = read_lora(path, name_or_path)
@@ -75,11 +75,13 @@ def add_lora(pipe: DiffusionPipeline, name_or_path: str) -> str:
     notes = [note]
     if len(found) < len(layers):
         notes.append(
-            f"The LoRA matches {len(found)} of its {len(layers)} layers; the others belong to another model."
+            f"The LoRA matches {len(found)} of its {len(layers)} layers; the others belong to "
+            "another model."
         )
     if words:
         notes.append(
-            f"Its bundled embedding of “{'”, “'.join(words)}” is left out: the word has no special meaning."
+            f"Its bundled embedding of “{'”, “'.join(words)}” is left out: the word has no special "
+            "meaning."
         )
     if few_steps:
         pipe.scheduler, says = few_steps
@@ -90,7 +92,8 @@ def add_lora(pipe: DiffusionPipeline, name_or_path: str) -> str:
 def find_lora(name_or_path: str) -> tuple[Path, str]:
     """Return the LoRA's file and, where a folder holds several, which was taken.
 
-    Raises FileNotFoundError where there is none, and ValueError where the folder's names leave a choice.
+    Raises FileNotFoundError where there is none, and ValueError where the folder's names leave a
+    choice.
     """
     name = read_name(name_or_path)
     if is_safetensors(name):
@@ -146,7 +149,8 @@ def _final(folder: str, files: list[str]) -> tuple[str, str]:
     if not final:
         shown = ", ".join(loras[:8]) + (", …" if len(loras) > 8 else "")  # noqa: PLR2004
         raise ValueError(
-            f"{folder} holds {len(loras)} LoRA files: {shown}. Name one of them, as {folder}/{loras[0]}."
+            f"{folder} holds {len(loras)} LoRA files: {shown}. Name one of them, as "
+            f"{folder}/{loras[0]}."
         )
     return final[0], f"Of {len(loras)} files in {folder}, {final[0]} was taken."
 
@@ -170,14 +174,14 @@ def read_lora(path: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[str,
         ) from error
     if (path.parent / CONFIG_NAME).is_file() or any("noiserefine" in key for key in metadata):
         raise ValueError(
-            f"{name} is a refiner, which corrects noise and destroys images as a LoRA: name it in the "
-            "refiner's field."
+            f"{name} is a refiner, which corrects noise and destroys images as a LoRA: name it in "
+            "the refiner's field."
         )
     for key, tensor in state.items():
         if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise ValueError(
-                f"The LoRA {name} is damaged: {key} holds numbers that are not finite, as a training does "
-                "that diverged. Take an earlier checkpoint of it."
+                f"The LoRA {name} is damaged: {key} holds numbers that are not finite, as a "
+                "training does that diverged. Take an earlier checkpoint of it."
             )
     return state, _peft_configs(path, metadata)
 

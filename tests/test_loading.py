@@ -1,4 +1,4 @@
-"""Folders, hub ids and names as people have them: what loads, and what is refused for which reason."""
+"""Folders, hub ids and names as people have them: what loads, and what is refused why."""
 
 import json
 import shutil
@@ -321,7 +321,7 @@ def test_the_precision_is_the_familys():
 
 @pytest.mark.parametrize("name", [name for name, backbone in BACKBONES.items() if backbone.lora])
 def test_the_embedded_models_relatives(pipe, name):
-    """LoRAs of this repository, folded in: other images, no adapter, and the base's refiner for them."""
+    """LoRAs of this repository, folded in: other images, no adapter, the base's refiner."""
     backbone, loaded = BACKBONES[name], load_pipeline(name, "cpu")
     assert not torch.equal(output(loaded), output(pipe))
     assert not any(isinstance(layer, LoraLayer) for layer in loaded.unet.modules())

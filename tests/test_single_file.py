@@ -1,4 +1,4 @@
-"""Single .safetensors checkpoints: which model one is, what it predicts, and the images it makes."""
+"""Single .safetensors checkpoints: which model one is, and the images it makes."""
 
 import pytest
 import torch
@@ -132,7 +132,7 @@ def test_files_that_are_not_there(tmp_path):
 
 
 def of_original_width(name):
-    """A small pipeline with the text encoders' real widths, by which a checkpoint's family is told."""
+    """A small pipeline with the real widths of text, by which a checkpoint is identified."""
     torch.manual_seed(0)
     pipe = random_pipeline("sd21-base" if name == "sd15" else name, small=True)
     widths = {"sd15": {"text_encoder": 768}, "sdxl": {"text_encoder": 768, "text_encoder_2": 1280}}
@@ -186,7 +186,7 @@ def hub(base, monkeypatch):
 
 
 def test_a_single_file_is_the_model_it_holds(base, hub, tmp_path):
-    """A fine-tune in one file makes the images that its parts in a folder make, and takes a refiner."""
+    """A fine-tune in one file makes its folder's images, and takes a refiner."""
     name, pipe, _ = base
     path = tmp_path / "fine-tune.safetensors"
     write_single_file(pipe, path)

@@ -1,4 +1,4 @@
-"""LoRAs that people have: each format against its weights merged by hand, and what is refused, by its name."""
+"""LoRAs that people have: each format against its weights merged by hand."""
 
 import copy
 import json
@@ -164,7 +164,7 @@ KINDS = {
 
 
 def merged(pipe, makers):
-    """A kohya file for attention and convolutions, and a pipeline with what it means in its weights."""
+    """Return a kohya file, and a pipeline with what it means in its weights."""
     by_hand = copy.copy(pipe)
     by_hand.unet = copy.deepcopy(pipe.unet)
     state = {}
@@ -231,7 +231,7 @@ def test_other_programs_names(pipe, tmp_path, kind):
 
 
 def test_the_alpha_of_pefts_configuration(pipe, tmp_path):
-    """adapter_config.json beside adapter_model.safetensors, with a pattern and rank-stabilised scaling."""
+    """adapter_config.json with a pattern and rank-stabilised scaling is read."""
     first, second = attention(pipe.unet)[:2]
     state, by_hand = {}, copy.copy(pipe)
     by_hand.unet = copy.deepcopy(pipe.unet)

@@ -68,6 +68,7 @@ class Backbone:
 
     @property
     def usage(self) -> Usage:
+        """Return how it is best used."""
         return Usage(self.title, self.guidance_scale, self.steps, self.sampler)
 
     @property
@@ -78,18 +79,30 @@ class Backbone:
 
 # The withdrawn originals' files, which a mirror has to equal.
 SD21_PARTS = {
-    "vae/diffusion_pytorch_model.safetensors": "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
-    "text_encoder/model.safetensors": "cce6febb0b6d876ee5eb24af35e27e764eb4f9b1d0b7c026c8c3333d4cfc916c",
+    "vae/diffusion_pytorch_model.safetensors": (
+        "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815"
+    ),
+    "text_encoder/model.safetensors": (
+        "cce6febb0b6d876ee5eb24af35e27e764eb4f9b1d0b7c026c8c3333d4cfc916c"
+    ),
 }
 SD21_UNET = {
-    "unet/diffusion_pytorch_model.safetensors": "1238522277c48923ff2751e238f2742c562e45643f3d50cc93d163cb30638b0c"
+    "unet/diffusion_pytorch_model.safetensors": (
+        "1238522277c48923ff2751e238f2742c562e45643f3d50cc93d163cb30638b0c"
+    )
 }
 SD21_BASE_UNET = {
-    "unet/diffusion_pytorch_model.safetensors": "6dfae3e5f7d459b50f4b0850ead945972c75bb0e1897628933e169eb43974214"
+    "unet/diffusion_pytorch_model.safetensors": (
+        "6dfae3e5f7d459b50f4b0850ead945972c75bb0e1897628933e169eb43974214"
+    )
 }
 SDXL_PARTS = {
-    "unet/diffusion_pytorch_model.safetensors": "357650fbfb3c7b4d94c1f5fd7664da819ad1ff5a839430484b4ec422d03f710a",
-    "text_encoder/model.safetensors": "5c3d6454dd2d23414b56aa1b5858a72487a656937847b6fea8d0606d7a42cdbc",
+    "unet/diffusion_pytorch_model.safetensors": (
+        "357650fbfb3c7b4d94c1f5fd7664da819ad1ff5a839430484b4ec422d03f710a"
+    ),
+    "text_encoder/model.safetensors": (
+        "5c3d6454dd2d23414b56aa1b5858a72487a656937847b6fea8d0606d7a42cdbc"
+    ),
 }
 
 SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"

@@ -1,4 +1,4 @@
-"""The schedulers that few-step LoRAs need: they were trained on timesteps that others do not sample."""
+"""The schedulers of few-step LoRAs, which were trained on timesteps that others skip."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""A pipeline in diffusers' layout, in a folder or a hub repository, checked before anything large is read."""
+"""Pipelines in diffusers' layout, in a folder or on the hub, checked before they are read."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ NO_LENGTH = 10**6  # tokens; transformers gives a tokenizer without a limit 10**
 def load_folder(
     source: str, device: torch.device, dtype: torch.dtype | None, backbone: Backbone | None
 ) -> DiffusionPipeline:
-    """Load the text-to-image pipeline of a folder or hub id on the CPU, in safetensors, without its code.
+    """Load a folder's or hub id's text-to-image pipeline on the CPU, without running its code.
 
     device: where it will compute, for the family's best dtype where that is None.
     Raises FileNotFoundError where it cannot be reached, and ValueError where it is no such
@@ -72,7 +72,7 @@ def load_folder(
 def examine(
     source: str, device: torch.device, dtype: torch.dtype | None, backbone: Backbone | None
 ) -> tuple[type[DiffusionPipeline], dict[str, str]]:
-    """Return a folder's or hub id's pipeline class and the variant of its weights, from small files only.
+    """Return a folder's or hub id's pipeline class and its weights' variant, from small files.
 
     Raises what load_folder raises.
     """
@@ -124,7 +124,7 @@ def _damaged(source: str, error: Exception) -> ValueError:
 
 
 def pipeline_class(source: str, index: dict) -> type[DiffusionPipeline]:
-    """Return the text-to-image pipeline class that model_index.json names, of diffusers or of this project.
+    """Return the text-to-image pipeline class that model_index.json names.
 
     A pipeline for another task gives the one for text on the same networks, where diffusers has it.
     Raises ValueError for a class that is code of the repository, which is never run.
@@ -146,7 +146,7 @@ def pipeline_class(source: str, index: dict) -> type[DiffusionPipeline]:
 
 
 def _variant(source: str, index: dict, prefer: bool) -> dict[str, str]:
-    """Return {"variant": name} where a network's weights have no plain file, or half precision is wanted.
+    """Return {"variant": name} where weights have no plain file, or half precision is wanted.
 
     prefer: take half-precision files beside plain ones, to download half as much.
     Raises ValueError for a network whose weights are pickles only.
@@ -180,7 +180,7 @@ def _variant(source: str, index: dict, prefer: bool) -> dict[str, str]:
 
 
 def _check_json(folder: Path) -> None:
-    """Raise ValueError for a folder without model_index.json and for JSON that diffusers cannot read."""
+    """Raise ValueError for a folder without model_index.json and for JSON that is none."""
     if not (folder / "model_index.json").is_file():
         above = folder.parent / "model_index.json"
         hint = f" The pipeline is the folder above, {folder.parent}." if above.is_file() else ""
@@ -204,7 +204,7 @@ def _check_json(folder: Path) -> None:
 
 
 def check_files(folder: Path) -> None:
-    """Raise ValueError for files by which safetensors could send the loader to pickles or out of its folder."""
+    """Raise ValueError for files that send the loader to pickles or out of the folder."""
     for index in folder.glob("**/*.safetensors*.index.json"):
         shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
         if not isinstance(shards, dict):
@@ -234,7 +234,7 @@ def _check_parts(source: str, index: dict, kind: type[DiffusionPipeline]) -> Non
 def _text_encoders(
     folder: Path, dtype: torch.dtype, variant: dict[str, str]
 ) -> dict[str, nn.Module]:
-    """Load the text encoders, which transformers completes with random weights where a file lacks some.
+    """Load the text encoders; transformers would fill in missing weights at random.
 
     Raises ValueError for such a file.
     """
@@ -256,7 +256,7 @@ def _text_encoders(
 
 
 def _check_complete(source: str, pipe: DiffusionPipeline) -> None:
-    """Raise ValueError for a network that a file did not fill: diffusers leaves such weights without data."""
+    """Raise ValueError for a network whose file lacks weights, which diffusers leaves empty."""
     for name, part in pipe.components.items():
         parameters = part.named_parameters() if isinstance(part, nn.Module) else ()
         for weight in (key for key, value in parameters if value.is_meta):

@@ -1,4 +1,4 @@
-"""How a name becomes a diffusers pipeline: one of the catalogue, a hub id, a folder, a single file."""
+"""From a name of the catalogue, a hub id, a folder or a file to a diffusers pipeline."""
 
 import re
 
@@ -58,7 +58,7 @@ def load_pipeline(
 
 
 def check_source(source: str) -> None:
-    """Raise what load_pipeline raises for a source, as far as small files tell; nothing large is read."""
+    """Raise what load_pipeline raises for a source, as far as small files tell."""
     name, asked, backbone = _read(source, None)
     if is_safetensors(name):
         identify(local_file(name), asked)
@@ -69,7 +69,7 @@ def check_source(source: str) -> None:
 def _read(
     source: str, prediction_type: str | None
 ) -> tuple[str, Prediction | None, Backbone | None]:
-    """Return a source's folder, file or hub id, what the user says that it predicts, and its entry."""
+    """Return a source's path or hub id, the prediction that the user names, and its entry."""
     backbone = backbone_of(source)
     if backbone is None and (found := ASKED.fullmatch(source.strip())):
         source, prediction_type = found[1], prediction_type or found[2]
@@ -95,7 +95,7 @@ def prediction_type(pipe: DiffusionPipeline) -> str:
 
 
 def _complete(pipe: DiffusionPipeline, backbone: Backbone) -> None:
-    """Check that the pipeline is the catalogue's, and make it so with its LoRA and timestep spacing."""
+    """Check the pipeline against its entry; add the entry's LoRA and timestep spacing."""
     predicts = prediction_type(pipe)
     if predicts != backbone.prediction_type:
         raise ValueError(

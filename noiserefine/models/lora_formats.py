@@ -57,7 +57,7 @@ REFUSED = {
 
 @dataclass
 class Change:
-    """What a LoRA does to one layer: adds up @ down to its weight and bias to its bias, at weight 1.
+    """What a LoRA adds to one layer: up @ down to its weight, bias to its bias.
 
     down (rank, inputs, ...), up (outputs, rank, ...); magnitude (outputs,) of a DoRA's rows.
     """
@@ -69,7 +69,7 @@ class Change:
 
 
 def layers_of(state: dict[str, torch.Tensor]) -> tuple[dict[str, Parts], list[str]]:
-    """Sort a file's tensors by layer; return them with the words whose bundled embeddings are left out.
+    """Return a file's tensors by layer, and the words of its bundled embeddings.
 
     Raises ValueError, a sentence's second half, for a kind that cannot become a LoRA and for no
     LoRA at all.
@@ -80,12 +80,12 @@ def layers_of(state: dict[str, torch.Tensor]) -> tuple[dict[str, Parts], list[st
         if found := EMBEDDING.match(name):
             words.append(found[1])
             continue
-        name = _spelled(name)
-        found = PART.fullmatch(name)
+        spelled = _spelled(name)
+        found = PART.fullmatch(spelled)
         if found and not (found[2] == "diff" and tensor.ndim == 1):
             layers.setdefault(found[1], {})[found[2].removesuffix(".weight")] = tensor
         else:
-            unknown.append(name + (".w_norm" if found else ""))
+            unknown.append(spelled + (".w_norm" if found else ""))
     for piece, reason in REFUSED.items():
         if any(piece in name for name in unknown):
             raise ValueError(reason)
@@ -138,7 +138,7 @@ def placed(
 
 
 def _diffusers_names(pipe: DiffusionPipeline, layers: list[str]) -> dict[str, str]:
-    """Return the layers' names in diffusers, by diffusers' own conversion of a file with these names."""
+    """Return the layers' names in diffusers, as diffusers itself converts them."""
     kohya = [layer for layer in layers if KOHYA.match(layer)]
     names = {layer: layer for layer in layers}
     if not kohya:
@@ -164,19 +164,7 @@ def change(parts: Parts, weight: torch.Tensor, dtype: torch.dtype) -> Change:
     parts = {name: tensor.detach().float().cpu() for name, tensor in parts.items()}
     shape = weight.shape
     try:
-        if "lora_up" in parts or "lora_down" in parts:
-            down, up = _pair(parts, shape)
-        elif any(name.startswith("hada_") for name in parts):
-            down, up = _loha(parts, shape)
-        elif any(name.startswith("lokr_") for name in parts):
-            down, up = _as_pair(_lokr(parts).reshape(shape))
-        elif "diff" in parts:
-            down, up = _as_pair(parts["diff"].reshape(shape))
-        elif "diff_b" in parts:  # a bias alone
-            down = torch.zeros(1, *shape[1:])
-            up = torch.zeros(shape[0], 1, *[1] * (len(shape) - 2))
-        else:
-            raise ValueError("holds layers with a scale and no weights")
+        down, up = _factors(parts, shape)
         fits = down.shape[1:] == shape[1:] and up.shape[:2] == (shape[0], len(down))
     except KeyError as error:
         raise ValueError(f"lacks the tensor {error.args[0]} of a layer") from error
@@ -187,10 +175,27 @@ def change(parts: Parts, weight: torch.Tensor, dtype: torch.dtype) -> Change:
     if not (down.to(dtype).isfinite().all() and up.to(dtype).isfinite().all()):
         raise ValueError(f"holds numbers that are beyond {dtype}'s range, which this model runs in")
     if len(weight) <= SMALL_LAYER:
-        moved = weight.detach().float().cpu().flatten(1) + up.flatten(1) @ down.flatten(1)
-        if moved.norm() < weight.detach().float().norm().cpu() / 2:
+        old = weight.detach().float().cpu().flatten(1)
+        if (old + up.flatten(1) @ down.flatten(1)).norm() < old.norm() / 2:
             raise ValueError("cancels the model's output layer, as a refiner does: name it as one")
     return Change(down, up, parts.get("diff_b"), _magnitude(parts, shape))
+
+
+def _factors(parts: Parts, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return down and up of a layer of any kind."""
+    kinds = {name.partition("_")[0] for name in parts}
+    if "lora" in kinds:
+        return _pair(parts, shape)
+    if "hada" in kinds:
+        return _loha(parts, shape)
+    if "lokr" in kinds:
+        return _as_pair(_lokr(parts).reshape(shape))
+    if "diff" in parts:
+        return _as_pair(parts["diff"].reshape(shape))
+    if "diff_b" not in parts:
+        raise ValueError("holds layers with a scale and no weights")
+    ones = [1] * (len(shape) - 2)
+    return torch.zeros(1, *shape[1:]), torch.zeros(shape[0], 1, *ones)  # a bias alone
 
 
 def _scale(parts: Parts, rank: int) -> float:
@@ -219,7 +224,7 @@ def _as_pair(delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _loha(parts: Parts, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write (a1 b1) * (a2 b2), elementwise, as up @ down of rank r1 r2 where that is less than full."""
+    """Write (a1 b1) * (a2 b2), elementwise, as up @ down, of rank r1 r2 if that is not full."""
     ranks = [parts[f"hada_w{i}_b"].shape[0] for i in (1, 2)]
     scale, full = _scale(parts, ranks[0]), min(shape[0], math.prod(shape[1:]))
     a1, b1, a2, b2 = (parts[f"hada_w{i}_{side}"] for i in (1, 2) for side in "ab")
@@ -256,7 +261,7 @@ def _lokr(parts: Parts) -> torch.Tensor:
 
 
 def _magnitude(parts: Parts, shape: torch.Size) -> torch.Tensor | None:
-    """Return a DoRA's norms of rows, (outputs,), as peft (magnitude) or LyCORIS (dora_scale) holds them."""
+    """Return a DoRA's norms of rows, (outputs,), as peft or LyCORIS holds them."""
     if "magnitude" not in parts and "dora_scale" not in parts:
         return None
     if "lora_up" not in parts or "diff_b" in parts:

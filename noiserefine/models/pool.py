@@ -44,15 +44,17 @@ class Loaded:
 
     @property
     def says(self) -> str:
+        """Return what to say of LoRA and refiner."""
         return " ".join(each for each in (self.lora_note, self.note) if each)
 
     @functools.cached_property
     def preview(self) -> Callable[[torch.Tensor], Image.Image]:
+        """Return the function from latents to a rough picture."""
         return fit_preview(self.pipe)
 
 
 class Models:
-    """The embedded model and the last other one, or with keep_all every one.  One loads at a time."""
+    """The embedded model and the last other one, or with keep_all every one."""
 
     def __init__(self, keep_all: bool = False) -> None:
         self.offload = "none"
@@ -62,6 +64,7 @@ class Models:
         self.loaded: dict[Model, Loaded] = {}
 
     def has(self, model: Model) -> bool:
+        """Return whether the model is in memory."""
         return replace(model, lora_weight=1.0) in self.loaded
 
     def get(self, model: Model) -> Loaded:
@@ -97,7 +100,7 @@ class Models:
             check_source(model.backbone)
 
     def _exchangeable(self, model: Model) -> Model | None:
-        """Return the model in memory with the same backbone, whose LoRA and refiner may be exchanged.
+        """Return the model in memory whose LoRA and refiner may be exchanged, if any.
 
         The embedded model stays as it is.  Offloaded and compiled networks cannot change their
         layers.
@@ -137,6 +140,7 @@ class Models:
             torch.cuda.empty_cache()
 
     def load(self, model: Model) -> Loaded:
+        """Load the model; raise ValueError where the card is too small."""
         backbone, device = BACKBONES.get(model.backbone), default_device()
         # Where the card is not there yet, or too small, the networks reach it later.
         by_way_of_cpu = self.keep_all or self.offload != "none"
@@ -175,7 +179,10 @@ class Models:
         )
         if refiner.config.guidance_scale_range is not None:
             low, high = refiner.config.guidance_scale_range
-            scales = f"takes the guidance scale, from {low:g} to {high:g}: the slider drives the guided and the refined column."
+            scales = (
+                f"takes the guidance scale, from {low:g} to {high:g}: the slider drives the guided "
+                "and the refined column."
+            )
         known = backbone and not model.refiner  # to be a fine-tune of the refiner's base
         notes = ["" if known else refiner.note, f"This refiner {scales}"]
         return refiner, " ".join(each for each in notes if each)

@@ -24,7 +24,7 @@ def refiner_for(pipe: DiffusionPipeline, backbone: Backbone | None) -> str | Non
 
 
 def training_command(pipe: DiffusionPipeline, source: str, backbone: Backbone | None) -> str:
-    """Return what trains the missing refiner: on the base, for a model that takes another model's."""
+    """Return the command that trains the missing refiner, on the base that it belongs to."""
     output = "runs/refiner"
     if backbone:
         # The distilled siblings and fine-tunes stand after the base whose refiner they take.

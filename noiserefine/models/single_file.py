@@ -1,4 +1,4 @@
-"""A single .safetensors checkpoint: which model it is, what it predicts, and the pipeline it becomes."""
+"""Single .safetensors checkpoints: which model one is, and what it predicts."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -111,6 +111,7 @@ class Header(Mapping):
         return len(self.shapes)
 
     def value(self, name: str) -> float:
+        """Return a tensor of one number."""
         with safe_open(self.path, "pt") as file:
             return file.get_tensor(name).item()
 
@@ -151,7 +152,7 @@ def markers(header: Header) -> tuple[set[str], bool]:
 
 
 def _of_yaml(path: Path) -> set[str]:
-    """Return what the original code's configuration says: parameterization "v" or "eps", eps by default."""
+    """Return the prediction in the original code's configuration, "eps" by default."""
     try:
         params = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["params"]
         kind = _kind(str(params.get("parameterization", "eps")))
@@ -187,7 +188,7 @@ def identify(path: Path, asked: Prediction | None = None) -> tuple[str, Predicti
 
 
 def _unstated(path: Path, width: int, stated: set[str], zero_snr: bool) -> Prediction:
-    """Return what a file without a clear word predicts, as its family does; ask where that is no guess."""
+    """Return what a file without a clear word predicts; ask where its family leaves it open."""
     how = f"Say which, as {path}:v or {path}:epsilon."
     if stated:
         raise ValueError(f"{path} says both that it predicts v and that it predicts epsilon. {how}")
@@ -206,7 +207,7 @@ def _unstated(path: Path, width: int, stated: set[str], zero_snr: bool) -> Predi
 
 
 def _text_width(header: Header) -> int:
-    """Return the width of the text that a Stable Diffusion UNet reads; raise ValueError for other files."""
+    """Return the width of the text that the UNet reads; raise ValueError for other files."""
     path = header.path
     if any("lora_" in name or ".lora" in name or ".hada_" in name for name in header):
         raise ValueError(
@@ -243,7 +244,7 @@ def load_single_file(
     dtype: torch.dtype | None = None,
     asked: Prediction | None = None,
 ) -> DiffusionPipeline:
-    """Load one .safetensors checkpoint; its configuration and tokenizers are those of the catalogue's base.
+    """Load one .safetensors checkpoint with the configuration of the catalogue's base.
 
     source: a path, or owner/name/file of the hub; device: where it will compute.  Raises
     FileNotFoundError where it or the base's configuration cannot be reached, and ValueError where

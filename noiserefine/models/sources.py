@@ -48,7 +48,7 @@ def read_name(typed: str) -> str:
 
 
 def _path_in_repository(rest: str) -> str:
-    """Return "/path" for what follows owner/name in an address, and "" for the repository itself."""
+    """Return "/path" for what follows owner/name in an address, "" for the repository."""
     if not rest.strip("/"):
         return ""
     found = HUB_FILE.fullmatch(rest)
@@ -60,17 +60,18 @@ def _path_in_repository(rest: str) -> str:
 
 
 def sentence(error: BaseException) -> str:
-    """Return an exception's text as the end of a sentence: all its lines, and never a colon at the end."""
+    """Return an exception's text, all its lines, as the end of a sentence."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text.rstrip(":.") + "."
 
 
 def is_safetensors(name: str) -> bool:
+    """Return whether the name ends as a safetensors file's."""
     return name.lower().endswith(SAFETENSORS)
 
 
 def exists(name: str) -> bool:
-    """Tell whether there is such a file or folder; a name longer than file systems take has none."""
+    """Return whether there is such a file or folder, also for a name that none can have."""
     try:
         return Path(name).exists()
     except (OSError, ValueError):
@@ -78,7 +79,7 @@ def exists(name: str) -> bool:
 
 
 def local_file(name: str) -> Path:
-    """Return the path of a file that is named by its path or, on the hub, as owner/name/path/of/file.
+    """Return the path of a file named by its path or, on the hub, owner/name/path/of/file.
 
     Raises FileNotFoundError where there is none.
     """
@@ -98,7 +99,7 @@ def local_file(name: str) -> Path:
 
 
 def hub_files(repository: str) -> list[str]:
-    """Return the names of a hub repository's files, of its cached ones where the hub cannot be reached.
+    """Return the names of a hub repository's files, the cached ones without a network.
 
     Raises one of HUB_ERRORS where neither is there.
     """

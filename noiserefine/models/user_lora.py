@@ -1,4 +1,4 @@
-"""A user's LoRA: found, checked, put on a pipeline as the adapter "style", weighted and taken off."""
+"""A user's LoRA: found, checked, put on a pipeline, weighted and taken off."""
 
 import json
 import re
@@ -38,7 +38,7 @@ NUMBERED = re.compile(r"[-_](?:step|epoch|e)?[-_]?\d+$")  # kohya's checkpoints:
 
 
 def add_lora(pipe: DiffusionPipeline, name_or_path: str) -> str:
-    """Put a user's LoRA on the pipeline as the adapter "style"; return what to say of it, "" for nothing.
+    """Put a user's LoRA on the pipeline as the adapter "style"; return what to say of it.
 
     name_or_path: a .safetensors file, a folder or a hub repository with one, as `read_name` reads
     them. A few-step LoRA changes the pipeline's scheduler too (see few_steps.py).
@@ -127,7 +127,7 @@ def _no_lora(name: str) -> FileNotFoundError:
 
 
 def _final(folder: str, files: list[str]) -> tuple[str, str]:
-    """Return the one of a folder's files that is the LoRA, by the trainers' conventions, and what to say."""
+    """Return which of a folder's files is the LoRA, by trainers' conventions, and a note."""
     if CONFIG_NAME in files:
         raise ValueError(f"{folder} is a refiner, no LoRA: name it in the refiner's field.")
     loras = sorted(file for file in files if is_safetensors(file))
@@ -160,7 +160,7 @@ def _checkpoint_of(stem: str, end: str) -> bool:
 
 
 def read_lora(path: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[str, dict]]:
-    """Return a LoRA file's tensors and peft's configurations of it, by the network's name or "" for all.
+    """Return a LoRA file's tensors, and peft's configurations by network ("" for all).
 
     Raises ValueError for a damaged file, one with numbers that are not finite, and a refiner.
     """
@@ -208,7 +208,7 @@ def _peft_configs(path: Path, metadata: dict[str, str]) -> dict[str, dict]:
 def _in_diffusers_names(
     pipe: DiffusionPipeline, state: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Rename a transformer's LoRA by its own pipeline's rules; a UNet's are renamed layer by layer."""
+    """Rename a transformer's LoRA by its pipeline's rules; a UNet's is renamed later."""
     if hasattr(pipe, "unet") or not hasattr(pipe, "lora_state_dict"):
         return state
     converted = pipe.lora_state_dict(dict(state))
@@ -254,7 +254,7 @@ def _inject(network: nn.Module, changes: dict[str, Change]) -> None:
 
 
 def _magnitude(each: Change, weight: torch.Tensor) -> torch.Tensor:
-    """Return a DoRA's magnitude; of a plain layer beside DoRA's the norm that leaves it as it is."""
+    """Return a DoRA's magnitude; for a plain layer beside DoRAs, its own norm."""
     rows = each.magnitude
     if rows is None:
         rows = (weight.float().cpu().flatten(1) + each.up.flatten(1) @ each.down.flatten(1)).norm(
@@ -277,7 +277,7 @@ def _networks(pipe: DiffusionPipeline) -> list[nn.Module]:
 
 
 def set_lora_weight(pipe: DiffusionPipeline, weight: float) -> None:
-    """Multiply what the user's LoRA adds; negative weights turn a slider LoRA around, 0 is without it."""
+    """Multiply what the user's LoRA adds; a negative weight turns a slider LoRA around."""
     for layer in adapter_layers(*_networks(pipe)):
         layer.set_scale(ADAPTER, weight)
         layer.enable_adapters(weight != 0)  # a DoRA changes weights even where it adds nothing

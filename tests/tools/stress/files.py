@@ -1,4 +1,4 @@
-"""Other people's files: LoRAs of every format, checkpoints and folders, with random oddities and damages."""
+"""Strangers' LoRAs, checkpoints and folders, with random oddities and damages."""
 
 import json
 import random
@@ -69,7 +69,7 @@ class Tally:
 
 
 def files(count: Count) -> Iterator[Figure]:
-    """Load strangers' files; each must load, or be refused in words, and leave the pipeline as it was."""
+    """Load strangers' files; each must load, or be refused in words, and change nothing."""
     with tempfile.TemporaryDirectory() as parent:
         yield from _loras(Path(parent), count(500))
         yield from _checkpoints(Path(parent), count(1000))

@@ -398,8 +398,13 @@ class ForwardCounter:
 
 def check_refinable(pipe: DiffusionPipeline) -> None:
     """Raise ValueError, with what is missing, for a pipeline that no refiner can be made for; no network is called."""
-    name, parameters = type(pipe).__name__, call_parameters(pipe)
     denoiser_name(pipe)
+    check_class(type(pipe))
+
+
+def check_class(kind: type[DiffusionPipeline]) -> None:
+    """Raise ValueError, with what is missing, for a pipeline class that no refiner can be made for."""
+    name, parameters = kind.__name__, inspect.signature(kind.__call__).parameters
     if "num_frames" in parameters:
         reason = "makes videos; a refiner corrects the noise of single pictures"
     elif "mask_image" in parameters or {"image", "strength"} <= set(parameters):
@@ -408,7 +413,7 @@ def check_refinable(pipe: DiffusionPipeline) -> None:
         reason = "takes no `latents`, so the noise that it starts from cannot be refined"
     elif "prompt" not in parameters:
         reason = "takes no `prompt`, which a refiner reads"
-    elif not hasattr(pipe, "prepare_latents"):
+    elif not hasattr(kind, "prepare_latents"):
         reason = "has no prepare_latents, which tells how its noise is shaped"
     else:
         return

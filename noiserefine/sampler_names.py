@@ -1,8 +1,14 @@
 """The samplers people know by name, as data: nothing here takes time to import."""
 
-Table = dict[str, tuple[str, dict[str, bool | str]]]
+Settings = dict[str, bool | str | None]
+Table = dict[str, tuple[str, Settings]]
 
 NATIVE = "Native"  # the pipeline's own scheduler, as loaded
+PLAIN_SIGMAS: Settings = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
 
 # As diffusers' schedulers (paper, appendix A.10), for models with a beta schedule such as Stable Diffusion.
 # What another scheduler's config may lack is always set: from_config would take defaults that Stable Diffusion does not use.
@@ -16,7 +22,9 @@ SAMPLERS: Table = {
         {
             "algorithm_type": "dpmsolver++",
             "thresholding": False,
-            "use_karras_sigmas": False,
+            **PLAIN_SIGMAS,
+            "use_lu_lambdas": False,
+            "variance_type": None,
             "final_sigmas_type": "zero",
         },
     ),
@@ -25,13 +33,15 @@ SAMPLERS: Table = {
         {
             "algorithm_type": "sde-dpmsolver++",
             "thresholding": False,
-            "use_karras_sigmas": False,
+            **PLAIN_SIGMAS,
+            "use_lu_lambdas": False,
+            "variance_type": None,
             "final_sigmas_type": "zero",
         },
     ),
-    "Euler": ("EulerDiscreteScheduler", {"use_karras_sigmas": False}),
+    "Euler": ("EulerDiscreteScheduler", PLAIN_SIGMAS),
     # The paper's "EDM": its second-order Heun solver on Karras sigmas; two forwards a step but for the last.
-    "Heun (EDM)": ("HeunDiscreteScheduler", {"use_karras_sigmas": True}),
+    "Heun (EDM)": ("HeunDiscreteScheduler", PLAIN_SIGMAS | {"use_karras_sigmas": True}),
 }
 
 # For flow matching, beside the pipeline's own.

@@ -1,5 +1,6 @@
 """The big models' families without their weights: small pipelines with their blocks and conditioning, full-size UNets without data."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from noiserefine.models.catalogue import BACKBONES
 from noiserefine.models.offload import offload
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import SAMPLERS, make_scheduler, with_sampler
+from tests import families
 from train.tools.architectures import UNETS, build_denoiser, random_pipeline
 
 PROMPT = "a red apple on a blue background"
@@ -145,6 +147,40 @@ def test_model_offload_changes_no_pixel(name, merge, tmp_path):
 
     for (_, plain), (_, spared) in zip(arms("none"), arms("model"), strict=True):
         assert np.array_equal(plain.image, spared.image)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("name, prompt", [("sd3", PROMPT), ("sit", "3"), ("flux_schnell", PROMPT)])
+def test_transformers_are_offloaded_too(name, prompt, merge, tmp_path):
+    """Every picture is the same; the sequential mode leaves no weight on the device."""
+
+    def build():
+        pipe = copy.deepcopy(families.pipeline(name))
+        return pipe, Refiner.from_pretrained(tmp_path, pipe, merge=merge)
+
+    def arms(mode):
+        pipe, refiner = build()
+        offload(pipe, refiner, mode, "cpu")
+        recipe = Recipe(prompt, steps=2, sampler="Native", strength=1.0)
+        return [Maker(pipe, refiner)(each).image for each in (recipe.gaussian, recipe)]
+
+    perturbed(families.pipeline(name)).save_pretrained(tmp_path)
+    for plain, spared in zip(arms("none"), arms("model"), strict=True):
+        assert np.array_equal(plain, spared)
+    pipe, refiner = build()
+    offload(pipe, refiner, "sequential", "cpu")
+    for network in (pipe.transformer, refiner.network):
+        assert all(p.device.type == "meta" for p in network.parameters())
+
+
+@pytest.mark.parametrize("part, says", [("unet", "denoising diverged"), ("vae", "overflows")])
+def test_a_picture_of_nan_is_said(part, says):
+    """It would look like plain black."""
+    pipe = copy.deepcopy(families.pipeline("sd15"))
+    layer = pipe.unet.conv_out if part == "unet" else pipe.vae.decoder.conv_out
+    layer.bias.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=f"not finite.*{says}"):
+        Maker(pipe)(Recipe(PROMPT, steps=1))
 
 
 @pytest.mark.parametrize("merge", [True, False])

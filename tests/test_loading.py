@@ -15,18 +15,22 @@ from safetensors.torch import load_file, save_file
 
 from noiserefine.analysis.compare import compare
 from noiserefine.analysis.recipe import Maker, Recipe
+from noiserefine.checkpoint import prediction_type
+from noiserefine.guidance import sample_latents
 from noiserefine.models import folder as layout
 from noiserefine.models import sources
 from noiserefine.models.catalogue import BACKBONES, FAMILIES, table
 from noiserefine.models.devices import default_dtype
 from noiserefine.models.folder import check_weights
-from noiserefine.models.loading import check_source, load_pipeline, prediction_type
+from noiserefine.models.loading import check_source, load_pipeline
 from noiserefine.models.refiners import refiner_for, training_command
 from noiserefine.models.sources import read_name
+from noiserefine.models.usage import usage_of
 from noiserefine.models.user_lora import add_lora
-from noiserefine.noise import check_prompt_length
+from noiserefine.noise import check_prompt_length, draw_noise, encode_prompt
 from noiserefine.refiner import Refiner
-from noiserefine.samplers import make_scheduler
+from noiserefine.samplers import SAMPLERS, make_scheduler, samplers_of, with_sampler
+from tests import families
 from tests.conftest import EMOJI, EMOJI_REFINER, output
 from train.tools.architectures import UNETS, random_pipeline
 
@@ -156,6 +160,33 @@ def test_a_tokenizer_without_a_length_has_its_text_encoders(sound, tmp_path):
     assert output(pipe).isfinite().all()
     with pytest.raises(ValueError, match="this model reads 77"):
         check_prompt_length(pipe, "apple " * 90)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_beta_sigmas": True},
+        {"use_exponential_sigmas": True},
+        {"use_lu_lambdas": True},
+        {"variance_type": "learned_range"},
+        {"use_karras_sigmas": True},
+    ],
+)
+def test_odd_schedules_sample(sound, tmp_path, settings):
+    """What another sampler's configuration sets does not reach the samplers that it does not fit."""
+    folder = tmp_path / "odd"
+    shutil.copytree(sound[0], folder)
+    edit(
+        folder / "scheduler/scheduler_config.json",
+        _class_name="DPMSolverMultistepScheduler",
+        **settings,
+    )
+    pipe = load_pipeline(str(folder), "cpu")
+    for name in SAMPLERS:
+        images = with_sampler(pipe, name)(
+            PROMPT, num_inference_steps=3, guidance_scale=1.0, output_type="latent"
+        ).images
+        assert images.shape[1] == 4 and images.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -362,3 +393,39 @@ def test_a_fine_tune_takes_its_bases_refiner(pipe, sdxl, tmp_path):
     assert refiner_for(sdxl, None) is None
     assert refiner_for(pipe, BACKBONES["emoji"]) == EMOJI_REFINER
     assert refiner_for(pipe, BACKBONES["sdxl"]) is None
+
+
+# Other families
+
+
+@pytest.mark.parametrize("name", ["lcm", "pixart_sigma", "sit", "sd3", "z_image"])
+def test_a_pipeline_of_any_family_loads_from_its_folder(name, tmp_path):
+    """It samples what the pipeline it was saved from samples, and its usage fits it."""
+    pipe = families.pipeline(name)
+    pipe.save_pretrained(tmp_path)
+    loaded = load_pipeline(str(tmp_path), "cpu")
+    assert type(loaded).__name__ == type(pipe).__name__
+    x_T, prompt = draw_noise(pipe, 0), "3" if name == "sit" else PROMPT
+    made = [
+        sample_latents(p, x_T, encode_prompt(p, prompt, guided=False), 2) for p in (pipe, loaded)
+    ]
+    torch.testing.assert_close(*made, rtol=0, atol=1e-4)
+    usage = usage_of(loaded, None)
+    assert usage.sampler in samplers_of(loaded)
+    assert (usage.guidance_scale is None) == (name == "lcm")
+
+
+@pytest.mark.parametrize(
+    "kind, says",
+    [
+        ("DiTPipeline", "takes no `latents`"),
+        ("StableVideoDiffusionPipeline", "makes videos|no `prompt`|`latents`"),
+        ("WanPipeline", "makes videos"),
+        ("FluxFillPipeline", "changes a given picture"),
+        ("MarigoldDepthPipeline", "cannot be refined"),
+    ],
+)
+def test_pipelines_of_other_kinds_are_refused_before_the_download(monkeypatch, kind, says):
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda *_, **__: {"_class_name": kind})
+    with pytest.raises(ValueError, match=says):
+        load_pipeline("somebody/something", "cpu")

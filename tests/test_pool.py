@@ -8,6 +8,7 @@ from noiserefine.models import pool as module
 from noiserefine.models.catalogue import Model
 from noiserefine.models.pool import Models
 from noiserefine.models.usage import usage_of
+from tests import families
 from tests.conftest import EMOJI_REFINER, output, perturbed
 from train.tools.architectures import random_pipeline
 
@@ -125,9 +126,6 @@ def test_where_the_sliders_start(pipe, sdxl):
     assert usage_of(pipe, None).guidance_scale == 7.0
     assert usage_of(sdxl, None).title == "Stable Diffusion XL"
 
-    class NextYearsPipeline:
-        def __call__(self, prompt, num_inference_steps=12, guidance_scale=3.5):
-            pass
-
-    usage = usage_of(NextYearsPipeline(), None)
-    assert (usage.title, usage.guidance_scale, usage.steps) == ("NextYears", 3.5, 12)
+    usage = usage_of(families.pipeline("cogview4"), None)
+    assert (usage.title, usage.guidance_scale, usage.steps) == ("CogView4", 5.0, 50)
+    assert usage_of(families.pipeline("lcm"), None).guidance_scale is None

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from noiserefine import Refiner, draw_noise
+from noiserefine.guidance import sample_latents
 from noiserefine.models.loading import load_pipeline
 from noiserefine.models.user_lora import (
     add_lora,
@@ -18,7 +19,9 @@ from noiserefine.models.user_lora import (
     remove_lora,
     set_lora_weight,
 )
+from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
+from tests import families
 from tests.conftest import EMOJI_REFINER, ROOT, output, perturbed
 from tests.single_file import unet_name
 
@@ -434,7 +437,8 @@ def test_a_refiner_beside_a_lora(pipe, tmp_path):
     "folder, scheduler",
     [
         ("lcm-lora-sdv1-5", "LCMScheduler"),
-        ("Hyper-SD15-8steps", "TCDScheduler"),
+        ("Hyper-SD15-8steps", "DDIMScheduler"),
+        ("TCD-SDXL-LoRA", "TCDScheduler"),
         ("sd_lightning_4step", "EulerDiscreteScheduler"),
         ("hyperrealistic", None),
     ],
@@ -481,3 +485,30 @@ def test_our_few_step_lora_is_the_few_step_model(pipe):
         for p in (pipe, load_pipeline("emoji-turbo", "cpu"))
     ]
     torch.testing.assert_close(*images, rtol=0, atol=1e-3)
+
+
+def test_a_transformers_lora(tmp_path):
+    """As diffusers names it, on the whole and merged by hand; then taken off again."""
+    pipe = families.pipeline("sd3")
+    x_T = draw_noise(pipe, 0)
+    embeds = encode_prompt(pipe, PROMPT, guided=False)
+    before = sample_latents(pipe, x_T, embeds, 2)
+    by_hand, state = copy.copy(pipe), {}
+    by_hand.transformer = copy.deepcopy(pipe.transformer)
+    for seed, name in enumerate(attention(pipe.transformer)):
+        layer = by_hand.transformer.get_submodule(name)
+        down, up = pair(layer.weight, 10 * seed)
+        layer.weight.data += up @ down
+        state[f"transformer.{name}.lora_A.weight"] = down
+        state[f"transformer.{name}.lora_B.weight"] = up
+    save_file(state, tmp_path / "style.safetensors")
+    try:
+        assert add_lora(pipe, str(tmp_path)) == ""
+        made = [sample_latents(p, x_T, embeds, 2) for p in (pipe, by_hand)]
+        torch.testing.assert_close(*made, rtol=0, atol=1e-4)
+        assert (made[0] - before).abs().mean() > 1e-3
+    finally:
+        remove_lora(pipe)
+    assert torch.equal(sample_latents(pipe, x_T, embeds, 2), before)
+    with pytest.raises(ValueError, match="of other sizes than this model's"):
+        add_lora(families.pipeline("pixart_sigma"), str(tmp_path))

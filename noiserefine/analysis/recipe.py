@@ -1,8 +1,9 @@
 """Recipes: everything an image depends on beside the models, and the maker that samples them."""
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,7 +101,9 @@ def check_settings(steps: int, guidance_scale: float, strength: float, sampler: 
         )
     check_strength(strength)
     if sampler not in SAMPLER_NAMES:
-        raise ValueError(f"There is no sampler {sampler!r}; choose one of {', '.join(SAMPLER_NAMES)}.")
+        raise ValueError(
+            f"There is no sampler {sampler!r}; choose one of {', '.join(SAMPLER_NAMES)}."
+        )
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,7 @@ class Maker:
         began, counter = time.perf_counter(), ForwardCounter()
         with (
             watch_x0(pipe.scheduler, watch),
+            _finite(pipe),
             counter.watch(denoiser(pipe), *([self.refiner.network] if self.refiner else [])),
         ):
             x_hat = self.refine(recipe, x_T)
@@ -228,3 +232,28 @@ class Maker:
             ).images[0]
         seconds = time.perf_counter() - began
         return Sample(recipe, image, x_hat.float().cpu().numpy(), counter.count, seconds)
+
+
+@contextlib.contextmanager
+def _finite(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Raise ValueError where a picture is decoded from or to NaN, which would look like plain black."""
+
+    def check(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+        if not args[0].isfinite().all():
+            raise ValueError(
+                "The picture holds numbers that are not finite (NaN): denoising diverged. Take another "
+                "precision, sampler or LoRA weight; the model may also be damaged."
+            )
+        if isinstance(output, torch.Tensor) and not output.isfinite().all():
+            raise ValueError(
+                "The picture holds numbers that are not finite (NaN): the model's autoencoder overflows "
+                f"in {output.dtype}. Take another precision, or an autoencoder made for this one."
+            )
+
+    decoder = getattr(getattr(pipe, "vae", None), "decoder", None)
+    handle = decoder.register_forward_hook(check) if decoder is not None else None
+    try:
+        yield
+    finally:
+        if handle:
+            handle.remove()

@@ -373,12 +373,6 @@ class Model:
         """Return the backbone's title, or its source where the catalogue does not list it."""
         return BACKBONES[self.backbone].title if self.backbone in BACKBONES else self.backbone
 
-    @property
-    def takes_guidance(self) -> bool:
-        """Return False for models that are distilled to be sampled without guidance."""
-        listed = BACKBONES.get(self.backbone)
-        return listed is None or listed.guidance_scale is not None
-
 
 OFFLOADS = {
     "none": "everything stays on the device: the fastest",

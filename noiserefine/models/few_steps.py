@@ -13,7 +13,7 @@ FEW_STEPS = {
     "lcm": ("LCMScheduler", "4 to 8"),
     "tcd": ("TCDScheduler", "4 to 8"),
     "dmd2": ("LCMScheduler", "1 to 4"),
-    "hyper": ("TCDScheduler", "1 to 8"),
+    "hyper": ("DDIMScheduler", "2 to 8"),
     "lightning": ("EulerDiscreteScheduler", "2 to 8"),
     "turbo": ("EulerDiscreteScheduler", "1 to 4"),
 }
@@ -54,7 +54,6 @@ def few_step_scheduler(
 def _says(where: str, kind: type, steps: str) -> str:
     name = kind.__name__.removesuffix("Scheduler").removesuffix("Discrete")
     return (
-        f"{where} says that it is for few steps: sample with {steps} steps and guidance scale 1. "
-        f"The sampler Native is the one it was made for, {name}, and all samplers now start at the "
-        "last timestep."
+        f"{where} says that it is for few steps: sample it with {steps} steps, guidance scale 1 and the "
+        f"sampler Native, which is now {name} from the last timestep on."
     )

@@ -15,6 +15,7 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import nn
 
+from noiserefine.denoiser import check_class
 from noiserefine.models.catalogue import BACKBONES, Backbone
 from noiserefine.models.devices import default_dtype
 from noiserefine.models.sit import SiTPipeline
@@ -81,6 +82,7 @@ def examine(
             _check_json(Path(source))
         index = DiffusionPipeline.load_config(source, **_revision(backbone))
         kind = pipeline_class(source, index)
+        check_class(kind)
         if backbone and backbone.sha256:
             check_weights(source, backbone)
             return kind, {}

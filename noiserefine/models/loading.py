@@ -5,7 +5,8 @@ import re
 import torch
 from diffusers import DiffusionPipeline
 
-from noiserefine.models.catalogue import BACKBONES, FLOW, Backbone
+from noiserefine.checkpoint import prediction_type
+from noiserefine.models.catalogue import BACKBONES, Backbone
 from noiserefine.models.devices import default_device
 from noiserefine.models.folder import examine, load_folder
 from noiserefine.models.single_file import Prediction, identify, load_single_file, prediction_of
@@ -86,12 +87,6 @@ def _check_channels(source: str, pipe: DiffusionPipeline) -> None:
             f"{source} takes {config.in_channels} channels: it changes a given picture "
             "(inpainting, for one) and makes none from text alone."
         )
-
-
-def prediction_type(pipe: DiffusionPipeline) -> str:
-    """Return what the pipeline's network predicts, as its scheduler is told."""
-    flow = hasattr(pipe.scheduler, "scale_noise")
-    return pipe.scheduler.config.get("prediction_type") or (FLOW if flow else "epsilon")
 
 
 def _complete(pipe: DiffusionPipeline, backbone: Backbone) -> None:

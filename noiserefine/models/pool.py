@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from PIL import Image
 
 from noiserefine.checkpoint import read_config, resolve, revision
+from noiserefine.denoiser import denoiser
 from noiserefine.latents import fit_preview
 from noiserefine.models.catalogue import BACKBONES, OFFLOADS, Model, Usage
 from noiserefine.models.devices import default_device
@@ -125,7 +126,8 @@ class Models:
                 self.loaded[old] = loaded
         if new.refiner != old.refiner:
             self.loaded[old] = loaded
-            refiner, note = self._refiner(new, loaded.pipe)
+            guided = loaded.usage.guidance_scale is not None
+            refiner, note = self._refiner(new, loaded.pipe, guided)
             del self.loaded[old]
             loaded.refiner, loaded.note = refiner, note
         self.loaded[new] = loaded
@@ -154,16 +156,18 @@ class Models:
         pipe = load_pipeline(model.backbone, device, move=not by_way_of_cpu)
         scheduler = pipe.scheduler
         lora_note = add_lora(pipe, model.lora) if model.lora else ""
-        refiner, note = self._refiner(model, pipe)
+        usage = usage_of(pipe, backbone_of(model.backbone))
+        refiner, note = self._refiner(model, pipe, usage.guidance_scale is not None)
         if by_way_of_cpu:
             offload(pipe, refiner, self.offload, device)
         if self.compiled:
-            # In place: hooks on the UNet and its weights stay as they are.
-            pipe.unet.compile_repeated_blocks()
-        usage = usage_of(pipe, backbone_of(model.backbone))
+            # In place: hooks on the denoiser and its weights stay as they are.
+            denoiser(pipe).compile_repeated_blocks()
         return Loaded(pipe, scheduler, refiner, usage, lora_note, note, revision(pipe))
 
-    def _refiner(self, model: Model, pipe: DiffusionPipeline) -> tuple[Refiner | None, str]:
+    def _refiner(
+        self, model: Model, pipe: DiffusionPipeline, guided: bool
+    ) -> tuple[Refiner | None, str]:
         """Return the model's refiner on the pipeline, and what to say of it."""
         backbone = backbone_of(model.backbone)
         folder = model.refiner or refiner_for(pipe, backbone)
@@ -175,7 +179,7 @@ class Models:
             )
         refiner = Refiner.from_pretrained(folder, pipe, merge=True if self.keep_all else None)
         scales = "takes no guidance scale" + (
-            ": the slider drives the guided column only." if model.takes_guidance else "."
+            ": the slider drives the guided column only." if guided else "."
         )
         if refiner.config.guidance_scale_range is not None:
             low, high = refiner.config.guidance_scale_range

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from noiserefine.checkpoint import CONFIG_NAME
+from noiserefine.checkpoint import CONFIG_NAME, is_refiner_file
 from noiserefine.models.few_steps import few_step_scheduler
 from noiserefine.models.lora_formats import Change, change, layers_of, placed, set_alphas
 from noiserefine.models.sources import (
@@ -172,7 +172,7 @@ def read_lora(path: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[str,
         raise ValueError(
             f"The LoRA {name} is damaged or no safetensors file: {sentence(error)}"
         ) from error
-    if (path.parent / CONFIG_NAME).is_file() or any("noiserefine" in key for key in metadata):
+    if is_refiner_file(path) or (path.parent / CONFIG_NAME).is_file():
         raise ValueError(
             f"{name} is a refiner, which corrects noise and destroys images as a LoRA: name it in "
             "the refiner's field."

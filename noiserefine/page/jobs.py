@@ -129,7 +129,8 @@ def _prepare(
     if loaded.refiner:
         scale = loaded.refiner.scale_input(recipe.guidance_scale)
         sha256 = loaded.refiner.weights_sha256
-    guidance_scale = recipe.guidance_scale if model.takes_guidance else 1.0
+    takes_guidance = loaded.usage.guidance_scale is not None
+    guidance_scale = recipe.guidance_scale if takes_guidance else 1.0
     recipe = replace(recipe, refiner_scale=scale, guidance_scale=guidance_scale)
     make = Maker(
         loaded.pipe,
@@ -140,7 +141,7 @@ def _prepare(
     )
     make.check(recipe if loaded.refiner else recipe.guided)
     report(Source(model.backbone, loaded.revision, sha256))
-    return Job(loaded, make, recipe, model.takes_guidance, report)
+    return Job(loaded, make, recipe, takes_guidance, report)
 
 
 def _part_used(model: Model, recipe: Recipe) -> Model:

@@ -1,4 +1,4 @@
-"""A refiner's files: what they hold, how they are read and written, and whether they fit a pipeline."""
+"""A refiner's files: what they hold, how they are read and written, whether they fit."""
 
 import json
 import math
@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from noiserefine.denoiser import denoiser
 from noiserefine.lora import UNET_TARGETS, save_lora
@@ -31,7 +30,8 @@ PARAMETRISATION = "cancelled head"  # x_T + network_lora(x_T, t), whose last lay
 SIGNATURE = 16  # weights that tell a base from its fine-tunes
 MAX_RANK = 4096
 MARK = "noiserefine"  # key of the LoRA file's metadata that says what it is
-# What has to agree for a LoRA of one UNet to fit another; of other networks the whole config but this:
+# What has to agree for a LoRA of one UNet to fit another; of other networks the whole config has,
+# but for NOT_ARCHITECTURE.
 UNET_ARCHITECTURE = [
     "in_channels",
     "out_channels",
@@ -86,9 +86,7 @@ class RefinerConfig:
             "adds_input": isinstance(self.adds_input, bool),
             "guidance_scale_range": self.guidance_scale_range is None
             or isinstance(self.guidance_scale_range, list)
-            and len(self.guidance_scale_range) == 2  # noqa: PLR2004
-            and all(map(_finite, self.guidance_scale_range))
-            and 1 <= self.guidance_scale_range[0] < self.guidance_scale_range[1],
+            and _rising(self.guidance_scale_range),
         }
         for name, holds in sound.items():
             if not holds:
@@ -99,11 +97,18 @@ def _finite(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def _rising(scales: list[Any]) -> bool:
+    match scales:
+        case [low, high]:
+            return _finite(low) and _finite(high) and 1 <= low < high
+    return False
+
+
 # Whether a refiner fits
 
 
-def architecture(network: nn.Module) -> dict[str, Any]:
-    """Return the entries of the denoiser's config that a LoRA depends on, as JSON would return them."""
+def architecture(network: ModelMixin) -> dict[str, Any]:
+    """Return the entries of the denoiser's config that a LoRA depends on, as JSON has them."""
     config = network.config
     if "block_out_channels" in config and "down_block_types" in config:
         entries = {key: config[key] for key in UNET_ARCHITECTURE}
@@ -117,16 +122,16 @@ def architecture(network: nn.Module) -> dict[str, Any]:
 
 
 def prediction_type(pipe: DiffusionPipeline) -> str:
-    """Return what the pipeline's denoiser predicts: epsilon, v_prediction, flow_prediction and so on."""
+    """Return what the pipeline's denoiser predicts: epsilon, v_prediction, flow_prediction, ..."""
     scheduler = pipe.scheduler
     flow = hasattr(scheduler, "scale_noise")  # flow matching's schedulers have no other
     return scheduler.config.get("prediction_type") or ("flow_prediction" if flow else "epsilon")
 
 
 def misfit(config: RefinerConfig, pipe: DiffusionPipeline) -> str:
-    """Return why a refiner does not fit the pipeline, decided from the architecture; empty where it does.
+    """Return why a refiner does not fit the pipeline; empty where it does.
 
-    It does for fine-tunes of its base.
+    It is decided from the architecture, so fine-tunes of its base fit.
     """
     network = denoiser(pipe)
     mine, theirs = architecture(network), config.architecture
@@ -145,24 +150,25 @@ def misfit(config: RefinerConfig, pipe: DiffusionPipeline) -> str:
     return ""
 
 
-def note_on(network: nn.Module, config: RefinerConfig) -> str:
-    """Return what to say of a denoiser that is not the refiner's base, in a sentence; empty where it is."""
+def note_on(network: ModelMixin, config: RefinerConfig) -> str:
+    """Return a sentence on a denoiser that is not the refiner's base; empty where it is."""
     if same_weights(signature(network), config.base_signature):
         return ""
     return (
-        f"This model is not {config.base_model}, which the refiner was trained on, but has its architecture: "
-        "on a fine-tune of it the refiner is expected to work, on a model trained from scratch not."
+        f"This model is not {config.base_model}, which the refiner was trained on, but has its "
+        "architecture: on a fine-tune of it the refiner is expected to work, on a model trained "
+        "from scratch not."
     )
 
 
 def revision(pipe: DiffusionPipeline) -> str | None:
-    """Return the commit of the hub repository that the denoiser came from, which the cache's path tells."""
+    """Return the commit of the denoiser's hub repository, which the cache's path tells."""
     source = denoiser(pipe).config.get("_name_or_path") or ""
     found = re.search(r"snapshots[/\\]([0-9a-f]{40})", source)
     return found and found[1]
 
 
-def signature(network: nn.Module) -> list[float]:
+def signature(network: ModelMixin) -> list[float]:
     """Return one weight of each of sixteen layers from the first to the last."""
     layers = [p for name, p in network.named_parameters() if p.ndim > 1 and "lora_" not in name]
     last = len(layers) - 1
@@ -190,26 +196,28 @@ def resolve(name_or_path: str | Path) -> Path:
             folder = Path(snapshot_download(str(name_or_path), allow_patterns=patterns))
     except HUB_ERRORS as error:
         raise FileNotFoundError(
-            f"There is no refiner at {str(name_or_path)[:100]}: it is neither a folder nor a hub repository that "
-            "can be reached."
+            f"There is no refiner at {str(name_or_path)[:100]}: it is neither a folder nor a hub "
+            "repository that can be reached."
         ) from error
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{name_or_path} is not a refiner: it holds no {name}. train/train_refiner.py writes one."
+                f"{name_or_path} is not a refiner: it holds no {name}. train/train_refiner.py "
+                "writes one."
             )
     return folder
 
 
 def read_config(folder: Path) -> RefinerConfig:
-    """Return refiner.json of the folder. Raises ValueError where it is not what this version reads."""
+    """Return refiner.json of the folder. Raises ValueError where this version cannot read it."""
     path = folder / CONFIG_NAME
     try:
         entries = json.loads(path.read_text())
         version = entries["format_version"]
         if version not in range(1, FORMAT_VERSION + 1):
             raise ValueError(
-                f"format version {version!r}; this version of NoiseRefine reads 1 to {FORMAT_VERSION}"
+                f"format version {version!r}; this version of NoiseRefine reads 1 to "
+                f"{FORMAT_VERSION}"
             )
         return RefinerConfig(**entries)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
@@ -217,17 +225,19 @@ def read_config(folder: Path) -> RefinerConfig:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Return the file's tensors. Raises ValueError for one that is missing, damaged or no safetensors."""
+    """Return the file's tensors. Raises ValueError for one that is damaged or no safetensors."""
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is damaged or no safetensors file ({error}): download or train the refiner again."
+            f"{path} is damaged or no safetensors file ({error}): download or train the refiner "
+            "again."
         ) from error
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(
-                f"{path} is damaged: {name} holds numbers that are not finite. Download or train the refiner again."
+                f"{path} is damaged: {name} holds numbers that are not finite. Download or train "
+                "the refiner again."
             )
     return tensors
 
@@ -243,23 +253,24 @@ def check_tensors(
     ]
     if wrong:
         raise ValueError(
-            f"{path} does not hold this refiner's weights: {len(wrong)} of {len(expected)} tensors are missing, superfluous "
-            f"or of another shape, {min(wrong)} for one. It belongs to another model or rank."
+            f"{path} does not hold this refiner's weights: {len(wrong)} of {len(expected)} tensors "
+            f"are missing, superfluous or of another shape, {min(wrong)} for one. It belongs to "
+            "another model or rank."
         )
 
 
 def check_rank(path: Path, state: dict[str, torch.Tensor], rank: int) -> None:
-    """Raise ValueError where the file's LoRA has another rank, before memory is taken for one of that rank."""
+    """Raise ValueError where the file's LoRA has another rank, before memory is taken for it."""
     ranks = {tensor.shape[0] for name, tensor in state.items() if name.endswith("lora_A.weight")}
     if rank not in ranks:
         raise ValueError(
-            f"{path} does not hold this refiner's weights: its LoRA has rank {', '.join(map(str, sorted(ranks)))} and "
-            f"{CONFIG_NAME} says rank {rank}."
+            f"{path} does not hold this refiner's weights: its LoRA has rank "
+            f"{', '.join(map(str, sorted(ranks)))} and {CONFIG_NAME} says rank {rank}."
         )
 
 
 def is_refiner_file(path: str | Path) -> bool:
-    """Return whether a safetensors file is a refiner's LoRA, which as a style LoRA would destroy images.
+    """Return whether a safetensors file is a refiner's, which as a style LoRA destroys images.
 
     Its metadata say so; files of format version 1 are known by the refiner.json beside them.
     """
@@ -272,7 +283,7 @@ def is_refiner_file(path: str | Path) -> bool:
 
 
 def write(
-    folder: str | Path, pipe: DiffusionPipeline, network: nn.Module, config: RefinerConfig
+    folder: str | Path, pipe: DiffusionPipeline, network: ModelMixin, config: RefinerConfig
 ) -> None:
     """Write refiner.json, the LoRA and, if there is one, the guidance scale's projection."""
     folder = Path(folder)
@@ -280,8 +291,8 @@ def write(
     about = {
         MARK: "noise refiner",
         "modelspec.title": f"Noise refiner for {config.base_model}",
-        "modelspec.description": "Corrects the initial noise in one forward. It is no style LoRA: applied while "
-        "sampling it destroys images.",
+        "modelspec.description": "Corrects the initial noise in one forward. It is no style LoRA: "
+        "applied while sampling it destroys images.",
     }
     with tempfile.TemporaryDirectory(dir=folder) as part:  # nobody reads half a file
         save_lora(pipe, network, Path(part) / WEIGHTS_NAME, **about)

@@ -1,8 +1,9 @@
 """A pipeline's denoiser as the pipeline itself uses it, found by calling the pipeline.
 
-Pipelines pack latents, join conditions, flip signs and drop channels, each family in its own way.  None of that is
-repeated here: the user's unmodified pipeline is called with another network for its denoiser and with a scheduler
-whose `step` ends the call, and what `step` is given is the prediction in the space of the latents.
+Pipelines pack latents, join conditions, flip signs and drop channels, each family in its own way.
+None of that is repeated here: the user's unmodified pipeline is called with another network for
+its denoiser and with a scheduler whose `step` ends the call, and what `step` is given is the
+prediction in the space of the latents.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import math
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ def denoiser(pipe: DiffusionPipeline) -> Any:
 
 
 def precision(network: nn.Module) -> torch.dtype:
-    """Return the network's precision, read off one layer: diffusers' own property walks all of them."""
+    """Return the network's precision, read off one layer; diffusers' own property walks all."""
     return next(p.dtype for p in network.parameters() if p.is_floating_point())
 
 
@@ -52,7 +53,7 @@ def with_parts(
     network: nn.Module | None = None,
     scheduler: SchedulerMixin | None = None,
 ) -> DiffusionPipeline:
-    """Return the same pipeline with another denoiser or scheduler; the given one is left as it is."""
+    """Return the same pipeline with another denoiser or scheduler; the given one stays as it is."""
     twin = copy.copy(pipe)
     if network is not None:
         vars(twin)[denoiser_name(pipe)] = network
@@ -61,9 +62,23 @@ def with_parts(
     return twin
 
 
-def call_parameters(pipe: DiffusionPipeline) -> list[str]:
-    """Return the names of what the pipeline's call takes."""
-    return list(inspect.signature(type(pipe).__call__).parameters)
+def call_parameters(pipe: DiffusionPipeline) -> Mapping[str, inspect.Parameter]:
+    """Return what the pipeline's call takes, by name."""
+    kind: Any = type(pipe)
+    return _parameters(kind)
+
+
+@functools.cache
+def _parameters(kind: type) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(kind.__call__).parameters
+
+
+@functools.cache
+def _placed(kind: type, device: torch.device) -> type:
+    """Return a pipeline's class with a known device, for which it else walks all its modules."""
+    return type(
+        kind.__name__, (kind,), {"_execution_device": device, "__module__": kind.__module__}
+    )
 
 
 # The first step
@@ -78,17 +93,18 @@ class FirstStep(NamedTuple):
 
 
 class _Reached(Exception):
-    """Ends a pipeline's call, with what it had come to."""
+    """End a pipeline's call, with what it had come to."""
 
 
 _STARTS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by scheduler; see below
 
 
 def pure_noise_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """Return a scheduler that starts at t = T in any number of steps, from unit variance, and whose `step` ends the call.
+    """Return a scheduler that starts at t = T from unit variance, and whose `step` ends the call.
 
-    DDIM with "trailing" timesteps for models with a beta schedule; flow matching starts at sigma = 1 in any case, and
-    consistency models' schedulers at T.  It is made once for each scheduler and config.
+    It starts there in any number of steps: DDIM with "trailing" timesteps for models with a beta
+    schedule; flow matching starts at sigma = 1 in any case, and consistency models' schedulers at
+    T.  It is made once for each scheduler and config.
     """
     config, start = _STARTS.get(scheduler, (None, None))
     if config is scheduler.config:
@@ -110,10 +126,13 @@ def pure_noise_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 
 def first_step(pipe: DiffusionPipeline, network: nn.Module, **call) -> FirstStep:
-    """Return what the pipeline, with this network for its denoiser, hands its scheduler's first step, at t = T.
+    """Return what the pipeline, with this network, hands its scheduler's first step, at t = T.
 
-    The prediction has gradients where they are enabled now, although pipelines are called under no_grad.  call holds
-    the arguments of the pipeline's call.
+    network  in the place of the pipeline's denoiser; it makes one forward
+    call     the arguments of the pipeline's call, among them `latents` on the device of the models
+
+    The prediction has gradients where they are enabled now, although pipelines are called under
+    no_grad.
     """
     enabled = torch.is_grad_enabled()
 
@@ -121,6 +140,8 @@ def first_step(pipe: DiffusionPipeline, network: nn.Module, **call) -> FirstStep
         torch.set_grad_enabled(enabled)  # until no_grad ends, whose exit restores what was before
 
     twin = with_parts(pipe, network, pure_noise_scheduler(pipe.scheduler))
+    kind: Any = type(pipe)
+    twin.__class__ = _placed(kind, call["latents"].device)
     twin.set_progress_bar_config(disable=True)
     handle = network.register_forward_pre_hook(enable)
     try:
@@ -133,7 +154,7 @@ def first_step(pipe: DiffusionPipeline, network: nn.Module, **call) -> FirstStep
 
 
 def silent(network: nn.Module, output: Any) -> nn.Module:
-    """Return the network with zeros, like `output`, for all that it computes; it makes no forward."""
+    """Return the network with zeros, like `output`, for its output; it makes no forward."""
     twin = copy.copy(network)
     twin._forward_pre_hooks, twin._forward_hooks = OrderedDict(), OrderedDict()
     zeros = tree_map(torch.zeros_like, output)
@@ -147,8 +168,8 @@ def silent(network: nn.Module, output: Any) -> nn.Module:
 def guidance_kind(pipe: DiffusionPipeline) -> str:
     """Return "embedded" where the network takes a guidance scale as an input, else "cfg".
 
-    An embedded scale costs no forward and stays as the pipeline's caller sets it; classifier-free guidance is then
-    possible only where the pipeline offers it beside, `can_guide`.
+    An embedded scale costs no forward and stays as the pipeline's caller sets it; classifier-free
+    guidance is then possible only where the pipeline offers it beside, `can_guide`.
     """
     config = denoiser(pipe).config
     embedded = config.get("guidance_embeds") or config.get("time_cond_proj_dim") is not None
@@ -156,7 +177,7 @@ def guidance_kind(pipe: DiffusionPipeline) -> str:
 
 
 def _guides(pipe: DiffusionPipeline, scale: float, default: bool) -> bool:
-    """Return whether the pipeline would guide at this guidance_scale; default where it does not tell."""
+    """Return whether the pipeline guides at this guidance_scale; default where it has no word."""
     probe = copy.copy(pipe)
     probe._guidance_scale = scale
     return bool(getattr(probe, "do_classifier_free_guidance", default))
@@ -170,15 +191,16 @@ def can_guide(pipe: DiffusionPipeline) -> bool:
 
 
 def guidance_arguments(pipe: DiffusionPipeline, guidance_scale: float = 1.0) -> dict[str, float]:
-    """Return the arguments for diffusers' g in e_u + g (e_c - e_u) in the pipeline's own terms; 1 is unguided.
+    """Return the pipeline's own arguments for diffusers' g in e_u + g (e_c - e_u); 1 is unguided.
 
-    Some pipelines call it true_cfg_scale, and some count from 0: their scale is g - 1.  Raises ValueError for a g
-    above 1 where the pipeline offers no classifier-free guidance.
+    Some pipelines call it true_cfg_scale, and some count from 0: their scale is g - 1.  Raises
+    ValueError for a g above 1 where the pipeline offers no classifier-free guidance.
     """
     if guidance_scale != 1 and not can_guide(pipe):
         raise ValueError(
-            f"{type(pipe).__name__} offers no classifier-free guidance with this model, which takes guidance as an "
-            "input of its network or was distilled from guided samples: sample it with guidance_scale 1."
+            f"{type(pipe).__name__} offers no classifier-free guidance with this model, which "
+            "takes guidance as an input of its network or was distilled from guided samples: "
+            "sample it with guidance_scale 1."
         )
     if "true_cfg_scale" in call_parameters(pipe):
         return {"true_cfg_scale": guidance_scale}
@@ -226,8 +248,8 @@ _CANVASES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # by denoise
 def canvas(pipe: DiffusionPipeline, height: int | None = None, width: int | None = None) -> Canvas:
     """Return the canvas of pictures of height x width pixels, the model's own size where None.
 
-    It is measured once for each size.  Raises what the pipeline raises for a size that it cannot make, and ValueError
-    for a pipeline whose noise cannot be told from its latents.
+    It is measured once for each size.  Raises what the pipeline raises for a size that it cannot
+    make, and ValueError for a pipeline whose noise cannot be told from its latents.
     """
     known = _CANVASES.setdefault(denoiser(pipe), {})
     key = type(pipe), height, width
@@ -237,11 +259,14 @@ def canvas(pipe: DiffusionPipeline, height: int | None = None, width: int | None
 
 
 def canvas_like(pipe: DiffusionPipeline, x: torch.Tensor) -> Canvas:
-    """Return the canvas of noise or latents (B, C, h, w). Raises ValueError for a shape that the model has not."""
+    """Return the canvas of noise or latents (B, C, h, w).
+
+    Raises ValueError for a shape that the model does not have.
+    """
     native = canvas(pipe)
     channels, height, width = native.shape
     expected = f"x_T has shape {tuple(x.shape)}; this model takes (images, {channels}, h, w)"
-    if x.ndim != 4 or x.shape[1] != channels:
+    if x.ndim != 1 + len(native.shape) or x.shape[1] != channels:
         raise ValueError(f"{expected}.")
     size = (
         round(side * Fraction(pixels, latent))
@@ -256,7 +281,7 @@ def canvas_like(pipe: DiffusionPipeline, x: torch.Tensor) -> Canvas:
 
 
 def exact_size(pipe: DiffusionPipeline) -> dict[str, bool]:
-    """Return the argument that keeps a pipeline from moving to the nearest size of its training, where it would."""
+    """Return what keeps a pipeline from moving to the nearest size of its training."""
     binning = "use_resolution_binning"
     return {binning: False} if binning in call_parameters(pipe) else {}
 
@@ -267,7 +292,7 @@ def size_arguments(pipe: DiffusionPipeline, height: int, width: int) -> dict[str
 
 
 def reach_latents(pipe: DiffusionPipeline, **call) -> tuple[DiffusionPipeline, dict[str, Any]]:
-    """Call the pipeline up to its prepare_latents; return the twin that was called and prepare_latents' arguments."""
+    """Call the pipeline up to its prepare_latents; return its twin and what prepare_latents got."""
     signature = inspect.signature(pipe.prepare_latents)
     twin = with_parts(pipe, scheduler=pure_noise_scheduler(pipe.scheduler))
     twin.set_progress_bar_config(disable=True)
@@ -288,7 +313,7 @@ def reach_latents(pipe: DiffusionPipeline, **call) -> tuple[DiffusionPipeline, d
 
 
 def accepts_scheduler(pipe: DiffusionPipeline, scheduler: SchedulerMixin) -> bool:
-    """Return whether the pipeline's call gets to its denoiser with another scheduler; no forward is made."""
+    """Return whether the pipeline's call gets to its denoiser with another scheduler."""
     network = copy.copy(denoiser(pipe))
 
     def forward(*args, **kwargs):
@@ -311,7 +336,7 @@ def accepts_scheduler(pipe: DiffusionPipeline, scheduler: SchedulerMixin) -> boo
 
 
 def _measure(pipe: DiffusionPipeline, height: int | None, width: int | None) -> Canvas:
-    """Measure a canvas: the pipeline's own function that draws noise is given 0, 1, 2, ... in place of random numbers."""
+    """Measure a canvas: the pipeline draws 0, 1, 2, ... in place of random numbers."""
     size = {} if height is None or width is None else {"height": height, "width": width}
     twin, arguments = reach_latents(pipe, prompt="", **guidance_arguments(pipe), **size)
     plain = {"device": torch.device("cpu"), "dtype": torch.float64}
@@ -322,7 +347,7 @@ def _measure(pipe: DiffusionPipeline, height: int | None, width: int | None) -> 
         drawn.append(tuple(shape))
         return torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape)
 
-    # A copy of the function with another randn_tensor, so that no other call of the pipeline sees it.
+    # A copy of the function with another randn_tensor, which no other call of the pipeline sees.
     method = type(pipe).prepare_latents
     draw = types.FunctionType(
         method.__code__,
@@ -336,14 +361,15 @@ def _measure(pipe: DiffusionPipeline, height: int | None, width: int | None) -> 
     order = (sample / sample.max() * (sample.numel() - 1)).round().long().flatten()
     if not drawn or order.sort().values.ne(torch.arange(len(order))).any():
         raise ValueError(
-            f"{type(pipe).__name__}'s latents are no rearrangement of the noise that it draws with randn_tensor."
+            f"{type(pipe).__name__}'s latents are no rearrangement of the noise that it draws "
+            "with randn_tensor."
         )
     latents = drawn[0][1:]
     takes_samples = latents != sample.shape[1:] and _takes(twin, arguments, sample)
     return Canvas(
         int(arguments["height"]),
         int(arguments["width"]),
-        tuple(side for i, side in enumerate(latents) if len(latents) == 3 or side > 1 or i > 1),
+        _without_frames(latents),
         latents,
         tuple(sample.shape[1:]),
         None if order.equal(torch.arange(len(order))) else order,
@@ -351,13 +377,19 @@ def _measure(pipe: DiffusionPipeline, height: int | None, width: int | None) -> 
     )
 
 
+def _without_frames(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return (C, h, w) of a shape with an axis of one frame before or after the channels."""
+    *front, height, width = shape
+    return (max(front), height, width)
+
+
 def _first(prepared: Any) -> torch.Tensor:
-    """Return the latents of what prepare_latents returned: some pipelines add the positions of their tokens."""
+    """Return the latents of what prepare_latents returned; some add the tokens' positions."""
     return prepared[0] if isinstance(prepared, tuple) else prepared
 
 
 def _takes(pipe: DiffusionPipeline, arguments: dict[str, Any], sample: torch.Tensor) -> bool:
-    """Return whether the pipeline takes a sample, arranged as its scheduler sees it, for `latents`."""
+    """Return whether the pipeline takes samples, as its scheduler sees them, for `latents`."""
     try:
         prepared = _first(pipe.prepare_latents(**arguments | {"latents": sample}))
     except (ValueError, RuntimeError):
@@ -369,13 +401,13 @@ def _takes(pipe: DiffusionPipeline, arguments: dict[str, Any], sample: torch.Ten
 
 
 def _rows(args: tuple, kwargs: dict[str, Any]) -> int:
-    """Return the number of images in a denoiser's call: the length of its first argument, which may be a list."""
+    """Return the images in a denoiser's call: the length of its first argument, or list."""
     names = ("hidden_states", "sample", "x")
     return len(args[0] if args else next(kwargs[name] for name in names if name in kwargs))
 
 
 class ForwardCounter:
-    """Counts the images that pass through networks: a guided step counts two."""
+    """Count the images that pass through networks: a guided step counts two."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -397,17 +429,20 @@ class ForwardCounter:
 
 
 def check_refinable(pipe: DiffusionPipeline) -> None:
-    """Raise ValueError, with what is missing, for a pipeline that no refiner can be made for; no network is called."""
+    """Raise ValueError, with what is missing, for a pipeline that no refiner can be made for.
+
+    No network is called.
+    """
     denoiser_name(pipe)
     check_class(type(pipe))
 
 
 def check_class(kind: type[DiffusionPipeline]) -> None:
-    """Raise ValueError, with what is missing, for a pipeline class that no refiner can be made for."""
+    """Raise ValueError, with what is missing, for a pipeline's class, as `check_refinable` does."""
     name, parameters = kind.__name__, inspect.signature(kind.__call__).parameters
     if "num_frames" in parameters:
         reason = "makes videos; a refiner corrects the noise of single pictures"
-    elif "mask_image" in parameters or {"image", "strength"} <= set(parameters):
+    elif "mask_image" in parameters or {"image", "strength"} <= parameters.keys():
         reason = "changes a given picture; a refiner needs one that makes pictures from noise alone"
     elif "latents" not in parameters:
         reason = "takes no `latents`, so the noise that it starts from cannot be refined"

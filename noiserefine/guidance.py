@@ -1,4 +1,4 @@
-"""Sampling with classifier-free guidance, perturbed-attention guidance, or both, on one set of weights."""
+"""Sampling with classifier-free or perturbed-attention guidance, or both, on one set of weights."""
 
 import functools
 from typing import Any
@@ -22,8 +22,9 @@ def sample(
 ) -> BaseOutput:
     """Call the pipeline, by default unguided, and leave it as it was found.
 
-    guidance_scale is diffusers' g in e_u + g (e_c - e_u) for every pipeline, so the paper's w of equation 31 is g - 1
-    and 1 means unguided.  pag_scale is s of equation 32; 0 means none.  kwargs go to the pipeline's call.
+    guidance_scale is diffusers' g in e_u + g (e_c - e_u) for every pipeline, so the paper's w of
+    equation 31 is g - 1 and 1 means unguided.  pag_scale is s of equation 32; 0 means none.
+    kwargs go to the pipeline's call.
 
     Raises ValueError where the pipeline offers no such guidance.
     """
@@ -40,7 +41,8 @@ def sample(
         kwargs["negative_prompt"] = [""] * len(kwargs.get("prompt") or kwargs["prompt_embeds"])
     if pag_scale == 0:
         return pipe(**kwargs)
-    # A PAG pipeline swaps attention processors on the shared network and restores them only if nothing interrupts it.
+    # A PAG pipeline swaps attention processors on the shared network and restores them only if
+    # nothing interrupts it.
     network = denoiser(pipe)
     processors = dict(network.attn_processors)
     try:
@@ -57,12 +59,16 @@ def check_guidance(pipe: DiffusionPipeline, guidance_scale: float, pag_scale: fl
 
 
 def _with_pag(pipe: DiffusionPipeline) -> DiffusionPipeline:
-    """Return diffusers' pipeline for perturbed attention guidance on the same weights. Raises ValueError where it has none."""
+    """Return diffusers' pipeline for perturbed-attention guidance on the same weights.
+
+    Raises ValueError where it has none.
+    """
     try:
         guided = AutoPipelineForText2Image.from_pipe(pipe, enable_pag=True)
     except ValueError as error:
         raise ValueError(
-            f"diffusers has no perturbed-attention guidance for {type(pipe).__name__}: leave pag_scale at 0."
+            f"diffusers has no perturbed-attention guidance for {type(pipe).__name__}: leave "
+            "pag_scale at 0."
         ) from error
     guided.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return guided
@@ -76,15 +82,16 @@ def sample_latents(
     seed: int = 0,
     **guidance: float,
 ) -> torch.Tensor:
-    """Return x0, (B, C, h, w), without gradient: what the scheduler's last step returns; unguided by default.
+    """Return x0, (B, C, h, w), without gradient: what the scheduler's last step returns.
 
     x_T     (B, C, h, w), refined or not
     embeds  what `encode_prompt` returns
     seed    of the noise that stochastic samplers add
-    guidance: guidance_scale and pag_scale, as `sample` takes them
+    guidance: guidance_scale and pag_scale, as `sample` takes them; unguided by default
     """
     canvas, scheduler = canvas_like(pipe, x_T), pipe.scheduler
-    step, last = scheduler.step, []
+    step = scheduler.step
+    last: list[torch.Tensor] = []
 
     @functools.wraps(step)  # pipelines read from the signature what the sampler takes
     def keep(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""DDIM inversion: the noise that unguided sampling would have made an image of (paper, section 3.1)."""
+"""DDIM inversion: the noise that unguided sampling makes an image of (paper, section 3.1)."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from noiserefine.samplers import has_beta_schedule, make_scheduler
 def ddim_inversion(
     pipe: DiffusionPipeline, x0: torch.Tensor, embeds: dict[str, Any], steps: int
 ) -> torch.Tensor:
-    """Return the noise, (B, C, h, w), that DDIM turns into about x0 (Song et al. 2020, section 4.3).
+    """Return the noise, (B, C, h, w), that DDIM turns into about x0 (Song et al., 2020, 4.3).
 
     x0: latents, (B, C, h, w); embeds: what `encode_prompt` returns, for B prompts.
     Raises ValueError for a model that DDIM does not sample.

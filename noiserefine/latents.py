@@ -28,7 +28,8 @@ PREVIEW_SIDE = 16  # of the latents that a preview is fitted to
 def decode(pipe: DiffusionPipeline, x0: torch.Tensor) -> list[Image.Image]:
     """Return the pictures of latents (B, C, h, w), as the pipeline itself decodes them.
 
-    One after the other: each takes gigabytes at the big models' sizes.  Raises ValueError for a pipeline without a decoder.
+    One after the other: each takes gigabytes at the big models' sizes.  Raises ValueError for a
+    pipeline without a decoder.
     """
     if getattr(pipe, "vae", None) is None:
         raise ValueError(f"{type(pipe).__name__} makes no pictures of its latents: it has no vae.")
@@ -37,7 +38,7 @@ def decode(pipe: DiffusionPipeline, x0: torch.Tensor) -> list[Image.Image]:
 
 
 def _decode(pipe: DiffusionPipeline, x0: torch.Tensor, embeds: dict[str, Any]) -> Image.Image:
-    """Return the picture of latents (1, C, h, w): of a call without steps, which decodes what it is given."""
+    """Return the picture of latents (1, C, h, w), which a call without steps decodes."""
     size = canvas_like(pipe, x0)
     x0 = x0.to(pipe._execution_device, pipe.vae.dtype)
     call = embeds | guidance_arguments(pipe) | size_arguments(pipe, size.height, size.width)
@@ -71,9 +72,10 @@ def _call(pipe: DiffusionPipeline, sample: torch.Tensor, steps: bool, **call) ->
 
 @torch.no_grad()
 def fit_preview(pipe: DiffusionPipeline) -> Callable[[torch.Tensor], Image.Image]:
-    """Return a function from latents (1, C, h, w) to a small rough picture, h x w pixels, for one matrix product instead of the decoder.
+    """Return a function from latents (1, C, h, w) to a rough picture of h x w pixels.
 
-    The linear map from a latent to its pixel is fitted, by least squares, to what the decoder makes of smooth random latents.
+    It costs one matrix product in place of the decoder.  The linear map from a latent to its
+    pixel is fitted, by least squares, to what the decoder makes of smooth random latents.
     """
     channels = canvas(pipe).shape[0]
     coarse = torch.randn(8, channels, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -91,5 +93,5 @@ def fit_preview(pipe: DiffusionPipeline) -> Callable[[torch.Tensor], Image.Image
 
 
 def _with_one(latents: torch.Tensor) -> torch.Tensor:
-    """Return latents (B, C, h, w) as rows (B, h, w, C + 1) whose last entry is 1, on the CPU in float32."""
+    """Return latents (B, C, h, w) as rows (B, h, w, C + 1) with a last entry of 1, on the CPU."""
     return pad(latents.float().cpu().movedim(1, -1), (0, 1), value=1.0)

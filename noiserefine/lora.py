@@ -1,4 +1,7 @@
-"""The refining network: a LoRA twin of the denoiser, whose last layer starts cancelled (paper, section 3.3 and D.1)."""
+"""The refining network: a LoRA twin of the denoiser, whose last layer starts cancelled.
+
+Paper, section 3.3 and appendix D.1; for the guidance scale as an input appendix A.4.
+"""
 
 import contextlib
 import copy
@@ -11,7 +14,7 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -30,8 +33,9 @@ from noiserefine.denoiser import (
 from noiserefine.noise import encode_prompt
 
 ADAPTER = "refiner"  # beside whatever adapters the user has on the denoiser
+VECTOR = 2  # dimensions of a batch of them; tokens have three, maps four
 SCALE_EMBEDDING = 256  # width of the guidance scale's sinusoidal embedding
-# UNets: all attention, convolution and feed-forward layers (appendix D.1), as suffixes of their names.
+# UNets: all attention, convolution and feed-forward layers (appendix D.1), by the ends of names.
 UNET_TARGETS = [
     "to_q",
     "to_k",
@@ -58,14 +62,15 @@ class Layers(NamedTuple):
     adds_input: bool  # whether the pipeline adds its input to the network's output
 
 
-def trace(pipe: DiffusionPipeline, network: nn.Module) -> Layers:
+def trace(pipe: DiffusionPipeline, network: ModelMixin) -> Layers:
     """Return the layers of a network like the pipeline's denoiser, as a first step calls them.
 
-    UNets get a LoRA where appendix D.1 has one.  Transformers get one on every linear layer and convolution that reads
-    tokens or maps (three or more dimensions; what reads vectors is constant at t = T), unless no gradient
-    reaches it.  Raises ValueError for a pipeline that cannot be refined.
+    UNets get a LoRA where appendix D.1 has one.  Transformers get one on every linear layer and
+    convolution that reads tokens or maps (three or more dimensions; what reads vectors is
+    constant at t = T), unless no gradient reaches it.  Raises ValueError for a pipeline that
+    cannot be refined.
     """
-    modules = {
+    modules: dict[nn.Module, str] = {
         module: name
         for name, module in network.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
@@ -80,7 +85,7 @@ def trace(pipe: DiffusionPipeline, network: nn.Module) -> Layers:
         name, x = modules[module], next(iter((*args, *kwargs.values())))
         dimensions.pop(name, None)
         dimensions[name] = x.ndim
-        if x.ndim == 2 and isinstance(module, nn.Linear):
+        if x.ndim == VECTOR and isinstance(module, nn.Linear):
             vectors.append(name)
 
     def after(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -99,7 +104,7 @@ def trace(pipe: DiffusionPipeline, network: nn.Module) -> Layers:
     call |= {"latents": small.to_latents(noise.to(pipe._execution_device, precision(network)))}
     call |= encode_prompt(pipe, "", guided=False)
     # The graph is only walked, never run: nothing needs to be kept for it.
-    nothing = torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda nothing: None)
+    nothing = torch.autograd.graph.saved_tensors_hooks(lambda tensor: zero, lambda nothing: zero)
     try:
         with torch.enable_grad(), nothing:
             step = first_step(pipe, network, **call)
@@ -116,7 +121,7 @@ def trace(pipe: DiffusionPipeline, network: nn.Module) -> Layers:
         else [
             name
             for name, count in dimensions.items()
-            if count > 2  # noqa: PLR2004
+            if count > VECTOR
             and getattr(network.get_submodule(name), "groups", 1) == 1
             and nodes[name] in reached
         ],
@@ -138,10 +143,11 @@ def _graph(root: Any) -> set[Any]:
     return found - {None}
 
 
-def plain_twin(network: nn.Module) -> Any:
-    """Return a second tree of modules over the same parameters, without LoRA; the given network stays as it is.
+def plain_twin(network: ModelMixin) -> ModelMixin:
+    """Return a second tree of modules over the same parameters, without LoRA.
 
-    A user's style LoRA is for the images, not for the refining pass; one that is fused into the weights stays there.
+    The given network stays as it is.  A user's style LoRA is for the images, not for the refining
+    pass; one that is fused into the weights stays there.
     """
     tensors = itertools.chain(network.parameters(), network.buffers())
     twin = copy.deepcopy(network, memo={id(tensor): tensor for tensor in tensors})
@@ -150,7 +156,9 @@ def plain_twin(network: nn.Module) -> Any:
     return twin
 
 
-def with_lora(network: nn.Module, rank: int, alpha: float, targets: list[str], head: str) -> Any:
+def with_lora(
+    network: ModelMixin, rank: int, alpha: float, targets: list[str], head: str
+) -> ModelMixin:
     """Return a twin of the network with a fresh LoRA and without the head's bias.
 
     The head's LoRA has at least the rank of its weight, so that it can cancel it.
@@ -185,7 +193,7 @@ def cancel(head: LoraLayer) -> None:
     up[:, : len(s)] = scaled.view(*scaled.shape, *up.shape[2:])
 
 
-def adapted(network: nn.Module) -> list[tuple[str, LoraLayer]]:
+def adapted(network: ModelMixin) -> list[tuple[str, LoraLayer]]:
     """Return the layers with the refiner's LoRA, by name."""
     return [
         (name, layer)
@@ -195,8 +203,8 @@ def adapted(network: nn.Module) -> list[tuple[str, LoraLayer]]:
 
 
 @torch.no_grad()
-def merge_lora(network: nn.Module) -> None:
-    """Replace every LoRA layer by a plain one with weights of its own; the shared weights stay as they are."""
+def merge_lora(network: ModelMixin) -> None:
+    """Replace every LoRA layer by a plain one with weights of its own; shared ones stay."""
     for name, layer in adapted(network):
         plain = layer.get_base_layer()
         merged = plain.weight.float() + layer.get_delta_weight(ADAPTER).float()
@@ -204,7 +212,7 @@ def merge_lora(network: nn.Module) -> None:
         network.set_submodule(name, plain)
 
 
-def merged_bytes(network: nn.Module) -> int:
+def merged_bytes(network: ModelMixin) -> int:
     """Return what the weights take that merging gives the refiner."""
     weights = (layer.get_base_layer().weight for _, layer in adapted(network))
     return sum(weight.numel() * weight.element_size() for weight in weights)
@@ -218,15 +226,15 @@ def free_memory(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def lora_state(network: nn.Module) -> dict[str, torch.Tensor]:
+def lora_state(network: ModelMixin) -> dict[str, torch.Tensor]:
     """Return the LoRA's tensors by their names in the network."""
     return get_peft_model_state_dict(network, adapter_name=ADAPTER)
 
 
 def save_lora(
-    pipe: DiffusionPipeline, network: nn.Module, path: str | Path, **metadata: str
+    pipe: DiffusionPipeline, network: ModelMixin, path: str | Path, **metadata: str
 ) -> None:
-    """Write the LoRA to a safetensors file in diffusers' format, with metadata beside diffusers' own.
+    """Write the LoRA to a safetensors file in diffusers' format, with metadata beside its own.
 
     Pipelines read it by load_lora_weights, those of them that have it.
     """
@@ -243,8 +251,8 @@ def save_lora(
 # The guidance scale as an input (appendix A.4)
 
 
-def add_scale_input(network: nn.Module, layer: str) -> None:
-    """Give the network a projection of the guidance scale's embedding onto what a layer reads; it starts at zero."""
+def add_scale_input(network: ModelMixin, layer: str) -> None:
+    """Add a projection of the guidance scale's embedding to what a layer reads, zero at first."""
     weight = network.get_submodule(layer).weight
     network.scale_input = nn.Linear(
         SCALE_EMBEDDING, weight.shape[1], bias=False, device=weight.device, dtype=weight.dtype
@@ -253,7 +261,7 @@ def add_scale_input(network: nn.Module, layer: str) -> None:
 
 
 def scale_embedding(guidance_scale: torch.Tensor) -> torch.Tensor:
-    """Return sines and cosines, (B, 256), of the scales' w = g - 1, (B,), as latent consistency models read them."""
+    """Return sines and cosines, (B, 256), of w = g - 1, (B,), as in Meng et al. (2023)."""
     half = SCALE_EMBEDDING // 2
     rates = torch.exp(torch.arange(half) * -(torch.log(torch.tensor(10000.0)) / (half - 1)))
     angles = (guidance_scale.float().cpu() - 1)[:, None] * 1000 * rates
@@ -261,7 +269,7 @@ def scale_embedding(guidance_scale: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def scale_given(network: nn.Module, layer: str, guidance_scale: torch.Tensor) -> Iterator[None]:
+def scale_given(network: ModelMixin, layer: str, guidance_scale: torch.Tensor) -> Iterator[None]:
     """While open, the layer reads the images' guidance scales, (B,), beside its input."""
     embedding = scale_embedding(guidance_scale)
 

@@ -1,4 +1,4 @@
-"""The initial noise x_T and the conditioning that a prompt becomes, for any text-to-image pipeline."""
+"""The initial noise x_T and what a prompt becomes, for any text-to-image pipeline."""
 
 import ast
 import copy
@@ -30,8 +30,8 @@ def image_size(
 ) -> tuple[int, int]:
     """Return height and width in pixels, the model's native size where None.
 
-    Raises ValueError where the model cannot make that size: both are from half the native size to twice it, in
-    multiples of 8 pixels and of the patches that the network reads.
+    Raises ValueError where the model cannot make that size: both are from half the native size to
+    twice it, in multiples of 8 pixels and of the patches that the network reads.
     """
     native = canvas(pipe)
     multiple = size_multiple(pipe)
@@ -41,14 +41,15 @@ def image_size(
     for side, own in zip(sides, natives, strict=True):
         if (
             isinstance(side, bool)
-            or side != side
+            or not math.isfinite(side)
             or side != int(side)
             or side % multiple
             or not own / 2 <= side <= own * 2
         ):
             raise ValueError(
-                f"This model makes pictures of {own // 2} to {own * 2} pixels a side in steps of {multiple}; "
-                f"{sides[1]} x {sides[0]} is not one of them. Its native size is {natives[1]} x {natives[0]}."
+                f"This model makes pictures of {own // 2} to {own * 2} pixels a side in steps of "
+                f"{multiple}; {sides[1]} x {sides[0]} is not one of them. Its native size is "
+                f"{natives[1]} x {natives[0]}."
             )
     return int(sides[0]), int(sides[1])
 
@@ -74,8 +75,8 @@ def draw_noise(
 ) -> torch.Tensor:
     """Return x_T ~ N(0, I), float32 on the CPU, (count, C, h, w).
 
-    Image i of the batch is what seed + i draws alone, on every device.  Unit variance: the pipelines
-    multiply `latents` by the scheduler's init_noise_sigma themselves.
+    Image i of the batch is what seed + i draws alone, on every device.  Unit variance: the
+    pipelines multiply `latents` by the scheduler's init_noise_sigma themselves.
 
     Raises ValueError for a seed outside 0 .. 2**32 - 1 and for a size the model cannot make.
     """
@@ -90,7 +91,8 @@ def draw_noise(
 def step_generator(seed: int) -> torch.Generator:
     """Return the generator of the noise that stochastic samplers add at their steps.
 
-    A generator of the seed itself would begin with x_T once more.  The CPU's uses 32 bits, which `~` all turns over.
+    A generator of the seed itself would begin with x_T once more.  The CPU's uses 32 bits, which
+    `~` all turns over.
     """
     return torch.Generator().manual_seed(~seed)
 
@@ -103,7 +105,7 @@ def check_seed(seed: int) -> None:
 
 def check_prompt_length(pipe: DiffusionPipeline, prompt: str) -> None:
     """Raise ValueError for a prompt that all of the pipeline's tokenizers would cut off."""
-    longest = inspect.signature(type(pipe).__call__).parameters.get("max_sequence_length")
+    longest = call_parameters(pipe).get("max_sequence_length")
     tokenizers = [
         part for part in pipe.components.values() if isinstance(part, PreTrainedTokenizerBase)
     ]
@@ -127,18 +129,20 @@ def check_prompt_length(pipe: DiffusionPipeline, prompt: str) -> None:
 def encode_prompt(
     pipe: DiffusionPipeline, prompt: str | list[str], guided: bool = True, negative_prompt: str = ""
 ) -> dict[str, Any]:
-    """Return the prompts as the pipeline's own keyword arguments, so that one encoding serves several calls.
+    """Return the prompts as the pipeline's own arguments: one encoding serves several calls.
 
-    They are what the pipeline's call makes of its `encode_prompt`: prompt_embeds, (B, tokens, width), and masks, pooled
-    embeddings and, if guided, negative ones, of one negative prompt for all, under the names that the family has for
-    them.  A pipeline that takes no embeddings gets the prompts themselves.
+    They are what the pipeline's call makes of its `encode_prompt`: prompt_embeds, (B, tokens,
+    width), and masks, pooled embeddings and, if guided, negative ones, of one negative prompt for
+    all, under the names that the family has for them.  A pipeline that takes no embeddings gets
+    the prompts themselves.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     guided = guided and can_guide(pipe)
     call: dict[str, Any] = {"prompt": prompts}
     if guided and (negative_prompt or "true_cfg_scale" in call_parameters(pipe)):
         call["negative_prompt"] = [negative_prompt] * len(prompts)
-    names = _encodings(type(pipe))
+    kind: Any = type(pipe)
+    names = _encodings(kind)
     if not names:
         return call
     twin, encoded = copy.copy(pipe), []
@@ -151,7 +155,7 @@ def encode_prompt(
 
     vars(twin)["encode_prompt"] = record
     reach_latents(twin, **call, **guidance_arguments(pipe, 2.0 if guided else 1.0))
-    taken = inspect.signature(type(pipe).__call__).parameters
+    taken = call_parameters(pipe)
     embeds: dict[str, Any] = {
         name: value
         for named, values in zip(names, encoded, strict=False)
@@ -166,12 +170,34 @@ def encode_prompt(
     return embeds
 
 
+def encoding_for(embeds: dict[str, Any], count: int) -> dict[str, Any]:
+    """Return the encoded prompts of `count` images, without negative ones.
+
+    One prompt is for all of them.  Raises ValueError for another number of prompts.
+    """
+    prompts = len(next(iter(embeds.values())))
+    if prompts not in (1, count):
+        raise ValueError(
+            f"There are {prompts} prompts for {count} images: give one for all or one for each."
+        )
+    embeds = {name: value for name, value in embeds.items() if not name.startswith("negative")}
+    return embeds if prompts == count else {k: _repeat(v, count) for k, v in embeds.items()}
+
+
+def _repeat(encoded: Any, count: int) -> Any:
+    """Return `count` of one prompt: a list's entries or along a tensor's first axis of length 1."""
+    if isinstance(encoded, list):
+        return encoded * count
+    axis = encoded.shape.index(1)
+    return encoded.expand(*encoded.shape[:axis], count, *encoded.shape[axis + 1 :])
+
+
 @functools.cache
 def _encodings(kind: type) -> list[list[str]]:
-    """Return what a pipeline's call names the values of its encode_prompt, for each time it calls that.
+    """Return what a pipeline's call names the values of its encode_prompt, each time it calls it.
 
-    diffusers' pipelines give them the names of their own parameters: `prompt_embeds, ... = self.encode_prompt(...)`.
-    Their order differs from family to family.
+    diffusers' pipelines give them the names of their own parameters: `prompt_embeds, ... =
+    self.encode_prompt(...)`. Their order differs from family to family.
     """
     source = textwrap.dedent(inspect.getsource(inspect.unwrap(kind.__call__)))
     assigned = [
@@ -193,7 +219,7 @@ def _encodings(kind: type) -> list[list[str]]:
 
 
 def slerp(x: torch.Tensor, y: torch.Tensor, fraction: float) -> torch.Tensor:
-    """Return the noise a fraction of the way from x to y, (B, C, h, w), along the sphere: of the same norm."""
+    """Return noise between x and y, (B, C, h, w), along the sphere, so that it has their norm."""
     if fraction in (0, 1):
         return y if fraction else x
     cosine = (x.flatten(1) * y.flatten(1)).sum(1)

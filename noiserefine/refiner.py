@@ -1,4 +1,7 @@
-"""The refiner g_phi: a LoRA on the pipeline's own denoiser that corrects x_T in one forward (paper, section 3.3)."""
+"""The refiner g_phi: a LoRA on the pipeline's own denoiser that corrects x_T in one forward.
+
+Paper, section 3.3.
+"""
 
 import contextlib
 import hashlib
@@ -8,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from peft import set_peft_model_state_dict
-from torch import nn
 
 from noiserefine import checkpoint, lora
 from noiserefine.checkpoint import RefinerConfig
 from noiserefine.denoiser import (
-    Canvas,
-    FirstStep,
     canvas_like,
     check_refinable,
     denoiser,
@@ -27,7 +27,7 @@ from noiserefine.denoiser import (
     silent,
     size_arguments,
 )
-from noiserefine.noise import encode_prompt
+from noiserefine.noise import encode_prompt, encoding_for
 
 MAX_STRENGTH = 3
 
@@ -35,16 +35,17 @@ MAX_STRENGTH = 3
 class Refiner:
     """x_T -> x_T + strength * correction, for the pipeline it was made with.
 
-    The refining network is a second tree of modules over the pipeline's own parameters, so the pipeline's
-    denoiser is never touched, wrapped or toggled, and its weights are not copied.  Merged, the layers with a LoRA
-    get weights of their own: nearly a second denoiser in memory, and the speed of a plain forward.
+    The refining network is a second tree of modules over the pipeline's own parameters, so the
+    pipeline's denoiser is never touched, wrapped or toggled, and its weights are not copied.
+    Merged, the layers with a LoRA get weights of their own: nearly a second denoiser in memory,
+    and the speed of a plain forward.
     """
 
     note = ""  # what to say of a pipeline that is not the base, in a sentence
     weights_sha256: str | None = None  # of the LoRA's file, which tells one refiner from another
     offload_hook: Any = None  # sends the network back to the CPU after its pass; see offload.py
 
-    def __init__(self, pipe: DiffusionPipeline, config: RefinerConfig, network: nn.Module):
+    def __init__(self, pipe: DiffusionPipeline, config: RefinerConfig, network: ModelMixin):
         self.pipe, self.config, self.network = pipe, config, network
 
     @classmethod
@@ -55,10 +56,10 @@ class Refiner:
         alpha: float | None = None,
         guidance_scale_range: list[float] | None = None,
     ) -> "Refiner":
-        """Return an untrained refiner, the identity: its LoRA on the last layer starts as minus that layer.
+        """Return an untrained refiner, the identity: its last layer's LoRA is minus that layer.
 
         guidance_scale_range: lowest and highest of the guidance scales it will take as an input
-        (appendix A.4), through a projection that starts at zero; None for a refiner without that input.
+        (appendix A.4), through a projection that starts at zero; None for none.
         Raises ValueError for a pipeline that cannot be refined, with what is missing.
         """
         check_refinable(pipe)
@@ -66,8 +67,8 @@ class Refiner:
         layers = lora.trace(pipe, lora.plain_twin(base))
         if guidance_scale_range is not None and layers.vector is None:
             raise ValueError(
-                f"No layer of {type(base).__name__} reads a vector, to which a guidance scale could be added: train its "
-                "refiner for one scale."
+                f"No layer of {type(base).__name__} reads a vector, to which a guidance scale "
+                "could be added: train its refiner for one scale."
             )
         config = RefinerConfig(
             rank=rank,
@@ -82,9 +83,7 @@ class Refiner:
             head=layers.head,
             vector=layers.vector,
             adds_input=layers.adds_input,
-            guidance_scale_range=None
-            if guidance_scale_range is None
-            else [float(scale) for scale in guidance_scale_range],
+            guidance_scale_range=guidance_scale_range and [*map(float, guidance_scale_range)],
         )
         network = build(base, config)
         lora.cancel(network.get_submodule(config.head))
@@ -96,35 +95,36 @@ class Refiner:
     ) -> "Refiner":
         """Load a refiner from a folder or a hub repository and check it against the pipeline.
 
-        merge: whether the LoRA is folded into weights of the refiner's own (faster, nearly a second denoiser in
-        memory) or stays apart over the pipeline's; None: folded in where that takes at most half of the free memory.
+        merge: whether the LoRA is folded into weights of the refiner's own (faster, nearly a
+        second denoiser in memory) or stays apart over the pipeline's; None: folded in where that
+        takes at most half of the free memory.
         Move the pipeline to its device first: the refiner's own weights stay where they are made.
-        Warns (UserWarning) where the pipeline is not the base it was trained on but may work, a fine-tune.
-        Raises FileNotFoundError where there is no refiner, and ValueError where the files are damaged or of
-        another format, or the pipeline's denoiser has another architecture or prediction type.
+        Warns (UserWarning) where the pipeline is not the base but may work, a fine-tune.
+        Raises FileNotFoundError where there is no refiner, and ValueError where the files are
+        damaged or of another format, or the pipeline's denoiser has another architecture or
+        prediction type.
         """
         check_refinable(pipe)
         folder, base = checkpoint.resolve(name_or_path), denoiser(pipe)
         config = checkpoint.read_config(folder)
         if reason := checkpoint.misfit(config, pipe):
             raise ValueError(
-                f"The refiner {name_or_path} was trained for {config.base_model} and doesn't fit: {reason}. Load "
-                f"{config.base_model} or a fine-tune of it, or train a refiner for this model with train/train_refiner.py."
+                f"The refiner {name_or_path} was trained for {config.base_model} and doesn't fit: "
+                f"{reason}. Load {config.base_model} or a fine-tune of it, or train a refiner for "
+                "this model with train/train_refiner.py."
             )
         path = folder / checkpoint.WEIGHTS_NAME
         state = checkpoint.read_tensors(path)
         checkpoint.check_rank(path, state, config.rank)
-        network = build(base, config)
-        state = {
-            name.removeprefix(f"{denoiser_name(pipe)}."): tensor for name, tensor in state.items()
-        }
+        network, prefix = build(base, config), f"{denoiser_name(pipe)}."
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
         checkpoint.check_tensors(path, state, lora.lora_state(network))
         set_peft_model_state_dict(network, state, adapter_name=lora.ADAPTER)
         if config.guidance_scale_range is not None:
-            scale_path = folder / checkpoint.SCALE_NAME
-            projection = checkpoint.read_tensors(scale_path)
-            checkpoint.check_tensors(scale_path, projection, network.scale_input.state_dict())
-            network.scale_input.load_state_dict(projection)
+            scale_path, projection = folder / checkpoint.SCALE_NAME, network.scale_input
+            state = checkpoint.read_tensors(scale_path)
+            checkpoint.check_tensors(scale_path, state, projection.state_dict())
+            projection.load_state_dict(state)
         refiner = cls(pipe, config, network)
         with open(path, "rb") as file:
             refiner.weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -139,7 +139,7 @@ class Refiner:
         return refiner
 
     def merge(self) -> None:
-        """Fold the LoRA into weights of the refiner's own; it can't be saved or trained after that."""
+        """Fold the LoRA into weights of the refiner's own; it is neither saved nor trained then."""
         lora.merge_lora(self.network)
 
     @property
@@ -147,10 +147,14 @@ class Refiner:
         return not lora.adapted(self.network)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write refiner.json and the LoRA, which pipe.load_lora_weights also reads. Raises ValueError for a merged refiner."""
+        """Write refiner.json and the LoRA, which pipe.load_lora_weights also reads.
+
+        Raises ValueError for a merged refiner.
+        """
         if self.merged:
             raise ValueError(
-                "This refiner was loaded merged: its LoRA is gone. Load it with merge=False to save it."
+                "This refiner was loaded merged: its LoRA is gone. Load it with merge=False to "
+                "save it."
             )
         checkpoint.write(folder, self.pipe, self.network, self.config)
 
@@ -163,23 +167,27 @@ class Refiner:
         return self.config.guidance_scale_range is not None
 
     def check_guidance_scale(self, guidance_scale: float | None) -> None:
-        """Raise ValueError for a scale that this refiner was not trained for, for one it cannot take, and for a missing one."""
+        """Raise ValueError for a scale that this refiner was not trained for, or cannot take."""
         scales = self.config.guidance_scale_range
         if scales is None:
             if guidance_scale is not None:
                 raise ValueError(
-                    "This refiner takes no guidance scale: it was trained for one. --guidance_scale_range of "
-                    "train/train_refiner.py trains one that does."
+                    "This refiner takes no guidance scale: it was trained for one. "
+                    "--guidance_scale_range of train/train_refiner.py trains one that does."
                 )
             return
         low, high = scales
         if guidance_scale is None or not low <= guidance_scale <= high:
             raise ValueError(
-                f"This refiner takes a guidance scale from {low:g} to {high:g}, which it was trained for; got {guidance_scale}."
+                f"This refiner takes a guidance scale from {low:g} to {high:g}, which it was "
+                f"trained for; got {guidance_scale}."
             )
 
     def scale_input(self, guidance_scale: float) -> float | None:
-        """Return the scale where this refiner takes it, else None. Raises ValueError for one that it was not trained for."""
+        """Return the scale where this refiner takes it, else None.
+
+        Raises ValueError for a scale that it was not trained for.
+        """
         scale = guidance_scale if self.takes_guidance_scale else None
         self.check_guidance_scale(scale)
         return scale
@@ -190,46 +198,48 @@ class Refiner:
         embeds: dict[str, Any],
         guidance_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return what strength 1 adds to x_T: (B, C, h, w) in float32, one forward at t = T, with gradient.
+        """Return what strength 1 adds to x_T: (B, C, h, w) in float32, with gradient.
 
-        embeds: what `encode_prompt` returns, for B prompts or for one.
-        guidance_scale: (B,), diffusers' g, for a refiner that takes it.
+        It costs one forward at t = T.
+
+        embeds          what `encode_prompt` returns, for B prompts or for one
+        guidance_scale  (B,), diffusers' g, for a refiner that takes it
         """
-        canvas, vector = canvas_like(self.pipe, x_T), self.config.vector
         scale: Any = contextlib.nullcontext()
         if self.takes_guidance_scale:
-            assert guidance_scale is not None and vector is not None
-            scale = lora.scale_given(self.network, vector, guidance_scale)
+            assert guidance_scale is not None and self.config.vector is not None
+            scale = lora.scale_given(self.network, self.config.vector, guidance_scale)
         if self.offload_hook:
             self.pipe.maybe_free_model_hooks()  # what an earlier call left on the device
         try:
             with scale:
-                prediction = self.predict(self.network, canvas, x_T, embeds)
+                return self.predict(self.network, x_T, embeds)
         finally:
             if self.offload_hook:
                 self.offload_hook.offload()
-        return canvas.from_sample(prediction.float())
 
     def predict(
-        self, network: nn.Module, canvas: Canvas, x_T: torch.Tensor, embeds: dict[str, Any]
+        self, network: ModelMixin, x_T: torch.Tensor, embeds: dict[str, Any]
     ) -> torch.Tensor:
-        """Return the prediction at t = T of a network in the denoiser's place, in the scheduler's layout.
+        """Return what a network in the denoiser's place predicts at t = T, like x_T in float32.
 
-        Without what the pipeline itself adds to the network's output where it does (SANA-Sprint adds its input).
+        What the pipeline itself adds to the network's output is subtracted, where it does:
+        SANA-Sprint's adds its input.
         """
-        call = images_of(embeds, len(x_T)) | guidance_arguments(self.pipe)
+        canvas = canvas_like(self.pipe, x_T)
+        call = encoding_for(embeds, len(x_T)) | guidance_arguments(self.pipe)
         call |= size_arguments(self.pipe, canvas.height, canvas.width)
         call["latents"] = canvas.to_latents(x_T.to(self.dtype))
-        if not self.config.adds_input:
-            return first_step(self.pipe, network, **call).prediction
         outputs: list[Any] = []
         handle = network.register_forward_hook(lambda module, args, output: outputs.append(output))
         try:
-            step: FirstStep = first_step(self.pipe, network, **call)
+            prediction = first_step(self.pipe, network, **call).prediction
         finally:
             handle.remove()
-        still = first_step(self.pipe, silent(network, outputs[0]), **call)
-        return step.prediction - still.prediction.detach()
+        if self.config.adds_input:
+            still = first_step(self.pipe, silent(network, outputs[0]), **call)
+            prediction = prediction - still.prediction.detach()
+        return canvas.from_sample(prediction.float())
 
     @torch.no_grad()
     def refine(
@@ -239,26 +249,28 @@ class Refiner:
         strength: float = 1.0,
         guidance_scale: float | None = None,
     ) -> torch.Tensor:
-        """Return the refined noise, (B, C, h, w), on the pipeline's device in its precision; the sum is made in float32.
+        """Return the refined noise, (B, C, h, w), on the pipeline's device in its precision.
 
-        x_T       (B, C, h, w), standard normal, not scaled by the scheduler
-        prompt    one for all or one for each, or what `encode_prompt` made of it
-        strength  0 returns x_T, 1 is what was trained; at least 0, at most 3
-        guidance_scale  the guided sampling to come near to, for a refiner that takes it (appendix A.4)
+        The sum is made in float32.
 
-        Raises ValueError for a strength or a scale that is no such number, for an x_T of another shape
-        and for prompts of another number.
+        x_T             (B, C, h, w), standard normal, not scaled by the scheduler
+        prompt          one for all or one for each, or what `encode_prompt` made of it
+        strength        0 returns x_T, 1 is what was trained; at least 0, at most 3
+        guidance_scale  the guided sampling to come near to, for a refiner that takes it
+
+        Raises ValueError for a strength or a scale that is no such number, for an x_T of another
+        shape and for prompts of another number.
         """
         check_strength(strength)
         self.check_guidance_scale(guidance_scale)
         canvas_like(self.pipe, x_T)
-        device = self.pipe._execution_device
         if strength == 0:
-            return x_T.to(device, self.dtype)
+            return x_T.to(self.pipe._execution_device, self.dtype)
         embeds = (
             prompt if isinstance(prompt, dict) else encode_prompt(self.pipe, prompt, guided=False)
         )
-        x_T = x_T.to(device, torch.float32)
+        encoded = (value.device for value in embeds.values() if torch.is_tensor(value))
+        x_T = x_T.to(next(encoded, None) or self.pipe._execution_device, torch.float32)
         scales = None if guidance_scale is None else torch.full((len(x_T),), guidance_scale)
         return (x_T + strength * self.correction(x_T, embeds, scales)).to(self.dtype)
 
@@ -269,12 +281,12 @@ class Refiner:
         strength: float = 1.0,
         guidance_scale: float | None = None,
     ) -> torch.Tensor:
-        """Return what `refine` returns in the pipeline's own layout, to be given to it as `latents`."""
+        """Return what `refine` returns, arranged as the pipeline takes it for `latents`."""
         x_hat = self.refine(x_T, prompt, strength, guidance_scale)
         return canvas_like(self.pipe, x_T).to_latents(x_hat)
 
 
-def build(base: nn.Module, config: RefinerConfig) -> Any:
+def build(base: ModelMixin, config: RefinerConfig) -> ModelMixin:
     """Return the refining network of a config, with a fresh LoRA."""
     network = lora.with_lora(base, config.rank, config.alpha, config.target_modules, config.head)
     if config.guidance_scale_range is not None:
@@ -283,31 +295,10 @@ def build(base: nn.Module, config: RefinerConfig) -> Any:
     return network
 
 
-def images_of(embeds: dict[str, Any], count: int) -> dict[str, Any]:
-    """Return the encoded prompts of `count` images, without negative ones; one prompt is for all of them.
-
-    Raises ValueError for another number of prompts.
-    """
-    prompts = len(next(iter(embeds.values())))
-    if prompts not in (1, count):
-        raise ValueError(
-            f"There are {prompts} prompts for {count} images: give one for all or one for each."
-        )
-    embeds = {name: value for name, value in embeds.items() if not name.startswith("negative")}
-    return embeds if prompts == count else {k: _repeat(v, count) for k, v in embeds.items()}
-
-
-def _repeat(value: Any, count: int) -> Any:
-    """Return what encodes one prompt, a list or a tensor whose first dimension of length 1 is the prompt's, for `count`."""
-    if isinstance(value, list):
-        return value * count
-    prompt = value.shape.index(1)
-    return value.expand(*value.shape[:prompt], count, *value.shape[prompt + 1 :])
-
-
 def check_strength(strength: float) -> None:
     """Raise ValueError for a refinement strength that is no number from 0 to 3."""
     if not math.isfinite(strength) or not 0 <= strength <= MAX_STRENGTH:
         raise ValueError(
-            f"The refinement strength is a number from 0 to {MAX_STRENGTH}, 1 as trained; got {strength}."
+            f"The refinement strength is a number from 0 to {MAX_STRENGTH}, 1 as trained; got "
+            f"{strength}."
         )

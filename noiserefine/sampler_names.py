@@ -10,8 +10,9 @@ PLAIN_SIGMAS: Settings = {
     "use_beta_sigmas": False,
 }
 
-# As diffusers' schedulers (paper, appendix A.10), for models with a beta schedule such as Stable Diffusion.
-# What another scheduler's config may lack is always set: from_config would take defaults that Stable Diffusion does not use.
+# As diffusers' schedulers (paper, appendix A.10), for models with a beta schedule such as Stable
+# Diffusion.  What another scheduler's config may lack is always set: from_config would take
+# defaults that Stable Diffusion does not use.
 SAMPLERS: Table = {
     "DDIM": (
         "DDIMScheduler",
@@ -40,7 +41,7 @@ SAMPLERS: Table = {
         },
     ),
     "Euler": ("EulerDiscreteScheduler", PLAIN_SIGMAS),
-    # The paper's "EDM": its second-order Heun solver on Karras sigmas; two forwards a step but for the last.
+    # The paper's "EDM": its second-order Heun solver on Karras sigmas, in 2 N - 1 forwards.
     "Heun (EDM)": ("HeunDiscreteScheduler", PLAIN_SIGMAS | {"use_karras_sigmas": True}),
 }
 

@@ -23,7 +23,7 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
 
 
 def has_beta_schedule(scheduler: SchedulerMixin) -> bool:
-    """Return whether the scheduler's noise schedule is one that Stable Diffusion's samplers read from its config."""
+    """Return whether Stable Diffusion's samplers read this noise schedule from its config."""
     config = scheduler.config
     special = "snr_shift_scale" in config or "original_inference_steps" in config
     return "beta_schedule" in config and not special and not is_flow(scheduler)
@@ -32,8 +32,8 @@ def has_beta_schedule(scheduler: SchedulerMixin) -> bool:
 def samplers_of(pipe: DiffusionPipeline) -> list[str]:
     """Return the names of the samplers that the pipeline's family takes, its default first.
 
-    Flow matching takes its own and those that the pipeline's call accepts: some pipelines pass their own sigmas, which not
-    every scheduler takes.  What is neither has its own only.
+    Flow matching takes its own and those that the pipeline's call accepts: some pipelines pass
+    their own sigmas, which not every scheduler takes.  What is neither has its own only.
     """
     if has_beta_schedule(pipe.scheduler):
         return list(SAMPLERS)
@@ -48,14 +48,17 @@ def samplers_of(pipe: DiffusionPipeline) -> list[str]:
 
 
 def timestep_spacing(scheduler: SchedulerMixin) -> str:
-    """Return the spacing a model asks for (SD-Turbo: "trailing", to start at t = 999 even in one step), else Stable Diffusion's "leading"."""
+    """Return the spacing a model asks for, else Stable Diffusion's "leading".
+
+    SD-Turbo's is "trailing", to start at t = 999 even in one step.
+    """
     config = scheduler.config
     default = "timestep_spacing" in config.get("_use_default_values", ())
     return "leading" if default else config.timestep_spacing
 
 
 def make_scheduler(sampler: str, pipe: DiffusionPipeline) -> SchedulerMixin:
-    """Return a new scheduler of that name with the noise schedule and prediction type of the pipeline's own.
+    """Return a new scheduler of that name with the noise schedule of the pipeline's own.
 
     Raises ValueError for a name that this family does not have.
     """
@@ -81,7 +84,7 @@ def make_scheduler(sampler: str, pipe: DiffusionPipeline) -> SchedulerMixin:
 
 
 def forwards(sampler: str | SchedulerMixin, steps: int) -> int:
-    """Return the forwards of an unguided sampling: Heun's method evaluates twice in every step but the last.
+    """Return the forwards of an unguided sampling; Heun's method makes 2 N - 1.
 
     sampler: a name, or a scheduler, which counts its own timesteps.
     """
@@ -93,7 +96,7 @@ def forwards(sampler: str | SchedulerMixin, steps: int) -> int:
 
 
 def set_steps(scheduler: SchedulerMixin, steps: int) -> None:
-    """Set a scheduler's timesteps without a pipeline, which gives some a shift that depends on the picture's size."""
+    """Set a scheduler's timesteps without a pipeline, which gives some a shift by the size."""
     arguments: dict[str, float | None] = {}
     if scheduler.config.get("use_dynamic_shifting"):
         arguments["mu"] = 1.0
@@ -103,7 +106,7 @@ def set_steps(scheduler: SchedulerMixin, steps: int) -> None:
 
 
 def with_sampler(pipe: DiffusionPipeline, sampler: str) -> DiffusionPipeline:
-    """Return the same pipeline, on the same weights, with a scheduler of its own; the given one is left as it is."""
+    """Return the same pipeline with a scheduler of its own; the given one stays as it is."""
     twin = copy.copy(pipe)
     vars(twin)["scheduler"] = make_scheduler(sampler, pipe)
     return twin
@@ -115,11 +118,12 @@ def predicted_x0(
     timestep: torch.Tensor,
     sample: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the x0 that a prediction at a step amounts to, like sample: equation 2 of the paper, and its counterparts.
+    """Return the x0 that a prediction at a step amounts to, like sample.
 
-    x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) e for predicted noise e and for v, x_t = x0 + sigma v for a flow's
-    velocity v, and a rotation for consistency models on it (trigonometric flow).
-    sample and timestep as `scheduler.step` takes them, which must not have been called for this step yet.
+    Equation 2 of the paper for predicted noise e, x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) e,
+    and its counterparts: for v, for a flow's velocity, x_t = x0 + sigma v, and a rotation for the
+    consistency models of trigonometric flow.
+    sample and timestep as `scheduler.step` takes them, which was not called for this step yet.
     """
     if scheduler.config.get("prediction_type") == "trigflow":
         angle = float(timestep)
@@ -144,7 +148,7 @@ def predicted_x0(
 
 @contextlib.contextmanager
 def watch_x0(scheduler: SchedulerMixin, on_x0: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """While open, the scheduler, one of the caller's own, calls on_x0 with the predicted x0 before every step."""
+    """While open, a scheduler of the caller's own calls on_x0 with the predicted x0 each step."""
     step = scheduler.step
 
     @functools.wraps(step)  # pipelines read from the signature what the sampler takes

@@ -1,7 +1,8 @@
 """Text-to-image pipelines of many families with tiny random weights, built without the hub.
 
-The configurations follow those of diffusers' own tests; text is read as bytes, so that every prompt differs from every
-other.  A new version of diffusers that breaks a family shows here first.
+The configurations follow those of diffusers' own tests; text is read as bytes, so that every
+prompt differs from every other.  A new version of diffusers that breaks a family shows here
+first.
 """
 
 import functools
@@ -32,7 +33,9 @@ def family(build):
 @functools.cache
 @torch.no_grad()
 def pipeline(name: str) -> d.DiffusionPipeline:
-    """The family's pipeline, one for all tests. Weights that start at zero are random too, so that nothing is trivially zero."""
+    """The family's pipeline, one for all tests. Weights that start at zero are random too, so
+    that nothing is trivially zero.
+    """
     torch.manual_seed(0)
     pipe = FAMILIES[name]()
     denoiser = next(
@@ -233,7 +236,7 @@ def always(pipe, **arguments):
 
 
 def embedding(prompts, *shape):
-    """Random embeddings of prompts, in place of a text encoder that is too large or does not run."""
+    """Random embeddings of prompts, for a text encoder that is too large or does not run."""
     prompts = [prompts] if isinstance(prompts, str) else prompts
     seeds = [int(hashlib.sha256(prompt.encode()).hexdigest()[:8], 16) for prompt in prompts]
     generators = map(torch.Generator().manual_seed, seeds)

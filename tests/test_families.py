@@ -1,4 +1,6 @@
-"""The refiner on pipelines of many families, tiny and random: nothing in the root of noiserefine names one of them."""
+"""The refiner on pipelines of many families, tiny and random: nothing in the root of noiserefine
+names one of them.
+"""
 
 import copy
 import functools
@@ -221,7 +223,9 @@ def test_latents_are_the_pipelines_own(pipe):
 
 
 def detached(pipe, x, generator):
-    """x0 with gradient, by the pipeline's own call with all outputs of its denoiser detached (equation 5)."""
+    """x0 with gradient, by the pipeline's own call with all outputs of its denoiser detached
+    (equation 5).
+    """
     network, scheduler = denoiser(pipe), copy.deepcopy(pipe.scheduler)
     step, set_timesteps, last = scheduler.step, scheduler.set_timesteps, []
 
@@ -285,7 +289,9 @@ class without_no_grad:
 
 
 def test_gain_is_that_of_autograd(name, pipe):
-    """Equation 4 through the pipeline's own sampling: x0 depends on x_T by a scalar, which the gain is."""
+    """Equation 4 through the pipeline's own sampling: x0 depends on x_T by a scalar, which the
+    gain is.
+    """
     if name in NO_GRADIENT:
         with pytest.raises(ValueError, match="replaces it"):
             sampler_gain(pipe.scheduler, STEPS)

@@ -1,4 +1,6 @@
-"""The loss against autograd through the whole sampling with detached predictions (equations 4 and 5)."""
+"""The loss against autograd through the whole sampling with detached predictions (equations 4 and
+5).
+"""
 
 import pytest
 import torch
@@ -68,7 +70,9 @@ def test_gradient_is_that_of_detached_sampling(pipe, sampler, prediction_type):
 
 
 def test_zero_terminal_snr(pipe):
-    """Where the sampler starts at T, from pure noise, v is held if the network predicts it, and noise cannot be."""
+    """Where the sampler starts at T, from pure noise, v is held if the network predicts it, and
+    noise cannot be.
+    """
     schedulers = {
         spacing: DDIMScheduler.from_config(
             make_scheduler("DDIM", pipe).config,
@@ -114,7 +118,9 @@ def test_gain_of_ddim_is_equation_26(pipe):
 
 
 def test_ddim_is_stable_diffusions_own_from_any_scheduler(pipe, sdxl):
-    """Another scheduler's config lacks settings whose defaults in DDIM would clip latents to [-1, 1]."""
+    """Another scheduler's config lacks settings whose defaults in DDIM would clip latents to [-1,
+    1].
+    """
     gains = [
         sampler_gain(make_scheduler("DDIM", p), 10)
         for p in (pipe, sdxl, with_sampler(pipe, "Euler"), with_sampler(pipe, "DPM++ 2M"))

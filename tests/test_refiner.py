@@ -37,7 +37,9 @@ def test_strength(any_pipe):
 
 
 def test_prompt_encoding_is_the_pipelines_own(any_pipe):
-    """Embeddings encoded once give the pixels that the pipeline's own call with a prompt gives, guided and not."""
+    """Embeddings encoded once give the pixels that the pipeline's own call with a prompt gives,
+    guided and not.
+    """
     latents = draw_noise(any_pipe, 0)
     for guidance_scale in (1.0, 4.0):
         settings = dict(
@@ -60,7 +62,9 @@ def test_one_forward(any_pipe):
 
 
 def test_conditioning_is_the_pipelines_own(any_pipe):
-    """The refining pass must see the prompt exactly as the pipeline's own unguided call shows it to the UNet."""
+    """The refining pass must see the prompt exactly as the pipeline's own unguided call shows it
+    to the UNet.
+    """
     seen = []
     for unet, call in (
         (any_pipe.unet, lambda: output(any_pipe)),
@@ -258,7 +262,9 @@ def test_refiner_of_another_backbone(sdxl):
 
 
 def test_the_shipped_refiner_refines(pipe, refiner):
-    """On held-out prompts the refined arm ends nearer to the guided images, and closes half of the gap in objects recognised."""
+    """On held-out prompts the refined arm ends nearer to the guided images, and closes half of
+    the gap in objects recognised.
+    """
     prompts = held_out_prompts(96)
     x_T, embeds = draw_noise(pipe, 10**6, len(prompts)), encode_prompt(pipe, prompts)
     (judge,) = load_metrics(["judge"], None, pipe.device)

@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from noiserefine.checkpoint import CONFIG_NAME, RefinerConfig, check_tensors, read_tensors
-from noiserefine.denoiser import canvas_like
 from noiserefine.lora import with_lora
 from noiserefine.refiner import Refiner
 
@@ -107,9 +106,8 @@ class Difference(Raw):
         guidance_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         with torch.no_grad():
-            canvas = canvas_like(self.pipe, x_T)
-            base = self.predict(self.pipe.unet, canvas, x_T, embeds)
-        return super().correction(x_T, embeds) - canvas.from_sample(base.float())
+            base = self.predict(self.pipe.unet, x_T, embeds)
+        return super().correction(x_T, embeds) - base
 
 
 class Autocast(Alternative):

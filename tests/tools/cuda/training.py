@@ -120,7 +120,7 @@ def main() -> None:
         (f"{name}, training", options),
         (f"{name}, training in the least memory", replace(options, **LEAST_MEMORY)),
     ):
-        report(title, **measure(Step(pipe, chosen), 1 if args.small else 2))
+        report(title, **measure(Step(pipe, chosen), 1 if args.small else 3))
         free_memory()
 
 

@@ -1,6 +1,5 @@
 """Sampling with classifier-free or perturbed-attention guidance, or both, on one set of weights."""
 
-import functools
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from noiserefine.denoiser import (
     size_arguments,
 )
 from noiserefine.noise import step_generator
+from noiserefine.samplers import with_step
 
 
 def sample(
@@ -89,29 +89,23 @@ def sample_latents(
     seed    of the noise that stochastic samplers add
     guidance: guidance_scale and pag_scale, as `sample` takes them; unguided by default
     """
-    canvas, scheduler = canvas_like(pipe, x_T), pipe.scheduler
-    step = scheduler.step
+    canvas, step = canvas_like(pipe, x_T), pipe.scheduler.step
+    x_T = x_T.detach().to(pipe._execution_device, precision(denoiser(pipe)))
     last: list[torch.Tensor] = []
 
-    @functools.wraps(step)  # pipelines read from the signature what the sampler takes
     def keep(*args, **kwargs):
         made = step(*args, **kwargs)
         last[:] = [made[0] if isinstance(made, tuple) else made.prev_sample]
         return made
 
-    scheduler.step = keep
-    try:
+    with with_step(pipe.scheduler, keep):
         sample(
             pipe,
-            latents=canvas.to_latents(
-                x_T.detach().to(pipe._execution_device, precision(denoiser(pipe)))
-            ),
+            latents=canvas.to_latents(x_T),
             num_inference_steps=steps,
             generator=step_generator(seed),
             output_type="latent",
             **size_arguments(pipe, canvas.height, canvas.width),
             **guidance | embeds,
         )
-    finally:
-        del scheduler.step
     return canvas.from_sample(last[0])

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from noiserefine.denoiser import (
+    ForwardCounter,
     canvas,
     denoiser_name,
     first_step,
@@ -93,6 +94,7 @@ def trace(pipe: DiffusionPipeline, network: ModelMixin) -> Layers:
         nodes[modules[module]] = output.grad_fn
         return output
 
+    counter = ForwardCounter()
     handles = [network.register_forward_hook(lambda module, args, output: outputs.append(output))]
     for module in modules:
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -100,17 +102,23 @@ def trace(pipe: DiffusionPipeline, network: ModelMixin) -> Layers:
     small = canvas(pipe)
     small = canvas(pipe, small.height // 2, small.width // 2)
     noise = torch.randn(1, *small.shape, generator=torch.Generator().manual_seed(0))
-    call = guidance_arguments(pipe) | size_arguments(pipe, small.height, small.width)
+    unguided = guidance_arguments(pipe)
+    call = unguided | size_arguments(pipe, small.height, small.width)
     call |= {"latents": small.to_latents(noise.to(pipe._execution_device, precision(network)))}
     call |= encode_prompt(pipe, "", guided=False)
     # The graph is only walked, never run: nothing needs to be kept for it.
     nothing = torch.autograd.graph.saved_tensors_hooks(lambda tensor: zero, lambda nothing: zero)
     try:
-        with torch.enable_grad(), nothing:
+        with torch.enable_grad(), nothing, counter.watch(network):
             step = first_step(pipe, network, **call)
     finally:
         for handle in handles:
             handle.remove()
+    if counter.count > 1:
+        raise ValueError(
+            f"{type(pipe).__name__} cannot be refined: its guidance cannot be switched off, it "
+            f"calls its denoiser {counter.count} times a step with {unguided}."
+        )
     reached = _graph(step.prediction.grad_fn)
     with torch.no_grad():
         still = first_step(pipe, silent(network, outputs[0]), **call)

@@ -147,19 +147,26 @@ def predicted_x0(
 
 
 @contextlib.contextmanager
+def with_step(scheduler: SchedulerMixin, step: Callable) -> Iterator[None]:
+    """While open, a function stands in for the scheduler's step."""
+    before = vars(scheduler).get("step")
+    scheduler.step = functools.wraps(scheduler.step)(step)  # pipelines read from its signature
+    try:
+        yield
+    finally:  # a step of its own would hold the scheduler until the next full garbage collection
+        del scheduler.step
+        if before is not None:
+            scheduler.step = before
+
+
+@contextlib.contextmanager
 def watch_x0(scheduler: SchedulerMixin, on_x0: Callable[[torch.Tensor], None]) -> Iterator[None]:
     """While open, a scheduler of the caller's own calls on_x0 with the predicted x0 each step."""
     step = scheduler.step
 
-    @functools.wraps(step)  # pipelines read from the signature what the sampler takes
     def watched(model_output, timestep, sample, *args, **kwargs):
         on_x0(predicted_x0(scheduler, model_output, timestep, sample))
         return step(model_output, timestep, sample, *args, **kwargs)
 
-    scheduler.step = watched
-    try:
+    with with_step(scheduler, watched):
         yield
-    finally:
-        del (
-            scheduler.step
-        )  # it holds the scheduler, which would live on until the next full garbage collection

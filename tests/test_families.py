@@ -4,30 +4,34 @@ names one of them.
 
 import copy
 import functools
-import inspect
+from contextlib import nullcontext
 
+import diffusers as d
 import pytest
 import torch
 from families import FAMILIES, pipeline
 from torch.utils._pytree import tree_map
 
 from noiserefine import Refiner
+from noiserefine.checkpoint import is_refiner_file
 from noiserefine.denoiser import (
     ForwardCounter,
     can_guide,
     canvas,
     canvas_like,
+    check_class,
     denoiser,
     guidance_arguments,
-    guidance_kind,
     size_arguments,
     with_parts,
 )
 from noiserefine.guidance import sample, sample_latents
-from noiserefine.latents import decode
+from noiserefine.latents import decode, fit_preview
+from noiserefine.lora import save_lora
+from noiserefine.models.offload import offload
 from noiserefine.msd import msd_loss, sampler_gain
 from noiserefine.noise import encode_prompt
-from noiserefine.samplers import make_scheduler, samplers_of
+from noiserefine.samplers import is_flow, samplers_of, watch_x0, with_sampler
 
 PROMPTS = ["a red apple", "two cats on a roof"]
 STEPS = 3
@@ -222,12 +226,11 @@ def test_latents_are_the_pipelines_own(pipe):
     torch.testing.assert_close(size.from_sample(first), sigma * drawn)
 
 
-def detached(pipe, x, generator):
-    """x0 with gradient, by the pipeline's own call with all outputs of its denoiser detached
-    (equation 5).
-    """
-    network, scheduler = denoiser(pipe), copy.deepcopy(pipe.scheduler)
-    step, set_timesteps, last = scheduler.step, scheduler.set_timesteps, []
+def detached(pipe, x):
+    """x0 with gradient, by the pipeline's own call with its denoiser's output detached (eq. 5)."""
+    network, scheduler, last = denoiser(pipe), copy.deepcopy(pipe.scheduler), []
+    graded = with_parts(pipe, scheduler=scheduler)
+    step, prepare_latents = scheduler.step, graded.prepare_latents
 
     @functools.wraps(step)
     def keep(*args, **kwargs):
@@ -235,57 +238,26 @@ def detached(pipe, x, generator):
         last[:] = [made[0] if isinstance(made, tuple) else made.prev_sample]
         return made
 
-    @functools.wraps(set_timesteps)
+    @functools.wraps(prepare_latents)
     def enable(*args, **kwargs):
-        set_timesteps(*args, **kwargs)
-        torch.set_grad_enabled(True)
+        torch.set_grad_enabled(True)  # until the pipeline's no_grad ends
+        return prepare_latents(*args, **kwargs)
 
-    def cut(module, args, output):
+    def detach(module, args, output):
         torch.set_grad_enabled(True)
         return tree_map(torch.Tensor.detach, output)
 
-    def off(module, args):
+    def disable(module, args):
         torch.set_grad_enabled(False)
 
-    scheduler.step, scheduler.set_timesteps = keep, enable
-    handles = [network.register_forward_pre_hook(off), network.register_forward_hook(cut)]
-    graded = with_parts(pipe, scheduler=scheduler)
+    scheduler.step, graded.prepare_latents = keep, enable
+    handles = [network.register_forward_pre_hook(disable), network.register_forward_hook(detach)]
     try:
-        with without_no_grad(graded):
-            call(graded, x, output_type="latent", generator=generator)
+        call(graded, x, output_type="latent")
     finally:
-        torch.set_grad_enabled(True)
         for handle in handles:
             handle.remove()
-    return canvas_like(pipe, x).from_sample(last[0].float())
-
-
-class without_no_grad:
-    """While open, the pipeline's call is not under no_grad: what that decorator wraps is called."""
-
-    def __init__(self, pipe):
-        self.pipe, self.kind = pipe, type(pipe)
-
-    def __enter__(self):
-        wrapped = inspect.unwrap(self.kind.__call__)
-        defaults = {}
-        for function in (self.kind.__call__,):
-            for cell in function.__closure__ or ():
-                if isinstance(cell.cell_contents, dict):
-                    defaults |= cell.cell_contents
-
-        @functools.wraps(wrapped)
-        def plain(pipe, *args, **kwargs):
-            return wrapped(pipe, *args, **defaults | kwargs)
-
-        self.pipe.__class__ = type(
-            self.kind.__name__,
-            (self.kind,),
-            {"__call__": plain, "__module__": self.kind.__module__},
-        )
-
-    def __exit__(self, *_):
-        self.pipe.__class__ = self.kind
+    return canvas_like(pipe, x).from_sample(last[0])
 
 
 def test_gain_is_that_of_autograd(name, pipe):
@@ -297,7 +269,7 @@ def test_gain_is_that_of_autograd(name, pipe):
             sampler_gain(pipe.scheduler, STEPS)
         return
     x = noise(pipe, 1).requires_grad_()
-    x0 = detached(pipe, x, torch.Generator().manual_seed(0))
+    x0 = detached(pipe, x)
     direction = torch.randn_like(x0)
     (gradient,) = torch.autograd.grad((x0 * direction).sum(), x)
     gain = float((gradient / direction).median())
@@ -360,10 +332,119 @@ def test_guidance_scale_as_an_input(name, pipe):
 
 
 def test_samplers(pipe):
-    """All that the family takes make finite latents, and flow matching's have the gain 1."""
+    """All make finite latents; flow matching's have the gain 1 and end in the x0 they predict."""
     x, embeds = noise(pipe, 1), encode_prompt(pipe, PROMPTS[:1])
     for sampler in samplers_of(pipe):
-        twin = with_parts(pipe, scheduler=make_scheduler(sampler, pipe))
-        assert sample_latents(twin, x, embeds, STEPS).isfinite().all(), sampler
-        if guidance_kind(pipe) == "cfg" and "Flow" in type(pipe.scheduler).__name__:
+        twin, predicted = with_sampler(pipe, sampler), []
+        with watch_x0(twin.scheduler, predicted.append) if has_x0(twin) else nullcontext():
+            x0 = sample_latents(twin, x, embeds, STEPS)
+        assert x0.isfinite().all(), sampler
+        if is_flow(twin.scheduler):
             assert sampler_gain(twin.scheduler, STEPS) == pytest.approx(1, rel=1e-4), sampler
+            last = canvas_like(pipe, x).from_sample(predicted[-1])
+            torch.testing.assert_close(last, x0, rtol=1e-3, atol=1e-3)
+
+
+def has_x0(pipe):
+    return hasattr(pipe.scheduler, "sigmas") or hasattr(pipe.scheduler, "alphas_cumprod")
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "pixart_sigma", "sana"])
+def test_perturbed_attention_guidance(name):
+    """It leaves the network's attention processors as they were, after an exception too."""
+    pipe = pipeline(name)
+    x, embeds = noise(pipe, 1), encode_prompt(pipe, PROMPTS[0])
+    before, processors = raw(pipe, x), list(denoiser(pipe).attn_processors.values())
+    plain = sample_latents(pipe, x, embeds, STEPS)
+    assert not torch.equal(plain, sample_latents(pipe, x, embeds, STEPS, pag_scale=3.0))
+    with pytest.raises(TypeError):
+        sample(pipe, pag_scale=3.0, no_such_argument=1, **embeds)
+    assert list(denoiser(pipe).attn_processors.values()) == processors
+    assert torch.equal(raw(pipe, x), before)
+
+
+def test_guidance_that_a_pipeline_lacks():
+    with pytest.raises(ValueError, match="no perturbed-attention guidance for FluxPipeline"):
+        sample(pipeline("flux_dev"), prompt="a cat", pag_scale=3.0)
+    for name in ("lcm", "flux2_dev", "sana_sprint"):
+        with pytest.raises(ValueError, match="no classifier-free guidance"):
+            sample(pipeline(name), prompt="a cat", guidance_scale=3.0)
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux_dev", "qwen_image"])  # kinds of latents
+def test_preview(name):
+    pipe = pipeline(name)
+    x = noise(pipe, 1)
+    picture = fit_preview(pipe)(x)
+    assert picture.size == (x.shape[3], x.shape[2]) and len(picture.getcolors(10**6)) > 1
+
+
+@pytest.mark.parametrize(
+    "kind, says",
+    [
+        (d.StableDiffusionImg2ImgPipeline, "changes a given picture"),
+        (d.FluxInpaintPipeline, "changes a given picture"),
+        (d.WanPipeline, "makes videos"),
+        (d.AnimateDiffPipeline, "makes videos"),
+        (d.DiTPipeline, "takes no `latents`"),
+        (d.DDPMPipeline, "takes no `latents`"),
+    ],
+)
+def test_pipelines_that_cannot_be_refined(kind, says):
+    with pytest.raises(ValueError, match=f"{kind.__name__} cannot be refined: it.*{says}"):
+        check_class(kind)
+
+
+class Restless(d.StableDiffusionPipeline):
+    """Guides whatever it is asked for."""
+
+    do_classifier_free_guidance = True
+
+
+def test_guidance_that_cannot_be_switched_off():
+    restless = Restless(**pipeline("sd15").components, requires_safety_checker=False)
+    with pytest.raises(ValueError, match="cannot be switched off"):
+        Refiner.create(restless, 8)
+
+
+def test_refiners_of_other_models(tmp_path):
+    Refiner.create(pipeline("sd3"), 8).save_pretrained(tmp_path)
+    for name, says in (
+        ("sd15", "a UNet2DConditionModel and its base's a SD3Transformer2DModel"),
+        ("sana", "a SanaTransformer2DModel and its base's"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            Refiner.from_pretrained(tmp_path, pipeline(name))
+    Refiner.create(pipeline("sd15"), 8).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="predicts “v_prediction” and its base “epsilon”|another"):
+        Refiner.from_pretrained(tmp_path, pipeline("sd2_v"))
+    with pytest.raises(ValueError, match="a FluxTransformer2DModel and its base's a UNet2D"):
+        Refiner.from_pretrained(tmp_path, pipeline("flux_dev"))
+
+
+def test_files_say_that_they_are_refiners(tmp_path):
+    pipe = pipeline("sd3")
+    refiner = Refiner.create(pipe, 8)
+    refiner.save_pretrained(tmp_path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    assert is_refiner_file(file)
+    assert is_refiner_file(file.rename(tmp_path / "downloaded.safetensors")), "by its metadata"
+    save_lora(pipe, refiner.network, tmp_path / "style.safetensors")
+    assert not is_refiner_file(tmp_path / "style.safetensors")
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux_dev", "z_image"])
+def test_offloading_changes_nothing(name, tmp_path):
+    pipe = copy.copy(pipeline(name))
+    parts = {key: copy.deepcopy(part) for key, part in pipe.components.items()}
+    offloaded = type(pipe)(**parts)
+    offloaded.set_progress_bar_config(disable=True)
+    x = noise(pipe, 1)
+    torch.manual_seed(0)
+    Refiner.create(pipe, 8).save_pretrained(tmp_path)
+    expected = call(pipe, x, latents=Refiner.from_pretrained(tmp_path, pipe)(x, PROMPTS[0]))
+    refiner = Refiner.from_pretrained(tmp_path, offloaded)
+    offload(offloaded, refiner, "model", "cpu")
+    for _ in range(2):
+        made = call(offloaded, x, latents=refiner(x, PROMPTS[0]))
+        assert made.images[0].tobytes() == expected.images[0].tobytes()

@@ -1,15 +1,18 @@
+import copy
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import EMOJI, EMOJI_REFINER, output, perturbed
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.denoiser import ForwardCounter
 from noiserefine.latents import decode
+from noiserefine.lora import UNET_TARGETS, merge_lora
 from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt
 from train.captions import held_out_prompts
@@ -129,6 +132,33 @@ def test_save_and_load_are_exact(any_pipe, tmp_path):
     torch.testing.assert_close(merged(x_T, PROMPTS), refiner(x_T, PROMPTS), rtol=0, atol=2e-5)
     with pytest.raises(ValueError, match="merge=False"):
         merged.save_pretrained(tmp_path / "again")
+
+
+@pytest.mark.parametrize("name, scale", [("emoji", None), ("emoji-scales", 3.0)])
+@pytest.mark.parametrize("merge", [False, True])
+def test_embedded_files_are_a_plain_forward(pipe, name, scale, merge):
+    """To the bit: the UNet's own forward with their LoRA, and the scale as diffusers embeds it."""
+    folder, x_T = str(Path(EMOJI_REFINER).parent / name), draw_noise(pipe, 7, 2)
+    unet = copy.deepcopy(pipe.unet)
+    lora = load_file(f"{folder}/pytorch_lora_weights.safetensors")
+    rank = json.loads(Path(f"{folder}/refiner.json").read_text())["rank"]
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=UNET_TARGETS), "refiner")
+    state = {key.removeprefix("unet."): tensor for key, tensor in lora.items()}
+    set_peft_model_state_dict(unet, state, adapter_name="refiner")
+    unet.conv_out.get_base_layer().bias = None
+    if merge:
+        merge_lora(unet)
+    call = {"encoder_hidden_states": encode_prompt(pipe, PROMPTS)["prompt_embeds"]}
+    if scale is not None:
+        projection = load_file(f"{folder}/guidance_embedding.safetensors")["weight"].float()
+        unet.time_embedding.cond_proj = torch.nn.Linear(*reversed(projection.shape), bias=False)
+        unet.time_embedding.cond_proj.weight.data = projection
+        w = torch.full((2,), scale - 1)
+        call["timestep_cond"] = pipe.get_guidance_scale_embedding(w, embedding_dim=256)
+    with torch.no_grad():
+        expected = x_T + unet(x_T, 999, **call).sample
+    refiner = Refiner.from_pretrained(folder, pipe, merge=merge)
+    assert torch.equal(refiner(x_T, PROMPTS, guidance_scale=scale), expected)
 
 
 def test_plain_diffusers_loads_the_file(tmp_path):

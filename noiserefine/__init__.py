@@ -7,7 +7,7 @@ __all__ = list(HOMES)
 
 
 def __getattr__(name: str):
-    """Imports torch and diffusers when they are needed, not when the page is drawn."""
+    """Import torch and diffusers when they are needed, not when the page is drawn."""
     if name in HOMES:
         return getattr(importlib.import_module(HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

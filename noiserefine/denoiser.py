@@ -414,6 +414,8 @@ class ForwardCounter:
 
     @contextlib.contextmanager
     def watch(self, *networks: nn.Module) -> Iterator["ForwardCounter"]:
+        """Count while the context is open."""
+
         def count(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             self.count += _rows(args, kwargs)
 

@@ -144,6 +144,7 @@ class Refiner:
 
     @property
     def merged(self) -> bool:
+        """Return whether the LoRA is folded into the refiner's weights."""
         return not lora.adapted(self.network)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -160,10 +161,12 @@ class Refiner:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Return the denoiser's precision."""
         return precision(denoiser(self.pipe))
 
     @property
     def takes_guidance_scale(self) -> bool:
+        """Return whether the refiner reads a guidance scale (appendix A.4)."""
         return self.config.guidance_scale_range is not None
 
     def check_guidance_scale(self, guidance_scale: float | None) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -36,7 +37,7 @@ def few_step_scheduler(
     ):
         if config.is_file():
             settings = json.loads(config.read_text(encoding="utf-8"))
-            kind = getattr(diffusers, str(settings.pop("_class_name", "")), None)
+            kind: Any = getattr(diffusers, str(settings.pop("_class_name", "")), None)
             if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
                 raise ValueError(f"brings {config}, which names no scheduler of diffusers")
             return kind.from_config({**pipe.scheduler.config, **settings}), _says(
@@ -54,6 +55,7 @@ def few_step_scheduler(
 def _says(where: str, kind: type, steps: str) -> str:
     name = kind.__name__.removesuffix("Scheduler").removesuffix("Discrete")
     return (
-        f"{where} says that it is for few steps: sample it with {steps} steps, guidance scale 1 and the "
+        f"{where} says that it is for few steps: sample it with {steps} steps, guidance scale 1 "
+        f"and the "
         f"sampler Native, which is now {name} from the last timestep on."
     )

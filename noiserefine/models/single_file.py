@@ -129,12 +129,13 @@ def markers(header: Header) -> tuple[set[str], bool]:
         found.add(V)
     for key in ("modelspec.prediction_type", "modelspec.predict_key"):
         if word := metadata.get(key):
-            if _kind(word) is None:
+            kind = _kind(word)
+            if kind is None:
                 raise ValueError(
                     f"{header.path} predicts {word!r} ({key}); models that predict v or epsilon "
                     "work as single files."
                 )
-            found.add(_kind(word))
+            found.add(kind)
     said = metadata.get("ss_v_parameterization", "").lower()
     if said in YES + NO:
         found.add(V if said in YES else EPSILON)

@@ -61,14 +61,17 @@ class SiTPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
+        """Return g of the present call."""
         return self._guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
+        """Return whether the present call is guided."""
         return self._guidance_scale > 1
 
     @property
     def interrupt(self) -> bool:
+        """Return whether a callback has asked to stop."""
         return self._interrupt
 
     @property

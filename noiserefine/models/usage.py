@@ -13,7 +13,8 @@ from noiserefine.samplers import samplers_of
 def usage_of(pipe: DiffusionPipeline, backbone: Backbone | None) -> Usage:
     """Return where a model's sliders start, for a model of any pipeline class.
 
-    A model that cannot be guided has no guidance scale, and the sampler is one that the model takes.
+    A model that cannot be guided has no guidance scale, and the sampler is one that the model
+    takes.
     """
     usage = backbone.usage if backbone else FAMILIES.get(type(pipe).__name__) or _own_usage(pipe)
     if not can_guide(pipe):

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -215,7 +216,7 @@ def _in_diffusers_names(
     return converted[0] if isinstance(converted, tuple) else converted
 
 
-def _inject(network: nn.Module, changes: dict[str, Change]) -> None:
+def _inject(network: Any, changes: dict[str, Change]) -> None:
     """Add the adapter with these changes of its modules to a network."""
     ranks = {module: len(each.down) for module, each in changes.items()}
     most = Counter(ranks.values()).most_common(1)[0][0]
@@ -271,7 +272,7 @@ def adapter_layers(*networks: nn.Module) -> Iterator[BaseTunerLayer]:
                 yield layer
 
 
-def _networks(pipe: DiffusionPipeline) -> list[nn.Module]:
+def _networks(pipe: DiffusionPipeline) -> list[Any]:
     found = (getattr(pipe, name, None) for name in NETWORKS)
     return [network for network in found if isinstance(network, nn.Module)]
 

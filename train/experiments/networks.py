@@ -89,6 +89,7 @@ class Raw(Alternative):
 
     @classmethod
     def build(cls, pipe: DiffusionPipeline, config: RefinerConfig) -> UNet2DConditionModel:
+        """Return the UNet with a LoRA whose last layer is not cancelled."""
         unet = with_lora(pipe.unet, config.rank, config.alpha, config.target_modules, config.head)
         unet.conv_out.get_base_layer().bias = pipe.unet.conv_out.bias
         return unet
@@ -105,6 +106,7 @@ class Difference(Raw):
         embeds: dict[str, torch.Tensor],
         guidance_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Return the difference of the two forwards, (B, C, h, w)."""
         with torch.no_grad():
             base = self.predict(self.pipe.unet, x_T, embeds)
         return super().correction(x_T, embeds) - base
@@ -119,6 +121,7 @@ class Autocast(Alternative):
         embeds: dict[str, torch.Tensor],
         guidance_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Return the network's output under autocast, (B, C, h, w)."""
         dtype = self.pipe.unet.dtype
         with torch.autocast(x_T.device.type, dtype, enabled=dtype != torch.float32):
             return super().correction(x_T, embeds)
@@ -134,6 +137,7 @@ class Scratch(Autocast):
 
     @classmethod
     def build(cls, pipe: DiffusionPipeline, config: RefinerConfig) -> UNet2DConditionModel:
+        """Return a UNet with random weights."""
         unet = UNet2DConditionModel.from_config(pipe.unet.config).to(pipe.device)
         nn.init.zeros_(unet.conv_out.weight)
         nn.init.zeros_(unet.conv_out.bias)
@@ -163,6 +167,7 @@ class GaussianOfPrompt(nn.Module):
     def forward(
         self, x: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **_
     ) -> tuple[torch.Tensor]:
+        """Return the correction of x, (B, C, h, w), by the prompts' moments."""
         moments = self.layers(encoder_hidden_states.mean(1)).view(len(x), 2, *self.shape)
         mean, log_deviation = moments.unbind(1)
         return (mean + (log_deviation.exp() - 1) * x,)
@@ -175,4 +180,5 @@ class Mlp(Autocast):
 
     @classmethod
     def build(cls, pipe: DiffusionPipeline, config: RefinerConfig) -> GaussianOfPrompt:
+        """Return an MLP that starts at mean 0 and deviation 1."""
         return GaussianOfPrompt(pipe.unet)

@@ -1,4 +1,5 @@
-"""The big models' families without their weights: small pipelines with their blocks and conditioning, full-size UNets without data."""
+"""The big models' families without their weights: small pipelines with their blocks and
+conditioning, full-size UNets without data."""
 
 import copy
 from dataclasses import replace
@@ -45,7 +46,8 @@ def test_lora_of_the_full_size_unets(name, rank, layers, millions):
 
 
 def test_every_family_refines(family, tmp_path):
-    """Identity at the start, one forward, base untouched, exact after saving, at other sizes and in batches."""
+    """Identity at the start, one forward, base untouched, exact after saving, at other sizes and in
+    batches."""
     before, refiner = output(family), Refiner.create(family, 8)
     x_T = draw_noise(family, 0, 2, height=128, width=192)
     torch.testing.assert_close(refiner(x_T, PROMPT), x_T, rtol=0, atol=1e-5)
@@ -74,7 +76,8 @@ def test_every_family_compares(family):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_family_scales_the_noise_once(family, sampler):
-    """Refined noise has unit variance; the pipeline alone multiplies it by init_noise_sigma (14.6 for Euler)."""
+    """Refined noise has unit variance; the pipeline alone multiplies it by init_noise_sigma (14.6
+    for Euler)."""
     pipe, x_T, seen = with_sampler(family, sampler), draw_noise(family, 0), []
     handle = family.unet.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     pipe(PROMPT, latents=x_T, num_inference_steps=3, guidance_scale=1.0, output_type="latent")
@@ -97,7 +100,8 @@ def test_unknown_architecture():
 
 
 def test_the_guidance_scale_is_an_input(family, tmp_path):
-    """Zero-initialised, in the refining pass only, exact after saving; refused outside of its range."""
+    """Zero-initialised, in the refining pass only, exact after saving; refused outside of its
+    range."""
     before, x_T = output(family), draw_noise(family, 0, 2)
     refiner = perturbed(family, guidance_scale_range=[1, 8])
     assert torch.equal(
@@ -185,7 +189,8 @@ def test_a_picture_of_nan_is_said(part, says):
 
 @pytest.mark.parametrize("merge", [True, False])
 def test_sequential_offload_empties_the_device(merge, tmp_path):
-    """It computes on accelerators only; here it is checked that no weight stays and none is lost."""
+    """It computes on accelerators only; here it is checked that no weight stays and none is
+    lost."""
     torch.manual_seed(0)
     pipe = random_pipeline("sd21", small=True)
     perturbed(pipe).save_pretrained(tmp_path)
@@ -217,7 +222,8 @@ def test_known_arms_are_not_sampled_again(pipe, refiner):
 
 
 def test_conditioning_of_two_text_encoders():
-    """SDXL's pooled embeddings and time ids reach the refining pass as they reach the base's first step."""
+    """SDXL's pooled embeddings and time ids reach the refining pass as they reach the base's first
+    step."""
     torch.manual_seed(0)
     pipe, seen = random_pipeline("sdxl", small=True), []
     refiner = perturbed(pipe)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import EMOJI, EMOJI_REFINER, perturbed, script
+from conftest import EMOJI, EMOJI_REFINER, ROOT, perturbed, script
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -69,7 +69,8 @@ run = functools.partial(run_expecting, 0)
 
 
 def test_evaluate_runs_and_goes_on(tmp_path):
-    """Every arm with its forwards and intervals; a second run measures only what is missing, and two processes measure the same."""
+    """Every arm with its forwards and intervals; a second run measures only what is missing, and
+    two processes measure the same."""
     forwards = {
         "gaussian": 4,
         "guided": 8,
@@ -165,7 +166,8 @@ def test_results_need_a_name_of_their_own(capsys):
 
 
 def test_intervals_resample_prompts(tmp_path):
-    """Images of one prompt are not independent: with all of them alike, the interval is that of the prompts."""
+    """Images of one prompt are not independent: with all of them alike, the interval is that of the
+    prompts."""
     prompts = [text for text in ("a", "b", "c", "d") for _ in range(50)]
     args = argparse.Namespace(
         output=tmp_path / "r.json",
@@ -285,7 +287,7 @@ def test_metrics_of_the_big_models(tmp_path, pipe):
         "pick_score": scale * cosines,
         "aesthetic": (hidden @ state["layers.2.weight"].T + state["layers.2.bias"])[:, 0],
     }
-    for (name, values), metric in zip(expected.items(), metrics):
+    for (name, values), metric in zip(expected.items(), metrics, strict=True):
         np.testing.assert_allclose(rows[name], values, rtol=1e-4, atol=1e-4)
         assert (
             metric.summarise(rows, [])
@@ -297,7 +299,8 @@ def test_metrics_of_the_big_models(tmp_path, pipe):
 
 
 class FakeInception(torch.nn.Module):
-    """The interface of torch-fidelity's network, which needs a torchvision that the CPU build of torch does not have."""
+    """The interface of torch-fidelity's network, which needs a torchvision that the CPU build of
+    torch does not have."""
 
     def __init__(self, name, features, feature_extractor_weights_path):
         super().__init__()
@@ -497,8 +500,9 @@ def test_held_out_pairs_are_a_tenth_and_in_no_training_prompt():
     mask = held_out_pairs()
     assert mask.shape == (len(objects()), len(BACKGROUNDS)) and mask.sum() == mask.size // 10
     assert len(objects()) >= 150 and len(BACKGROUNDS) >= 12
-    trained = set(open("assets/prompts/emoji.txt", encoding="utf-8").read().splitlines())
-    held_out = open("assets/prompts/emoji_heldout.txt", encoding="utf-8").read().splitlines()
+    prompts = ROOT / "assets" / "prompts"
+    trained = set((prompts / "emoji.txt").read_text(encoding="utf-8").splitlines())
+    held_out = (prompts / "emoji_heldout.txt").read_text(encoding="utf-8").splitlines()
     assert held_out == [prompt(*pair) for pair in np.argwhere(mask)] and not trained & set(held_out)
 
 

@@ -1,4 +1,5 @@
-"""The experiments beside the refiner: other networks and losses, LoRAs on the denoiser, gradients, and the report of all of them."""
+"""The experiments beside the refiner: other networks and losses, LoRAs on the denoiser, gradients,
+and the report of all of them."""
 
 import json
 import re
@@ -231,7 +232,8 @@ def test_guidance_distillation_learns(run, tmp_path):
 
 
 def test_the_few_step_model_ends_where_guidance_does(pipe):
-    """Half-way, from guided images with noise: it leaves little more of the noise in them than the base, which has twenty steps to take it out."""
+    """Half-way, from guided images with noise: it leaves little more of the noise in them than the
+    base, which has twenty steps to take it out."""
     path, x_T, t = Trajectories(pipe), draw_noise(pipe, 0, 8), torch.full((8,), 499)
     embeds = encode_prompt(
         pipe,
@@ -389,7 +391,8 @@ def test_novelty_finds_a_copy(tmp_path):
 
 
 def test_a_style_is_learnt(tmp_path):
-    """From pictures to a LoRA that the pipeline takes; the artwork of one is a folder of images named after code points."""
+    """From pictures to a LoRA that the pipeline takes; the artwork of one is a folder of images
+    named after code points."""
     Image.new("RGBA", (8, 8), "red").save(tmp_path / "1f34e.webp")
     assert clay("🍎", tmp_path).size == (8, 8)
     with pytest.raises(FileNotFoundError, match="fluent-emoji-3d"):
@@ -422,7 +425,8 @@ def test_a_style_is_learnt(tmp_path):
 
 
 def test_a_model_of_the_catalogue_may_be_a_lora(run, tmp_path, monkeypatch):
-    """It is folded into the UNet, which then has no adapter, and takes the base's refiner and the sampler's spacing."""
+    """It is folded into the UNet, which then has no adapter, and takes the base's refiner and the
+    sampler's spacing."""
     denoiser_lora.main(
         [
             "--loss",

@@ -119,7 +119,10 @@ def test_bands(make):
         )  # all of it below 1, and above 0
     x_T, mixed = draw_noise(make.pipe, 3), dict(explore.bands(make, RECIPE, 0.3))
     kept = torch.from_numpy(mixed["refined below 0.3, Gaussian above"].latents) - x_T
-    zeroed = mixed["refined below 0.3, zero above"].latents + mixed["zero below 0.3, refined above"].latents
+    zeroed = (
+        mixed["refined below 0.3, zero above"].latents
+        + mixed["zero below 0.3, refined above"].latents
+    )
     np.testing.assert_allclose(zeroed, make(RECIPE.refined).latents, atol=1e-5)
     redrawn = (
         mixed["refined below 0.3, redrawn above"].latents

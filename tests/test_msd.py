@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from torch.autograd.graph import saved_tensors_hooks
 
-from noiserefine.guidance import sample_latents
 from noiserefine import Refiner, draw_noise
+from noiserefine.guidance import sample_latents
 from noiserefine.msd import msd_loss, sampler_gain
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import SAMPLERS, make_scheduler, with_sampler

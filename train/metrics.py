@@ -177,6 +177,7 @@ class Inception(Metric):
 
     @torch.inference_mode()
     def measure(self, images: list[Image.Image], prompts: list[str]) -> Rows:
+        """Return the features, (N, 2048), and class logits, (N, 1008), of the images."""
         outputs = [
             self.network(
                 torch.from_numpy(np.array(image.convert("RGB")))
@@ -191,6 +192,7 @@ class Inception(Metric):
         return {"inception_features": features, "inception_logits": logits.astype(np.float32)}
 
     def summarise(self, rows: Rows, groups: list[np.ndarray]) -> dict[str, float]:
+        """Return the inception score and the FID."""
         scores = []
         # Shuffled: images of like prompts lie together, which lowers the score of a part.
         shuffled = np.random.default_rng(0).permutation(rows["inception_logits"])
@@ -232,6 +234,7 @@ class ClipScore(Metric):
 
     @torch.inference_mode()
     def measure(self, images: list[Image.Image], prompts: list[str]) -> Rows:
+        """Return the score of each image with its prompt, (N,)."""
         batch = self.processor(
             text=prompts, images=images, padding=True, truncation=True, return_tensors="pt"
         ).to(self.device)
@@ -243,6 +246,7 @@ class ClipScore(Metric):
         return 100 * (scaled_cosines / self.model.logit_scale.exp()).clamp(min=0)
 
     def summarise(self, rows: Rows, groups: list[np.ndarray]) -> dict[str, float]:
+        """Return the mean score."""
         return {self.name: float(rows[self.name].mean())}
 
 
@@ -259,6 +263,7 @@ class PickScore(ClipScore):
         return "laion/CLIP-ViT-H-14-laion2B-s32B-b79K" if own else source
 
     def score(self, scaled_cosines: torch.Tensor) -> torch.Tensor:
+        """Return the cosines with the model's own scale."""
         return scaled_cosines
 
 
@@ -297,6 +302,7 @@ class Aesthetic(Metric):
 
     @torch.inference_mode()
     def measure(self, images: list[Image.Image], prompts: list[str]) -> Rows:
+        """Return the aesthetic score of each image, (N,)."""
         pixels = self.processor(images=images, return_tensors="pt").pixel_values.to(self.device)
         score = F.normalize(self.model(pixels).image_embeds.float(), dim=1)
         for weight, bias in self.head:
@@ -304,6 +310,7 @@ class Aesthetic(Metric):
         return {"aesthetic": score[:, 0].double().cpu().numpy()}
 
     def summarise(self, rows: Rows, groups: list[np.ndarray]) -> dict[str, float]:
+        """Return the mean score."""
         return {"aesthetic": float(rows["aesthetic"].mean())}
 
 

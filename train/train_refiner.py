@@ -107,6 +107,7 @@ class Correction(nn.Module):
         self.network, self.correction = refiner.network, refiner.correction
 
     def forward(self, *args) -> torch.Tensor:
+        """Return what strength 1 adds to x_T, (B, C, h, w)."""
         return self.correction(*args)
 
 

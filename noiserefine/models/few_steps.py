@@ -37,9 +37,10 @@ def few_step_scheduler(
     ):
         if config.is_file():
             settings = json.loads(config.read_text(encoding="utf-8"))
-            kind: Any = getattr(diffusers, str(settings.pop("_class_name", "")), None)
-            if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+            named = getattr(diffusers, str(settings.pop("_class_name", "")), None)
+            if not (isinstance(named, type) and issubclass(named, SchedulerMixin)):
                 raise ValueError(f"brings {config}, which names no scheduler of diffusers")
+            kind: Any = named
             return kind.from_config({**pipe.scheduler.config, **settings}), _says(
                 "The LoRA's folder", kind, "few"
             )

@@ -189,6 +189,7 @@ SCHEDULERS: dict[str, tuple[type[SchedulerMixin], Config]] = {
 
 
 def build_scheduler(name: str) -> SchedulerMixin:
+    """Return the published model's scheduler."""
     kind, config = SCHEDULERS[name]
     return kind(**config)
 
@@ -197,6 +198,7 @@ def build_scheduler(name: str) -> SchedulerMixin:
 
 
 def build_tokenizer(max_length: int) -> CLIPTokenizer:
+    """Return the embedded model's tokenizer, for prompts of that many tokens."""
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=max_length)
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -205,6 +207,7 @@ def build_tokenizer(max_length: int) -> CLIPTokenizer:
 def build_clip(
     kind: type, width: int, layers: int, heads: int, projection: int
 ) -> CLIPTextModel | CLIPTextModelWithProjection:
+    """Return a CLIP text encoder with random weights."""
     return kind(
         transformers.CLIPTextConfig(
             vocab_size=49408,

@@ -182,6 +182,7 @@ def convert(  # noqa: PLR0913
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="the published .pt, or its .safetensors")
     parser.add_argument("--vae", required=True, help="folder of the autoencoder, sd-vae-ft-ema")

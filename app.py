@@ -8,8 +8,9 @@ import importlib
 
 from noiserefine.models.catalogue import OFFLOADS, Model
 from noiserefine.page.handlers import jobs
-from noiserefine.page.layout import CSS, JAVASCRIPT, THEME, build_page
+from noiserefine.page.layout import CSS, FAVICON, HEAD, JAVASCRIPT, THEME
 from noiserefine.page.settings import REFINERS, SERVED, ZERO_GPU
+from noiserefine.page.wiring import build_page
 
 
 def place_models() -> None:
@@ -20,8 +21,8 @@ def place_models() -> None:
         except (ValueError, OSError) as error:
             print(f"{name} is not served: {error}")
             SERVED.remove(name)
-    for _, folder in REFINERS.values():
-        jobs.MODELS.get(Model("emoji", folder))
+    for extra in REFINERS.values():
+        jobs.MODELS.get(Model(extra.backbone, extra.folder))
 
 
 def parse() -> argparse.Namespace:
@@ -72,6 +73,8 @@ def main() -> None:
         theme=THEME,
         css_paths=[CSS],
         js=JAVASCRIPT,
+        head=HEAD,
+        favicon_path=FAVICON,
         show_error=True,
         state_session_capacity=100,
         mcp_server=True,

@@ -27,9 +27,8 @@ from noiserefine.denoiser import (
     silent,
     size_arguments,
 )
+from noiserefine.limits import MAX_STRENGTH
 from noiserefine.noise import encode_prompt, encoding_for
-
-MAX_STRENGTH = 3
 
 
 class Refiner:
@@ -299,7 +298,7 @@ def build(base: ModelMixin, config: RefinerConfig) -> ModelMixin:
 
 
 def check_strength(strength: float) -> None:
-    """Raise ValueError for a refinement strength that is no number from 0 to 3."""
+    """Raise ValueError for a refinement strength outside 0 to MAX_STRENGTH."""
     if not math.isfinite(strength) or not 0 <= strength <= MAX_STRENGTH:
         raise ValueError(
             f"The refinement strength is a number from 0 to {MAX_STRENGTH}, 1 as trained; got "

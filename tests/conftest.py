@@ -11,6 +11,7 @@ import contextlib
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,19 @@ def browser():
             pytest.skip(str(error))
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def url():
+    """Return the address of the running app, which all tests of a session share."""
+    port = free_port()
+    with script("app.py", "--host", "127.0.0.1", "--port", port) as process:
+        line = ""
+        while "Running on local URL" not in line:
+            line = process.stdout.readline()
+            assert line, "the server ended"
+        threading.Thread(target=process.stdout.read, daemon=True).start()
+        yield f"http://127.0.0.1:{port}"
 
 
 def free_port() -> int:

@@ -9,21 +9,40 @@ import numpy as np
 import pytest
 import torch
 from conftest import output, perturbed
+from families import pipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from noiserefine import draw_noise
 from noiserefine.analysis import explore
-from noiserefine.analysis.attention import attention, first_word, watch_attention, word_tokens
+from noiserefine.analysis.attention import (
+    attention,
+    first_word,
+    hindrance,
+    watch_attention,
+    word_tokens,
+)
+from noiserefine.analysis.compare import arms
 from noiserefine.analysis.figures import difference_histogram, radial_spectrum
 from noiserefine.analysis.recipe import Maker, Recipe
-from noiserefine.analysis.trajectory import evenly, trajectory
+from noiserefine.analysis.spectrum import band, density_ratio, energy_below
+from noiserefine.analysis.trajectory import evenly, film, trajectory
+from noiserefine.denoiser import can_guide
 from noiserefine.latents import decode, fit_preview
 from noiserefine.noise import slerp
-from noiserefine.page.blind import LEFT, NEITHER, RIGHT, Vote, in_random_order, tally, wilson
+from noiserefine.page.blind import (
+    LEFT,
+    NEITHER,
+    RIGHT,
+    Vote,
+    in_random_order,
+    result,
+    tally,
+    wilson,
+)
 from noiserefine.page.record import KEY, contact_sheet, read_png, save_png
 from noiserefine.page.stream import Worker, stream
-from noiserefine.samplers import SAMPLERS, make_scheduler, predicted_x0
+from noiserefine.samplers import SAMPLERS, make_scheduler, predicted_x0, samplers_of
 
 PROMPT = "a red apple on a blue background"
 RECIPE = Recipe(PROMPT, 3, steps=3, guidance_scale=2.5, strength=1.0)
@@ -363,13 +382,20 @@ def test_figures_hold_the_noise(pipe):
 def test_blind_tally():
     assert wilson(0, 0) == (0, 1) and wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     votes = [
-        Vote("p", 0, "refined", "guided", LEFT, NEITHER),
-        Vote("p", 1, "guided", "refined", LEFT, RIGHT),
-        Vote("p", 2, "guided", "refined", RIGHT, RIGHT),
+        Vote("m", "p", 0, "refined", "guided", LEFT, NEITHER),
+        Vote("m", "p", 1, "guided", "refined", LEFT, RIGHT),
+        Vote("m", "p", 2, "guided", "refined", RIGHT, RIGHT),
+        Vote("m", "p", 3, "gaussian", "refined", RIGHT, NEITHER),
+        Vote("n", "p", 4, "guided", "refined", LEFT, LEFT),
     ]
-    counts = tally(votes)
-    assert counts["better"]["n"] == 3 and counts["better"]["share"] == pytest.approx(2 / 3)
-    assert counts["follows"] == {"n": 2, "undecided": 1, "share": 1.0, "interval": wilson(2, 2)}
+    rows = {(row["model"], row["opponent"], row["question"]): row for row in tally(votes)}
+    better, follows = rows["m", "guided", "better"], rows["m", "guided", "follows"]
+    assert better["n"] == 3 and better["share"] == pytest.approx(2 / 3)
+    assert follows["n"] == 2 and follows["undecided"] == 1 and follows["share"] == 1.0
+    assert follows["interval"] == wilson(2, 2)
+    assert rows["m", "gaussian", "better"]["share"] == 1.0, "opponents are not pooled"
+    assert rows["n", "guided", "better"]["share"] == 0.0, "nor are models"
+    assert "in 2 of 3 pairs" in result(votes[:3])
     assert {in_random_order("a", "b") for _ in range(64)} == {("a", "b"), ("b", "a")}
 
 
@@ -461,3 +487,60 @@ def test_a_stream_that_is_left_stops_its_work():
     next(running)
     running.close()
     assert ended.wait(10)
+
+
+def test_nearness_and_variety(make):
+    samples = {arm: make(recipe) for arm, recipe in arms(RECIPE).items()}
+    assert explore.nearness(samples | {"refined": samples["guided"]}) == 1.0
+    assert explore.nearness(samples | {"refined": samples["gaussian"]}) == 0.0
+    half = (samples["gaussian"].x0 + samples["guided"].x0) / 2
+    between = replace(samples["refined"], x0=half)
+    assert explore.nearness(samples | {"refined": between}) == pytest.approx(0.5)
+    assert explore.nearness({"gaussian": samples["gaussian"]}) is None
+    assert explore.variety([samples["gaussian"]] * 2) == 0.0
+    seeds = [make(replace(RECIPE, seed=seed).gaussian) for seed in range(3)]
+    assert explore.variety(seeds) > 0
+
+
+def test_density_ratio():
+    x = torch.randn(1, 64, 32, 32, generator=torch.Generator().manual_seed(0))
+    share, ratio = density_ratio(x)
+    assert share == energy_below(x) and ratio == pytest.approx(1, abs=0.2), "white noise"
+    assert density_ratio(band(x, 0, 0.3) + 0.1 * x)[1] > 50
+    assert density_ratio(x, 1.0) == (pytest.approx(1), None)
+
+
+def test_a_film_holds_every_frame(make):
+    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    film_ = Image.open(io.BytesIO(film([[red, blue], [blue, red]])))
+    assert film_.n_frames == 2 and film_.size == (16, 8)
+    assert film_.convert("RGB").getpixel((12, 4)) == (0, 0, 255)
+
+
+UNIVERSAL = ["sd3", "flux_dev", "sit"]  # flow matching, packed latents, classes
+
+
+@pytest.mark.parametrize("name", UNIVERSAL)
+def test_views_on_every_kind_of_pipeline(name):
+    """What the page shows of Stable Diffusion works for the others, but for the attention."""
+    pipe = pipeline(name)
+    make = Maker(pipe, perturbed(pipe, 32))
+    prompt, other = ("0", "1") if name == "sit" else ("a red apple", "a cat")
+    recipe = Recipe(prompt, 3, steps=2, sampler=samplers_of(pipe)[0], strength=1.0)
+    recipe = replace(recipe, guidance_scale=3.0 if can_guide(pipe) else 1.0)
+    samples = {arm: make(each) for arm, each in arms(recipe, can_guide(pipe)).items()}
+    assert samples["refined"].forwards == samples["gaussian"].forwards + 1
+    assert samples["refined"].x0.shape == samples["refined"].latents.shape
+    assert not equal(samples["gaussian"], samples["refined"])
+    frames = {}
+    trajectory(make, recipe.refined, frames.__setitem__)
+    assert len(frames) == 2 and frames[1].size == samples["refined"].image.size
+    assert fit_preview(pipe)(torch.from_numpy(samples["refined"].x0)).width > 1
+    strengths = dict(explore.strengths(make, recipe, (0, 1)))
+    assert equal(strengths["strength 0"], samples["gaussian"])
+    assert len(list(explore.bands(make, recipe, 0.3))) == explore.BANDS
+    assert len(list(explore.two_prompts(make, recipe, other))) >= 4
+    assert len(list(explore.interpolation(make, recipe, 8, 3))) == 6
+    sampled = list(explore.samplers_and_steps(make, recipe, (2,)))
+    assert len(sampled) == 2 * len(samplers_of(pipe))
+    assert "another form" in hindrance(pipe)

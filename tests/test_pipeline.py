@@ -237,7 +237,7 @@ def test_compare_on_sdxl_without_refiner(sdxl):
         (dict(prompt="apple " * 400), "tokens long and this model reads"),
         (dict(seed=-1), "seed"),
         (dict(steps=0), "steps is a whole number"),
-        (dict(steps=500), "from 1 to 200"),
+        (dict(steps=500), "from 1 to 150"),
         (dict(guidance_scale=float("nan")), "guidance scale"),
         (dict(strength=float("nan")), "strength"),
         (dict(sampler="x"), "no sampler"),

@@ -12,6 +12,16 @@ from noiserefine.analysis.recipe import Maker, Recipe, Sample
 from noiserefine.noise import image_size
 
 
+def hindrance(pipe: DiffusionPipeline) -> str:
+    """Return why the attention of a pipeline cannot be recorded, or ""."""
+    if isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
+        return ""
+    return (
+        "This view records the cross-attention of Stable Diffusion's UNets. This model is a "
+        f"{type(pipe).__name__}, whose attention has another form."
+    )
+
+
 def plain_words(prompt: str) -> list[str]:
     """Return the prompt's words in lower case, without punctuation around them."""
     return [word.strip(",.;:!?()\"'").lower() for word in prompt.split()]

@@ -4,19 +4,23 @@ Each function takes a Maker and a recipe that holds the guidance scale of the gu
 the strength of the refined ones, and yields (caption, Sample) one by one.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from noiserefine.analysis.recipe import Maker, Recipe, Sample
 from noiserefine.analysis.spectrum import band
 from noiserefine.noise import MAX_SEED, slerp
-from noiserefine.samplers import SAMPLERS
+from noiserefine.samplers import samplers_of
 
 STRENGTHS = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5)
 STEPS = (10, 20, 50)
 INTERPOLATIONS = 7
+SCALES = 5
+BANDS = 7  # images of `bands`
 Images = Iterator[tuple[str, Sample]]
 
 
@@ -28,7 +32,7 @@ def strengths(make: Maker, recipe: Recipe, values: Sequence[float] = STRENGTHS) 
         yield f"guided, g = {recipe.guidance_scale:g}", make(recipe.guided)
 
 
-def guidance_scales(make: Maker, recipe: Recipe, count: int = 5) -> Images:
+def guidance_scales(make: Maker, recipe: Recipe, count: int = SCALES) -> Images:
     """Yield refined images over the refiner's guidance scale, then guided ones (figure 23).
 
     Raises ValueError for a refiner that takes no guidance scale.
@@ -46,7 +50,7 @@ def guidance_scales(make: Maker, recipe: Recipe, count: int = 5) -> Images:
 
 def samplers_and_steps(make: Maker, recipe: Recipe, steps: Sequence[int] = STEPS) -> Images:
     """Yield the refined and the Gaussian image of every sampler and number of steps (figure 28)."""
-    for sampler in SAMPLERS:
+    for sampler in samplers_of(make.pipe):
         for count in steps:
             sampled = replace(recipe, sampler=sampler, steps=count)
             yield f"{sampler}, {count} steps, refined", make(sampled.refined)
@@ -110,3 +114,23 @@ def bands(make: Maker, recipe: Recipe, cutoff: float) -> Images:
     yield f"zero below {cutoff:g}, refined above", make(plain, x_hat - low)
     yield f"refined below {cutoff:g}, redrawn above", make(plain, low + redrawn - redrawn_low)
     yield f"redrawn below {cutoff:g}, refined above", make(plain, redrawn_low + x_hat - low)
+
+
+def nearness(samples: Mapping[str, Sample]) -> float | None:
+    """Return how much nearer to the guided x0 the refined one is than the Gaussian one.
+
+    1 - |refined - guided| / |gaussian - guided|: 1 for the guided image itself, 0 for no change,
+    negative for one further away. None where an arm is missing. It says nothing of quality.
+    """
+    if not samples.keys() >= {"gaussian", "guided", "refined"}:
+        return None
+    plain, guided, refined = (samples[arm].x0 for arm in ("gaussian", "guided", "refined"))
+    distance = np.linalg.norm(plain - guided)
+    return float(1 - np.linalg.norm(refined - guided) / distance) if distance else None
+
+
+def variety(samples: Sequence[Sample]) -> float:
+    """Return the mean distance between the x0 of two samples: how different they are."""
+    x0 = np.stack([sample.x0.ravel() for sample in samples])
+    pairs = itertools.combinations(range(len(x0)), 2)
+    return float(np.mean([np.linalg.norm(x0[i] - x0[j]) for i, j in pairs]))

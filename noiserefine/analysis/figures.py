@@ -3,11 +3,20 @@
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from noiserefine.analysis.spectrum import LOW_FREQUENCY, radius
 
 INK, GAUSSIAN, REFINED = "#8a8580", "#7f8fa6", "#f97316"
+
+
+def as_picture(figure: Figure) -> Image.Image:
+    """Return the figure as an RGBA picture."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba()))
 
 
 def axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:

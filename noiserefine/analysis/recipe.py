@@ -14,6 +14,7 @@ from PIL import Image
 
 from noiserefine.denoiser import ForwardCounter, canvas_like, denoiser, precision
 from noiserefine.guidance import sample
+from noiserefine.limits import MAX_GUIDANCE_SCALE, MAX_STEPS
 from noiserefine.noise import (
     check_prompt_length,
     check_seed,
@@ -24,8 +25,6 @@ from noiserefine.noise import (
 )
 from noiserefine.refiner import Refiner, check_strength
 from noiserefine.samplers import SAMPLER_NAMES, watch_x0, with_sampler
-
-MAX_STEPS, MAX_GUIDANCE_SCALE = 200, 30
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,10 @@ class Sample:
     recipe: Recipe
     image: Image.Image
     latents: np.ndarray  # where sampling began: x_T or x_hat, (1, C, h, w), float32
+    x0: np.ndarray  # predicted at the last step, (1, C, h, w), float32
     forwards: int  # of the denoiser, for one image; a guided step counts two
     seconds: float
+    blocked: bool = False  # blacked out by the pipeline's safety checker
 
 
 class Maker:
@@ -207,8 +208,13 @@ class Maker:
         height, width = image_size(self.pipe, recipe.height, recipe.width)
         pipe = with_sampler(self.pipe, recipe.sampler)
 
-        def watch(x0: torch.Tensor) -> None:
+        size = canvas_like(pipe, x_T)
+        last: list[torch.Tensor] = []
+
+        def watch(sample_x0: torch.Tensor) -> None:
             self.on_step()
+            x0 = size.from_sample(sample_x0)
+            last[:] = [x0]
             if on_x0:
                 on_x0(x0)
 
@@ -220,18 +226,25 @@ class Maker:
         ):
             x_hat = self.refine(recipe, x_T)
             # Stochastic samplers draw from the seed too, so that the arms differ in one thing only.
-            image = sample(
+            output = sample(
                 pipe,
                 guidance_scale=recipe.guidance_scale,
-                latents=canvas_like(pipe, x_hat).to_latents(x_hat),
+                latents=size.to_latents(x_hat),
                 num_inference_steps=recipe.steps,
                 height=height,
                 width=width,
                 generator=step_generator(recipe.seed),
                 **embeds,
-            ).images[0]
-        seconds = time.perf_counter() - began
-        return Sample(recipe, image, x_hat.float().cpu().numpy(), counter.count, seconds)
+            )
+        return Sample(
+            recipe,
+            output.images[0],
+            x_hat.float().cpu().numpy(),
+            last[0].float().cpu().numpy(),
+            counter.count,
+            time.perf_counter() - began,
+            any(output.get("nsfw_content_detected") or ()),
+        )
 
 
 @contextlib.contextmanager

@@ -29,6 +29,19 @@ def energy_below(x: torch.Tensor, cutoff: float = LOW_FREQUENCY) -> float:
     return (band(x, 0, cutoff).pow(2).sum() / x.float().pow(2).sum().clamp_min(1e-20)).item()
 
 
+def density_ratio(x: torch.Tensor, cutoff: float = LOW_FREQUENCY) -> tuple[float, float | None]:
+    """Return the share of the energy of x below a frequency, and how much denser it is there.
+
+    The density is the energy of a coefficient; the ratio is None where there is none above.
+    """
+    r = radius(*x.shape[-2:])
+    below = (r < cutoff) | (cutoff >= 1)
+    count, share = below.sum().item(), energy_below(x, cutoff)
+    if not 0 < count < r.numel() or share >= 1:
+        return share, None
+    return share, share / count / ((1 - share) / (r.numel() - count))
+
+
 def low_frequency_difference(
     x_T: torch.Tensor, x_hat: torch.Tensor, cutoff: float = LOW_FREQUENCY
 ) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The predicted x0 over the steps, as a filmstrip (figure 11)."""
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
@@ -9,7 +10,7 @@ from noiserefine.analysis.recipe import Maker, Recipe
 from noiserefine.latents import decode
 from noiserefine.samplers import forwards
 
-FRAMES = 7
+FRAMES, FRAME_MS = 7, 400
 
 
 def evenly(total: int, count: int) -> list[int]:
@@ -36,3 +37,17 @@ def trajectory(
 
     make.check(recipe)
     make.sample(recipe.reduced(), make.draw(recipe), on_x0)
+
+
+def film(arms: Sequence[Sequence[Image.Image]]) -> bytes:
+    """Return the frames of several arms side by side as an animated PNG, the last one held."""
+    frames = []
+    for pictures in zip(*arms, strict=True):
+        width, height = pictures[0].size
+        frames.append(Image.new("RGB", (width * len(pictures), height)))
+        for i, picture in enumerate(pictures):
+            frames[-1].paste(picture, (i * width, 0))
+    data = io.BytesIO()
+    durations = [FRAME_MS] * (len(frames) - 1) + [4 * FRAME_MS]
+    frames[0].save(data, "PNG", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    return data.getvalue()

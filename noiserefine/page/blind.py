@@ -5,19 +5,28 @@ import random
 from dataclasses import dataclass
 
 QUESTIONS = {"better": "Which is better?", "follows": "Which follows the prompt?"}
-LEFT, RIGHT, NEITHER = "left", "right", "can't tell"
+LEFT, RIGHT, NEITHER = "left", "right", "neither"
+ANSWERS = {LEFT: "Left", NEITHER: "Can't tell", RIGHT: "Right"}
+KEYS = {LEFT: "←", NEITHER: "0", RIGHT: "→"}
+ROUND = 10  # pairs
 
 
 @dataclass(frozen=True)
 class Vote:
     """The answers to both questions about one pair."""
 
+    model: str
     prompt: str
     seed: int
     left: str  # the arms
     right: str
     better: str  # LEFT, RIGHT or NEITHER
     follows: str
+
+    @property
+    def opponent(self) -> str:
+        """Return the arm that the refined one was compared with."""
+        return self.left if self.right == "refined" else self.right
 
 
 def in_random_order(first: str, second: str) -> tuple[str, str]:
@@ -37,19 +46,59 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def tally(votes: list[Vote]) -> dict[str, dict]:
-    """Return for each question how often the refined image was chosen.
+def tally(votes: list[Vote]) -> list[dict]:
+    """Return how often the refined image was chosen, for each model, opponent and question.
 
     n decided votes, undecided ones, the share of the decided and its interval.
     """
-    result = {}
-    for question in QUESTIONS:
-        decided = [vote for vote in votes if getattr(vote, question) != NEITHER]
-        won = sum(getattr(vote, getattr(vote, question)) == "refined" for vote in decided)
-        result[question] = {
-            "n": len(decided),
-            "undecided": len(votes) - len(decided),
-            "share": won / len(decided) if decided else None,
-            "interval": wilson(won, len(decided)),
-        }
-    return result
+    groups: dict[tuple[str, str], list[Vote]] = {}
+    for vote in votes:
+        groups.setdefault((vote.model, vote.opponent), []).append(vote)
+    return [
+        {"model": model, "opponent": opponent, "question": question} | _count(group, question)
+        for (model, opponent), group in groups.items()
+        for question in QUESTIONS
+    ]
+
+
+def _count(votes: list[Vote], question: str) -> dict:
+    decided = [vote for vote in votes if getattr(vote, question) != NEITHER]
+    won = sum(getattr(vote, getattr(vote, question)) == "refined" for vote in decided)
+    return {
+        "n": len(decided),
+        "undecided": len(votes) - len(decided),
+        "share": won / len(decided) if decided else None,
+        "interval": wilson(won, len(decided)),
+    }
+
+
+def table(votes: list[Vote]) -> str:
+    """Return the tally as Markdown."""
+    rows = [
+        "| refined against | | refined chosen | of decided | 95 % interval | can't tell |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in tally(votes):
+        share = "–" if row["share"] is None else f"{row['share']:.0%}"
+        low, high = row["interval"]
+        opponent = "plain" if row["opponent"] == "gaussian" else row["opponent"]
+        rows.append(
+            f"| {opponent}, {row['model']} | {QUESTIONS[row['question']]} | {share} | {row['n']} "
+            f"| {low:.0%} to {high:.0%} | {row['undecided']} |"
+        )
+    return "\n".join(rows)
+
+
+def result(votes: list[Vote]) -> str:
+    """Return a sentence to share, about the model and opponent of the last vote."""
+    last = votes[-1]
+    group = [v for v in votes if (v.model, v.opponent) == (last.model, last.opponent)]
+    counts = _count(group, "better")
+    if not counts["n"]:
+        return "I could not tell a single pair apart."
+    won, opponent = round(counts["share"] * counts["n"]), last.opponent
+    against = "plain sampling" if opponent == "gaussian" else "guided sampling at twice the cost"
+    return (
+        f"Blind test of NoiseRefine ({last.model}): I preferred the refined image over {against} "
+        f"in {won} of {counts['n']} pairs."
+    )

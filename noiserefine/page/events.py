@@ -14,6 +14,7 @@ class Source:
 
     backbone: str
     revision: str | None
+    refiner: str | None  # its folder or hub id
     refiner_sha256: str | None
 
 
@@ -32,10 +33,11 @@ class Made:
 
 @dataclass(frozen=True)
 class Progress:
-    """An unfinished arm: a rough preview of the predicted x0."""
+    """An unfinished arm: the predicted x0 of a step, and a rough preview of it."""
 
     arm: str
     preview: Image.Image
+    x0: Any  # (1, C, h, w), float32 NumPy
     step: int
     steps: int
 
@@ -46,6 +48,7 @@ class Arm:
 
     arm: str
     sample: Any
+    nearness: float | None = None  # how much nearer to the guided image than plain, in latents
 
 
 @dataclass(frozen=True)
@@ -69,13 +72,7 @@ class Picture:
 
     caption: str
     image: Any  # a Sample or a PIL image
-
-
-@dataclass(frozen=True)
-class Columns:
-    """How many images stand side by side, where the view's own number does not fit."""
-
-    count: int
+    total: int  # images that the view will show
 
 
 @dataclass(frozen=True)
@@ -99,6 +96,7 @@ class Pair:
 
     left: Any
     right: Any
+    model: str  # its title
     prompt: str
     seed: int
     arms: tuple[str, str]
@@ -120,7 +118,6 @@ Event = (
     | NoArm
     | Compared
     | Picture
-    | Columns
     | Figure
     | Note
     | Pair

@@ -1,10 +1,12 @@
-"""From a click to the page: the function behind every button that makes images."""
+"""From a click to the page: the functions behind the buttons that make images."""
 
+import collections
 import inspect
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,18 @@ import gradio as gr
 
 from noiserefine.page.events import Event, Made
 from noiserefine.page.lazy import Lazy
-from noiserefine.page.record import read_png, versions
+from noiserefine.page.record import versions
 from noiserefine.page.screen import Screen
-from noiserefine.page.settings import Settings, link, restored
+from noiserefine.page.settings import Settings
 from noiserefine.page.views import VIEWS
 
 jobs: Any = Lazy("noiserefine.page.jobs")
 # Bounds of what a session keeps so that it is not made again.
 MAX_IMAGES, MAX_PIXELS = 100, 8_000_000
+STOP_SECONDS = 10  # that Stop waits for a run to end by itself at its next step
+
+RUNNING: collections.Counter[str] = collections.Counter()  # runs by session
+STOPPED: set[str] = set()  # sessions whose Stop was pressed
 
 
 def seconds_of_gpu(view: str, settings: Settings, controls: Mapping, *_: Any) -> int:
@@ -57,10 +63,10 @@ def handler_of(
     It takes the values of Settings, of the view's controls and the session's samples, to which it
     adds new ones, and yields values for the outputs.
     """
-    names = [field.name for field in fields(Settings)]
+    names = Settings.names()
 
     def handler(*inputs: Any) -> Iterator[dict]:
-        *values, known, request = inputs
+        *values, known, request, progress = inputs
         settings = Settings(*values[: len(names)])
         given = dict(zip(controls, values[len(names) :], strict=True))
         if request.headers.get("x-gradio-user") == "mcp":
@@ -71,25 +77,51 @@ def handler_of(
             "controls": given,
             "versions": versions(),
         }
-        with tempfile.TemporaryDirectory() as folder:
-            screen = Screen(outputs, record, Path(folder), link(settings))
-            for events in run(view, settings, given, dict(known)):
-                for event in events:
-                    if isinstance(event, Made):
-                        known[event.model, event.sample.recipe] = event.sample
-                keep_newest(known)
-                if any([screen.show(event) for event in events]):
-                    yield {output: screen.values[name] for name, output in outputs.items()}
+        session = request.session_hash or ""
+        RUNNING[session] += 1
+        events = run(view, settings, given, dict(known))
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                screen = Screen(outputs, settings, record, Path(folder))
+                for batch in events:
+                    _remember(batch, known)
+                    news = [screen.show(event) for event in batch]
+                    if screen.status:
+                        progress(screen.status[:2], desc=screen.status[2], unit="images")
+                    stop = session in STOPPED
+                    if stop:
+                        events.close()
+                        screen.stopped(_picture_of(screen, settings))
+                    if stop or any(news):
+                        yield {output: screen.values[name] for name, output in outputs.items()}
+                    if stop:
+                        return
+        finally:
+            STOPPED.discard(session)
+            RUNNING[session] -= 1
+            if not RUNNING[session]:
+                del RUNNING[session]
 
     # Gradio reads the names of the API's parameters and its description from the function.
-    parameters = [*names, *controls, "known", "request"]
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    handler.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter(name, kind) for name in parameters]
-    )
+    parameters = [inspect.Parameter(name, kind) for name in (*names, *controls, "known", "request")]
+    parameters.append(inspect.Parameter("progress", kind, default=gr.Progress()))
+    handler.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     handler.__name__, handler.__doc__ = view, VIEWS[view].text
     handler.__annotations__ = {"request": gr.Request}
     return handler
+
+
+def request_stop(request: gr.Request) -> None:
+    """Ask the session's run to end at its next step, and wait until it has."""
+    session = request.session_hash or ""
+    if not RUNNING[session]:
+        return
+    STOPPED.add(session)
+    until = time.monotonic() + STOP_SECONDS
+    while session in STOPPED and time.monotonic() < until:
+        time.sleep(0.05)
+    STOPPED.discard(session)
 
 
 def keep_newest(samples: dict) -> None:
@@ -100,25 +132,15 @@ def keep_newest(samples: dict) -> None:
         pixels -= image.width * image.height
 
 
-def restore_png(path: str | None) -> list:
-    """Return the settings of a dropped image, for the page's inputs."""
-    try:
-        values = restored(read_png(path or "")["settings"])
-    except ValueError as error:
-        raise gr.Error(str(error), print_exception=False) from error
-    gr.Info("The settings of this image are restored: press Generate.")
-    return _updates(values)
+def _remember(events: list[Event], known: dict) -> None:
+    for event in events:
+        if isinstance(event, Made):
+            known[event.model, event.sample.recipe] = event.sample
+    keep_newest(known)
 
 
-def restore_link(request: gr.Request) -> Any:
-    """Return the settings in the page's address, for its inputs."""
-    try:
-        return _updates(restored(dict(request.query_params)))
-    except ValueError as error:
-        gr.Warning(str(error))
-        return gr.skip()
-
-
-def _updates(values: list) -> list:
-    """Return updates that leave an input as it is where it has no value."""
-    return [gr.skip() if value is None else value for value in values]
+def _picture_of(screen: Screen, settings: Settings) -> Any:
+    """Return the image that an unfinished arm's last step expected, where it can be decoded."""
+    if screen.unfinished is None:
+        return None
+    return jobs.decoded(settings.model, screen.unfinished.x0)

@@ -5,18 +5,29 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from noiserefine.analysis.compare import arms
 from noiserefine.analysis.recipe import Maker, Recipe, Sample
-from noiserefine.models.catalogue import Model
+from noiserefine.analysis.trajectory import FRAMES
+from noiserefine.denoiser import can_guide, guidance_kind
+from noiserefine.latents import decode
+from noiserefine.models.catalogue import BACKBONES, FAMILIES, Model, Usage
+from noiserefine.models.devices import default_device
+from noiserefine.models.folder import examine
+from noiserefine.models.loading import backbone_of
 from noiserefine.models.pool import Loaded, Models
+from noiserefine.models.refiners import refiner_for
+from noiserefine.models.single_file import identify
+from noiserefine.models.sources import is_safetensors, local_file, read_name
 from noiserefine.page.events import Event, Made, Picture, Progress, Source, Tick
-from noiserefine.page.settings import ZERO_GPU, Settings, number, text, whole
+from noiserefine.page.settings import ON_SPACE, REFINERS, ZERO_GPU, Settings, number, text, whole
 from noiserefine.page.stream import Worker, stream
-from noiserefine.page.views import VIEWS
-from noiserefine.samplers import forwards
+from noiserefine.page.views import VIEWS, View
+from noiserefine.page.vocabulary import is_embedded
+from noiserefine.samplers import forwards, samplers_of
 
 PREVIEW_SECONDS = 0.15  # between two previews of an unfinished image
 # One worker: a view that was left ends at its next step and owns the models until then.
@@ -30,18 +41,54 @@ class Job:
     loaded: Loaded
     make: Maker
     recipe: Recipe
-    takes_guidance: bool
+    backbone: str  # as the visitor named it
+    no_guidance: str  # why the guided arm does not apply, or ""
     report: Callable[[Event], None]
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Return whether there is a guided arm."""
+        return not self.no_guidance
 
     def arms(self, **changes: Any) -> dict[str, Recipe]:
         """Return the recipes of the arms this model has, by name; `changes` are recipe fields."""
         recipe = replace(self.recipe, **changes)
         return arms(recipe, self.takes_guidance, self.loaded.refiner is not None)
 
-    def show(self, images: Iterable[tuple[str, Sample | Image.Image]]) -> None:
-        """Report (caption, image) pairs to the view's gallery as they come."""
+    def show(self, images: Iterable[tuple[str, Sample | Image.Image]], total: int) -> None:
+        """Report (caption, image) pairs of `total` images to the gallery as they come."""
         for caption, image in images:
-            self.report(Picture(caption, image))
+            self.report(Picture(caption, image, total))
+
+    def frames(self) -> int:
+        """Return how many frames a film of the recipe's sampling has."""
+        return min(FRAMES, forwards(self.recipe.sampler, self.recipe.steps))
+
+    def samplers(self) -> list[str]:
+        """Return the samplers that this model takes."""
+        return samplers_of(self.loaded.pipe)
+
+    def unusual_guidance(self) -> str:
+        """Return a hint where the scale is the embedded model's, and another family's is usual."""
+        usual, scale = self.loaded.usage.guidance_scale, self.recipe.guidance_scale
+        default = Settings("").guidance_scale
+        if self.no_guidance or not usual or scale != default or is_embedded(self.backbone):
+            return ""
+        if usual == default:
+            return ""
+        return (
+            f"The guidance scale {default:g} suits the embedded model; {usual:g} is usual for "
+            f"{self.loaded.usage.title}, and the guided column is weaker than it could be."
+        )
+
+    def screened(self, image: Image.Image) -> Image.Image:
+        """Return an unfinished image as the safety checker of a Space's model lets it pass."""
+        if not ON_SPACE or getattr(self.loaded.pipe, "safety_checker", None) is None:
+            return image
+        pixels = np.asarray(image, np.float32)[None] / 255
+        device, dtype = self.loaded.pipe.device, self.loaded.pipe.dtype
+        checked, _ = self.loaded.pipe.run_safety_checker(pixels, device, dtype)
+        return Image.fromarray((checked[0] * 255).round().astype(np.uint8))
 
     def previewed(self, arm: str, recipe: Recipe) -> Sample:
         """Make the recipe, with a preview of the predicted x0 at every step."""
@@ -50,7 +97,8 @@ class Job:
         def on_x0(x0: torch.Tensor) -> None:
             nonlocal step
             step += 1
-            self.report(Progress(arm, self.loaded.preview(x0), step, steps))
+            preview = self.screened(self.loaded.preview(x0))
+            self.report(Progress(arm, preview, x0.float().cpu().numpy(), step, steps))
 
         return self.make(recipe, on_x0=on_x0)
 
@@ -94,13 +142,13 @@ def work(
     on_load: called with a sentence before a model is loaded.
     Raises ValueError or OSError for what cannot be made, MemoryError where the memory is full.
     """
-    asked, model = recipe_of(settings), settings.model
+    view = VIEWS[view_name]
+    asked, model = recipe_of(settings), model_of(settings, view)
     if not MODELS.has(model):
         on_load(f"Loading {model.title} …")
 
     def run(report: Callable[[Event], None]) -> None:
         job = _prepare(asked, model, known, report)
-        view = VIEWS[view_name]
         if reason := view.unmet(job):
             raise ValueError(reason)
         view.function(job, **controls)
@@ -125,12 +173,13 @@ def _prepare(
 ) -> Job:
     """Load the model and check the recipe against it, before any forward."""
     loaded = MODELS.get(model)
-    scale, sha256 = None, None
+    scale, sha256, folder = None, None, None
     if loaded.refiner:
+        folder = model.refiner or refiner_for(loaded.pipe, backbone_of(model.backbone))
         scale = loaded.refiner.scale_input(recipe.guidance_scale)
         sha256 = loaded.refiner.weights_sha256
-    takes_guidance = loaded.usage.guidance_scale is not None
-    guidance_scale = recipe.guidance_scale if takes_guidance else 1.0
+    no_guidance = _no_guidance(loaded)
+    guidance_scale = 1.0 if no_guidance else recipe.guidance_scale
     recipe = replace(recipe, refiner_scale=scale, guidance_scale=guidance_scale)
     make = Maker(
         loaded.pipe,
@@ -140,8 +189,65 @@ def _prepare(
         on_step=lambda: report(Tick()),
     )
     make.check(recipe if loaded.refiner else recipe.guided)
-    report(Source(model.backbone, loaded.revision, sha256))
-    return Job(loaded, make, recipe, takes_guidance, report)
+    report(Source(model.backbone, loaded.revision, folder, sha256))
+    return Job(loaded, make, recipe, model.backbone, no_guidance, report)
+
+
+def _no_guidance(loaded: Loaded) -> str:
+    """Return why the model has no guided arm, or ""."""
+    if loaded.usage.guidance_scale is not None:
+        return ""
+    if not can_guide(loaded.pipe) and guidance_kind(loaded.pipe) == "embedded":
+        return "this network takes the guidance scale as an input; plain is guided already."
+    return "this model is distilled to be sampled without guidance."
+
+
+def usage(source: str) -> Usage | None:
+    """Return where the sliders start for a model, as small files tell; None where they do not."""
+    listed = backbone_of(source)
+    if listed:
+        return listed.usage
+    name = read_name(source)
+    if is_safetensors(name):
+        return BACKBONES[identify(local_file(name))[0]].usage
+    kind, _ = examine(name, default_device(), None, None)
+    return FAMILIES.get(kind.__name__)
+
+
+def model_of(settings: Settings, view: View) -> Model:
+    """Return the model, for views of the guidance scale with a refiner that takes it."""
+    model = settings.model
+    if not view.wants_scale_refiner or model.refiner:
+        return model
+    found = (each for each in REFINERS.values() if each.backbone == model.backbone)
+    return next((replace(model, refiner=each.folder) for each in found), model)
+
+
+def hindrances(settings: Settings, views: Iterable[str]) -> dict[str, str]:
+    """Return for views that cannot work with a model in memory why not; {} for other models."""
+    try:
+        recipe, model = recipe_of(settings), settings.model
+        if not MODELS.has(model):
+            return {}
+        job = _prepare(recipe, model, {}, lambda event: None)
+    except ValueError:  # said when something is made
+        return {}
+    scaled = {name for name in views if model_of(settings, VIEWS[name]) != model}
+    reasons = {name: VIEWS[name].unmet(job) for name in views if name not in scaled}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def decoded(model: Model, x0: np.ndarray) -> Image.Image | None:
+    """Return the picture of an x0, (1, C, h, w); None on ZeroGPU, whose card is gone by then."""
+    if ZERO_GPU or not MODELS.has(model):
+        return None
+    pictures: list[Image.Image] = []
+    loaded = MODELS.get(model)
+    for images in stream(
+        WORKER, lambda report: report(decode(loaded.pipe, torch.from_numpy(x0))[0])
+    ):
+        pictures += images
+    return pictures[0]
 
 
 def _part_used(model: Model, recipe: Recipe) -> Model:

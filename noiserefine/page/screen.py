@@ -1,17 +1,19 @@
 """What a visitor sees of a run: every event becomes values of the page's outputs."""
 
 import functools
+import json
+import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
+from noiserefine.page import texts
 from noiserefine.page.events import (
     Arm,
-    Columns,
     Compared,
     Event,
     Figure,
@@ -23,8 +25,11 @@ from noiserefine.page.events import (
     Progress,
     Source,
 )
-from noiserefine.page.record import contact_sheet, save_png
+from noiserefine.page.record import contact_sheet, enlarged, save_png
+from noiserefine.page.settings import Settings, link
 from noiserefine.page.views import ARMS
+
+ENLARGED = 512  # pixels; smaller images are kept a second time, enlarged
 
 
 class Screen:
@@ -33,21 +38,33 @@ class Screen:
     Pictures are written to files, which Gradio copies once; it would encode an image anew at
     every update. Each file holds what it was made from.
 
-    values   of the outputs by name
-    record   what goes into every file
+    values     of the outputs by name
+    record     what goes into every file
+    unfinished the last preview of the arm in progress
+    status     how far a series of images is
     """
 
     def __init__(
-        self, outputs: Mapping[str, gr.components.Component], record: dict, folder: Path, link: str
+        self,
+        outputs: Mapping[str, gr.components.Component],
+        settings: Settings,
+        record: dict,
+        folder: Path,
     ) -> None:
         self.values: dict[str, Any] = {
-            name: "" if isinstance(output, gr.Markdown) else None
+            name: "" if isinstance(output, (gr.Markdown, gr.Textbox, gr.Code)) else None
             for name, output in outputs.items()
         }
-        self.record, self.folder, self.link = dict(record), folder, link
+        self.settings, self.record, self.folder = settings, dict(record), folder
+        self.unfinished: Progress | None = None
+        self.status: tuple[int, int, str] | None = None
         self.samples: dict[str, Any] = {}  # of the arms
+        self.nearness: dict[str, float | None] = {}
         self.gallery: list[tuple[str, str]] = []
-        self.columns: int | None = None
+        self.began = time.monotonic()
+        if "caption" in self.values:
+            self.values["caption"] = texts.caption(settings)
+            self.values["made_from"] = json.dumps(astuple(settings))
 
     @functools.singledispatchmethod
     def show(self, event: Event) -> bool:
@@ -61,16 +78,24 @@ class Screen:
 
     @show.register
     def _(self, event: Progress) -> bool:
-        self.values[event.arm] = self._file(event.arm, event.preview, arm=event.arm)
+        self.unfinished = event
+        self.values[event.arm] = self._file(f"{event.arm}-preview", event.preview)
         self.values[f"{event.arm}_cost"] = f"step {event.step} of {event.steps}"
         return True
 
     @show.register
     def _(self, event: Arm) -> bool:
-        self.samples[event.arm] = event.sample
-        self.values[event.arm] = self._file(event.arm, event.sample, arm=event.arm)
+        self.unfinished = None
+        self.samples[event.arm], self.nearness[event.arm] = event.sample, event.nearness
+        about: dict[str, Any] = {"arm": event.arm}
+        if event.nearness is not None:
+            about["nearness"] = event.nearness
+        self.values[event.arm] = self._file(self._name(event.arm), event.sample, **about)
+        guided = self.samples.get("guided")
         for arm, sample in self.samples.items():
-            self.values[f"{arm}_cost"] = cost(sample, self.samples.get("guided"))
+            self.values[f"{arm}_cost"] = texts.cost(
+                sample.forwards, sample.seconds, guided and guided.forwards, self.nearness[arm]
+            )
         return True
 
     @show.register
@@ -81,92 +106,108 @@ class Screen:
     @show.register
     def _(self, event: Compared) -> bool:
         self.values["keep"] = self._files_to_keep(event.samples)
-        self.values["link"] = f"[Link to these settings]({self.link})"
+        self.values["link"] = link(self.settings)
+        self.values["code"] = texts.code(self.settings, self.record.get("refiner"))
         return True
 
     @show.register
     def _(self, event: Picture) -> bool:
-        file = self._file(f"{len(self.gallery):02}", event.image, caption=event.caption)
-        self.gallery.append((file, event.caption))
-        images = list(self.gallery)
-        self.values["images"] = gr.Gallery(images, columns=self.columns) if self.columns else images
+        name = self._name(f"{self.record['view']}-{len(self.gallery) + 1:02}")
+        self.gallery.append((self._file(name, event.image, caption=event.caption), event.caption))
+        self.values["images"] = list(self.gallery)
+        done = len(self.gallery)
+        seconds = time.monotonic() - self.began
+        self.status = (done, event.total, texts.remaining(done, event.total, seconds))
         return True
 
     @show.register
-    def _(self, event: Columns) -> bool:
-        self.columns = event.count
-        return False
-
-    @show.register
     def _(self, event: Figure) -> bool:
-        self.values[event.output] = self._file(event.output, event.figure, arm=event.output)
+        self.values[event.output] = self._file(self._name(event.output), event.figure)
         return True
 
     @show.register
     def _(self, event: Note) -> bool:
-        self.values["says"] = event.text
+        self.values["note"] = event.text
         return True
 
     @show.register
     def _(self, event: Pair) -> bool:
-        self.values["left"] = self._file("left", event.left, arm="left")
-        self.values["right"] = self._file("right", event.right, arm="right")
-        self.values["pair"] = (event.prompt, event.seed, *event.arms)
+        self.values["left"] = self._file("left", event.left)
+        self.values["right"] = self._file("right", event.right)
+        self.values["pair"] = (event.model, event.prompt, event.seed, *event.arms)
         return True
 
     @show.register
     def _(self, event: Noise) -> bool:
-        path = self.folder / "noise.safetensors"
+        path = self.folder / f"{self._name('noise')}.safetensors"
         path.write_bytes(event.data)
         self.values["noise"] = str(path)
         return True
 
-    def _file(self, name: str, image: Any, **about: str) -> Any:
-        """Return the path of a picture or sample written as PNG, and anything else as it is."""
+    def stopped(self, picture: Image.Image | None) -> None:
+        """Say that the run was stopped; picture: the decoded x0 of its last step."""
+        if self.unfinished:
+            arm, step = self.unfinished.arm, self.unfinished.step
+            what = "the image it expected then" if picture else "a rough preview"
+            self.values[f"{arm}_cost"] = (
+                f"**Stopped** at step {step} of {self.unfinished.steps}: {what}"
+            )
+            if picture:
+                self.values[arm] = self._file(self._name(f"{arm}-step{step}"), picture)
+        if self.status and "note" in self.values:
+            done, total, _ = self.status
+            self.values["note"] = f"**Stopped** after {done} of {total} images."
+
+    def _name(self, what: str) -> str:
+        return texts.file_name(self.record["settings"], what)
+
+    def _file(self, name: str, image: Any, **about: Any) -> str:
+        """Return the path of a picture, a sample or the bytes of a PNG, written as a file."""
         path = self.folder / f"{name}.png"
         if isinstance(image, Image.Image):
             save_png(image, path, self.record | about)
-        elif hasattr(image, "recipe"):
-            save_png(image.image, path, made_from(self.record, image) | about)
+        elif isinstance(image, bytes):
+            path.write_bytes(image)
         else:
-            return image
+            save_png(image.image, path, made_from(self.record, image) | about)
         return str(path)
 
     def _files_to_keep(self, samples: Mapping[str, Any]) -> list[str]:
-        """Return the contact sheet and the arms, as files."""
+        """Return a contact sheet, the arms and, of small ones, enlarged copies, as files."""
         captioned = [
-            (f"{', '.join(ARMS[arm])}, {sample.forwards} forwards", sample.image)
+            (f"{ARMS[arm].title}, {sample.forwards} forwards", sample.image)
             for arm, sample in samples.items()
         ]
         sheet = contact_sheet(captioned, self.record["settings"]["prompt"])
-        arms = [self._file(arm, sample, arm=arm) for arm, sample in samples.items()]
-        return [self._file("contact-sheet", sheet), *arms]
-
-
-def cost(sample: Any, guided: Any | None) -> str:
-    """Return forwards and seconds of an arm, and their share of the guided arm's."""
-    lines = [
-        f"**{sample.forwards}** UNet forward{'s' * (sample.forwards > 1)}",
-        f"{sample.seconds:.2f} s",
-    ]
-    if guided and sample is not guided:
-        lines[0] += f" · {sample.forwards / guided.forwards:.0%} of CFG"
-        lines[1] += f" · {sample.seconds / guided.seconds:.0%} of CFG"
-    return "  \n".join(lines)
+        files = [self._file(self._name("contact-sheet"), sheet)]
+        for arm, sample in samples.items():
+            files.append(self._file(self._name(arm), sample, arm=arm))
+        for arm, sample in samples.items():
+            if sample.image.width < ENLARGED:
+                large = enlarged(sample.image, ENLARGED)
+                files.append(self._file(self._name(f"{arm}-enlarged"), large, arm=arm))
+        return files
 
 
 def made_from(record: dict, sample: Any) -> dict:
-    """Return the record with the sample's recipe, and with settings whose arms hold its image."""
+    """Return the record with the sample's recipe and what makes it again.
+
+    Where an arm of a comparison is this image, that is the comparison with the settings returned;
+    otherwise the record's view, with its settings and controls.
+    """
     recipe = sample.recipe
-    own = {"seed": recipe.seed, "steps": recipe.steps, "sampler": recipe.sampler}
-    if recipe.prompt:
-        own["prompt"] = recipe.prompt
+    made = {"recipe": asdict(recipe), "forwards": sample.forwards}
+    is_arm = recipe.noise is None and recipe.refining_prompt is None and recipe.prompt
+    if not is_arm or (recipe.guidance_scale > 1 and recipe.strength):
+        return record | made
+    own = {
+        "prompt": recipe.prompt,
+        "seed": recipe.seed,
+        "steps": recipe.steps,
+        "sampler": recipe.sampler,
+    }
     if recipe.strength:
         own["strength"] = recipe.strength
     if scale := recipe.refiner_scale or (recipe.guidance_scale > 1 and recipe.guidance_scale):
         own["guidance_scale"] = scale
-    return record | {
-        "settings": record["settings"] | own,
-        "recipe": asdict(recipe),
-        "forwards": sample.forwards,
-    }
+    return record | made | {"settings": record["settings"] | own, "view": "compare", "controls": {}}

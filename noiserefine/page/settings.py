@@ -3,6 +3,7 @@
 import os
 import urllib.parse
 from dataclasses import dataclass, fields
+from typing import Any
 
 from noiserefine.models.catalogue import ASSETS, BACKBONES, Model
 
@@ -13,6 +14,7 @@ try:
 except ImportError:  # only Hugging Face's ZeroGPU needs it
     ZERO_GPU = False
 
+ON_SPACE = "SPACE_ID" in os.environ
 DEFAULT = "emoji"
 MAX_TEXT = 2000  # characters
 MAX_NUMBER = 1e15  # below it floats hold every whole number
@@ -30,9 +32,22 @@ def any_model_allowed() -> bool:
 # the first visitor comes, and every one slows the start.
 FREE_CHOICE = any_model_allowed() and not ZERO_GPU
 SERVED = ["emoji", "sd21"] if ZERO_GPU else list(BACKBONES)
+
+
+@dataclass(frozen=True)
+class ScaleRefiner:
+    """A shipped refiner that takes the guidance scale, beside the backbone's default."""
+
+    title: str
+    folder: str
+    backbone: str
+
+
 REFINERS = {
-    "emoji-scales": ("Emoji, told the guidance scale", str(ASSETS / "refiners" / "emoji-scales"))
-}  # in addition to the backbones' defaults: title, folder
+    "emoji-scales": ScaleRefiner(
+        "Emoji, takes the guidance scale", str(ASSETS / "refiners" / "emoji-scales"), "emoji"
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,11 @@ class Settings:
     lora_weight: float = 1.0
     negative_prompt: str = ""
 
+    @classmethod
+    def names(cls) -> list[str]:
+        """Return the names of all settings, in the order of the page's inputs."""
+        return [field.name for field in fields(cls)]
+
     @property
     def model(self) -> Model:
         """Return the model. Raises ValueError for names that visitors may not give."""
@@ -60,7 +80,7 @@ class Settings:
         name = next((key for key, listed in BACKBONES.items() if listed.source == name), name)
         lora = text(self.lora, "The LoRA").strip()
         refiner = text(self.refiner, "The refiner").strip()
-        _, folder = REFINERS.get(refiner, ("", refiner))
+        folder = REFINERS[refiner].folder if refiner in REFINERS else refiner
         model = Model(
             name, folder, lora, number(self.lora_weight, "The LoRA's weight") if lora else 1.0
         )
@@ -126,25 +146,30 @@ def link(settings: Settings) -> str:
     )
 
 
-def restored(values: dict) -> list:
-    """Return the settings stored in a link or PNG, in field order.
+def restored(values: dict) -> tuple[list, list[str]]:
+    """Return the settings stored in a link or PNG in field order, and what is wrong with others.
 
-    Missing settings get their default, a missing prompt None. Raises ValueError for a value of
-    another kind than the setting's; whether it can be used is checked when it is.
+    Missing and wrong settings get their default, a missing prompt None. Whether a value can be
+    used is checked when it is.
     """
-    updates = []
+    updates, problems = [], []
     for field in fields(Settings):
-        value, default = values.get(field.name), "" if field.name == "prompt" else field.default
-        if value is None:
-            updates.append(None if field.name == "prompt" else default)
-        elif isinstance(default, str):
-            updates.append(text(value, field.name))
-        else:
-            try:
-                plain = float(value)
-            except (TypeError, ValueError, OverflowError) as error:
-                raise ValueError(
-                    f"{field.name} is a number; the file or link holds {str(value)[:40]!r}."
-                ) from error
-            updates.append(int(plain) if number(plain, field.name) == int(plain) else plain)
-    return updates
+        default = None if field.name == "prompt" else field.default
+        try:
+            updates.append(_setting(values.get(field.name), field.name, default))
+        except ValueError as error:
+            updates.append(default)
+            problems.append(str(error))
+    return updates, problems
+
+
+def _setting(value: Any, name: str, default: Any) -> Any:
+    if value is None:
+        return default
+    if default is None or isinstance(default, str):
+        return text(value, f"The setting “{name}”")
+    try:
+        converted = number(float(value), f"The setting “{name}”")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"The setting “{name}” is a number; got {ascii(value)[:40]}.") from error
+    return int(converted) if converted == int(converted) else converted

@@ -4,19 +4,23 @@ To add a view, write a function with the decorator `view`. The page gives it a t
 title, the API an endpoint of its name, and ZeroGPU the seconds that its cost asks for.
 """
 
+import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from PIL import Image
 
-from noiserefine.models.catalogue import BACKBONES
+from noiserefine.limits import MAX_STEPS
+from noiserefine.models.catalogue import BACKBONES, Model
+from noiserefine.page import texts
 from noiserefine.page.blind import in_random_order
-from noiserefine.page.events import Arm, Columns, Compared, Figure, NoArm, Noise, Note, Pair
+from noiserefine.page.events import Arm, Compared, Figure, NoArm, Noise, Note, Pair
 from noiserefine.page.lazy import Lazy
-from noiserefine.page.settings import MAX_TEXT, REFINERS, Settings, number, text, whole
+from noiserefine.page.settings import MAX_TEXT, Settings, number, text, whole
+from noiserefine.page.vocabulary import is_embedded, knows, vocabulary
 from noiserefine.sampler_names import SAMPLERS
 
 if TYPE_CHECKING:
@@ -26,19 +30,28 @@ attentions: Any = Lazy("noiserefine.analysis.attention")
 explore: Any = Lazy("noiserefine.analysis.explore")
 figures: Any = Lazy("noiserefine.analysis.figures")
 noise: Any = Lazy("noiserefine.noise")
-recipes: Any = Lazy("noiserefine.analysis.recipe")
 safetensors: Any = Lazy("safetensors.torch")
 samplers_of_diffusers: Any = Lazy("noiserefine.samplers")
 spectrum: Any = Lazy("noiserefine.analysis.spectrum")
 torch: Any = Lazy("torch")
 trajectories: Any = Lazy("noiserefine.analysis.trajectory")
 
-MOST_IMAGES = 96  # of one view
+MOST_IMAGES, MOST_SEEDS = 96, 16  # of one view
 GPU_SECONDS = 10  # for everything but forwards, generously
+
+
+@dataclass(frozen=True)
+class ArmText:
+    """The words for an arm on the page."""
+
+    title: str
+    text: str
+
+
 ARMS = {
-    "gaussian": ("Gaussian noise", "no guidance"),
-    "guided": ("Gaussian noise", "guided (CFG)"),
-    "refined": ("Refined noise", "no guidance"),
+    "gaussian": ArmText("Plain", "the noise as drawn, no guidance"),
+    "guided": ArmText("Guided", "the usual way, twice the cost"),
+    "refined": ArmText("Refined", "this method: noise corrected once"),
 }
 
 
@@ -67,21 +80,23 @@ def strength_above_0(job: "Job") -> str:
 
 def guidance(job: "Job") -> str:
     """Return why a view about guidance cannot work."""
-    if job.takes_guidance:
-        return ""
-    return "This view is about guidance, and this model is distilled to be sampled without it."
+    reason = job.no_guidance
+    return f"This view is about guidance, which does not apply: {reason}" if reason else ""
 
 
 def refiner_with_scale(job: "Job") -> str:
     """Return why a view that varies the refiner's guidance scale cannot work."""
     if job.loaded.refiner and job.loaded.refiner.takes_guidance_scale:
         return ""
-    titles = " or ".join(f"“{title}”" for title, _ in REFINERS.values())
     return (
-        f"This refiner takes no guidance scale. For the embedded model choose {titles} under "
-        "Settings, Refiner; for others train one with train/train_refiner.py "
-        "--guidance_scale_range."
+        "This view needs a refiner that takes the guidance scale, and there is none for this "
+        "model: train one with train/train_refiner.py --guidance_scale_range."
     )
+
+
+def unet_attention(job: "Job") -> str:
+    """Return why the view of cross-attention cannot work."""
+    return attentions.hindrance(job.loaded.pipe)
 
 
 # What a view costs: a function of its settings and controls that returns forwards.
@@ -95,7 +110,7 @@ def images(count: int) -> Callable[[Settings, Mapping], float]:
 def _steps(settings: Settings) -> float:
     """Return the steps, or 1 where they are refused later."""
     steps = settings.steps
-    return steps if isinstance(steps, (int, float)) and 1 <= steps <= recipes.MAX_STEPS else 1
+    return steps if isinstance(steps, (int, float)) and 1 <= steps <= MAX_STEPS else 1
 
 
 def _samplers_cost(settings: Settings, controls: Mapping) -> float:
@@ -107,11 +122,17 @@ def _samplers_cost(settings: Settings, controls: Mapping) -> float:
     )
 
 
+def _count(controls: Mapping, name: str) -> float:
+    """Return the value of a control that counts, or 1 where it is refused later."""
+    count = controls.get(name)
+    return count if isinstance(count, (int, float)) and count >= 1 else 1
+
+
 def _many_cost(settings: Settings, controls: Mapping) -> float:
     """Return the cost of all arms of every prompt and seed, at most of those that are made."""
-    prompts, count = controls["prompts"], controls["count"]
+    prompts = controls.get("prompts")
     lines = len(prompts.splitlines()) if isinstance(prompts, str) else 0
-    wanted = max(1, lines) * (count if isinstance(count, (int, float)) and count >= 1 else 1)
+    wanted = max(1, lines) * _count(controls, "count")
     return images(1)(settings, controls) * min(4 * wanted, 4 * MOST_IMAGES / len(ARMS))
 
 
@@ -120,11 +141,15 @@ class View:
     """A way to look at a prompt and seed."""
 
     function: Callable[..., None]  # takes the Job and the controls by name, and reports events
-    title: str  # of its tab; empty for a view without one of the usual kind
+    title: str  # of its tab; empty for a view without one
     text: str  # what it shows, on the page and in the API
     cost: Callable[[Settings, Mapping], float]  # in forwards, at most
-    columns: int = 4  # of its gallery
+    button: str = "Show"
+    columns: int = 4  # of its gallery; 0 for none
+    per_row: Callable[[Settings], int] | None = None  # columns where they depend on the settings
     needs: tuple[Callable[["Job"], str], ...] = ()
+    flip: bool = False  # add a slider that moves through the gallery
+    wants_scale_refiner: bool = False  # use the model's refiner that takes the guidance scale
     controls: dict[str, Callable[[], gr.components.Component]] = field(default_factory=dict)
     outputs: dict[str, Callable[[], gr.components.Component]] = field(default_factory=dict)
 
@@ -152,14 +177,18 @@ def view(title: str, text: str, **options: Any) -> Callable:
     return register
 
 
-def picture(label: str) -> gr.Image:
-    """Return an image that is shown in full and saved as PNG."""
+def picture(
+    alt: str, value: str | None = None, label: str | None = None, show_label: bool = False
+) -> gr.Image:
+    """Return an image that is shown in full and saved as PNG; `label` names it in the API."""
     return gr.Image(
-        label=label,
-        alt_text=label,
-        show_label=False,
+        value,
+        label=label or alt,
+        alt_text=alt,
+        show_label=show_label,
         interactive=False,
         format="png",
+        type="filepath",
         elem_classes="picture",
         buttons=["download", "fullscreen"],
     )
@@ -167,52 +196,49 @@ def picture(label: str) -> gr.Image:
 
 @view(
     "",
-    "One prompt and seed, three images: Gaussian noise unguided, Gaussian noise with "
-    "classifier-free guidance, refined noise unguided.",
+    "One prompt and seed, three images: random noise without guidance, random noise with "
+    "classifier-free guidance, refined noise without guidance.",
     cost=images(4),
 )
 def compare(job: "Job") -> None:
-    """Report the three arms, and what the refiner changed in the noise."""
+    """Report the three arms, and what is to be said of them."""
     _ = job.loaded.preview  # fitted before the clock runs
-    if not job.takes_guidance:
-        job.report(
-            NoArm(
-                "guided",
-                "**Not applicable**: this model is distilled to be sampled without guidance.",
-            )
-        )
-    samples = {}
+    if reason := job.no_guidance:
+        job.report(NoArm("guided", f"**Not applicable**: {reason}"))
+    if job.loaded.refiner is None:
+        job.report(NoArm("refined", job.loaded.says))
+    samples: dict[str, Any] = {}
     for arm, recipe in job.arms().items():
         samples[arm] = job.previewed(arm, recipe)
-        job.report(Arm(arm, samples[arm]))
+        nearness = explore.nearness(samples) if arm == "refined" else None
+        job.report(Arm(arm, samples[arm], nearness))
     job.report(Compared(samples))
-    job.report(Note(job.loaded.says))
-    if "refined" in samples:
-        _report_change_of_noise(job, samples)
+    notes = [job.loaded.says] if job.loaded.refiner else []
+    if job.loaded.refiner and job.recipe.strength == 0:
+        notes.append("The strength is 0: the third column starts from the noise as drawn.")
+    if any(sample.blocked for sample in samples.values()):
+        notes.append(
+            "**A black image was blacked out by the model's safety checker**, which took its "
+            "content for unsafe. Another seed or prompt may pass."
+        )
+    notes += [job.unusual_guidance(), *prompt_notes(job.recipe.prompt, job.backbone)]
+    job.report(Note(" ".join(note for note in notes if note)))
 
 
-def _report_change_of_noise(job: "Job", samples: dict) -> None:
-    if job.recipe.strength == 0:
-        job.report(
-            Note(
-                "The refinement strength is 0: the third column starts from the Gaussian noise "
-                f"as it is. {job.loaded.says}"
-            )
+def prompt_notes(prompt: str, backbone: str) -> list[str]:
+    """Return hints on a prompt that does not mean what its author may expect."""
+    notes = []
+    if re.search(r"\([^()]*:\s*[\d.]+\)|<lora:[^>]*>", prompt):
+        notes.append(
+            "Weights such as (red:1.3) and tags such as <lora:…> are read as plain text here; a "
+            "LoRA has its own field under Settings."
         )
-        return
-    x_T, x_hat = (torch.from_numpy(samples[arm].latents) for arm in ("gaussian", "refined"))
-    share, cutoff = spectrum.energy_below(x_hat - x_T), spectrum.LOW_FREQUENCY
-    difference = spectrum.low_frequency_difference(x_T, x_hat)
-    job.report(Figure("heat", spectrum.heat_map(difference, samples["refined"].image.size)))
-    job.report(Figure("layout", samples["refined"]))
-    job.report(
-        Note(
-            "**What the refiner changed.** The heat map is the part of the change in x_T below "
-            f"{cutoff} of the frequency radius: {share:.0%} of its energy. It is bright where the "
-            "refiner changed the noise most; beside it is the image that grew from the refined "
-            f"noise. {job.loaded.says}"
+    if is_embedded(backbone) and not knows(prompt):
+        notes.append(
+            "This small model knows no object of the prompt: it was trained on emoji, some of "
+            "which are suggested while you type."
         )
-    )
+    return notes
 
 
 @view(
@@ -229,207 +255,49 @@ def refine(job: "Job") -> None:
 
 
 @view(
+    "Seeds",
+    "One prompt, many seeds: a row for each arm. Guidance makes the images of different seeds "
+    "alike; how much variety is left stands above them.",
+    columns=8,
+    cost=lambda settings, controls: images(4)(settings, {}) * _count(controls, "count"),
+    controls={"count": lambda: gr.Slider(2, 16, 8, step=1, label="Seeds", info="counting up")},
+    outputs={"note": lambda: gr.Markdown("", show_label=False, label="note")},
+)
+def seeds(job: "Job", count: float) -> None:
+    """Show several seeds of every arm, and how different their images are."""
+    count = whole(count, "The number of seeds")
+    if not 2 <= count <= MOST_SEEDS:  # noqa: PLR2004 (one seed has no variety)
+        raise ValueError(f"The number of seeds is from 2 to {MOST_SEEDS}; got {count}.")
+    arms, rows = job.arms(), dict[str, list]()
+    for arm, recipe in arms.items():
+        rows[arm] = []
+        for seed in range(job.recipe.seed, job.recipe.seed + count):
+            rows[arm].append(job.make(replace(recipe, seed=seed)))
+            job.show([(f"{ARMS[arm].title}, seed {seed}", rows[arm][-1])], len(arms) * count)
+    distances = {arm: explore.variety(samples) for arm, samples in rows.items()}
+    job.report(Note(texts.variety(distances)))
+
+
+@view(
     "Strength",
     "The refined image as the correction of the noise grows from nothing to one and a half times "
-    "what was trained, and the guided image to compare with.",
+    "what was trained, and the guided image to compare with. Move the slider to see it change.",
     cost=images(10),
     needs=(refiner,),
+    flip=True,
 )
 def strength(job: "Job") -> None:
     """Show the refined image over the strength."""
-    job.show(explore.strengths(job.make, job.recipe))
+    total = len(explore.STRENGTHS) + job.takes_guidance
+    job.show(explore.strengths(job.make, job.recipe), total)
 
 
 @view(
-    "Guidance scale",
-    "Refined images over the guidance scale that the refiner is told, above guided images at the "
-    "same scales. For a refiner that takes the scale: the embedded model has one, under Settings.",
-    columns=5,
-    cost=images(15),
-    needs=(refiner, strength_above_0, guidance, refiner_with_scale),
-)
-def guidance_scale(job: "Job") -> None:
-    """Show refined and guided images over the guidance scale."""
-    job.show(explore.guidance_scales(job.make, job.recipe))
-
-
-@view(
-    "Samplers and steps",
-    "The same two noises through every sampler with few and with many steps.",
-    columns=6,
-    cost=_samplers_cost,
-    needs=(refiner, strength_above_0),
-)
-def samplers(job: "Job") -> None:
-    """Show both noises through every sampler."""
-    job.show(explore.samplers_and_steps(job.make, job.recipe))
-
-
-@view(
-    "Frequencies",
-    "The correction is small and lives in the low frequencies. The images show what the "
-    "frequencies below the cutoff do alone.",
-    cost=images(8),
-    needs=(refiner, strength_above_0),
-    controls={
-        "cutoff": lambda: gr.Slider(
-            0, 1, 0.3, step=0.05, label="Cutoff", info="of the largest radial frequency"
-        )
-    },
-    outputs={
-        "histogram": lambda: gr.Plot(label="How far the entries of x_T moved", show_label=False),
-        "spectrum": lambda: gr.Plot(label="Where the correction's energy is", show_label=False),
-        "overlay": lambda: picture("Change of the noise below the cutoff, over the refined image"),
-    },
-)
-def frequencies(job: "Job", cutoff: float) -> None:
-    """Show where the correction is in frequency, and what its bands do alone."""
-    if not 0 <= number(cutoff, "The cutoff") <= 1:
-        raise ValueError(
-            f"The cutoff is a share of the largest frequency, from 0 to 1; got {cutoff}."
-        )
-    sample, x_T = job.make(job.recipe.refined), job.latents(job.recipe.gaussian)
-    x_hat = torch.from_numpy(sample.latents)
-    next_seed = (job.recipe.seed + 1) % (noise.MAX_SEED + 1)
-    other = job.make.draw(replace(job.recipe, seed=next_seed))
-    difference = spectrum.low_frequency_difference(x_T, x_hat, cutoff)
-    heat = spectrum.heat_map(difference, sample.image.size)
-    job.report(Figure("histogram", figures.difference_histogram(x_T, x_hat, other)))
-    job.report(Figure("spectrum", figures.radial_spectrum(x_T, x_hat)))
-    job.report(Figure("overlay", Image.blend(sample.image, heat, 0.6)))
-    job.show(explore.bands(job.make, job.recipe, cutoff))
-
-
-@view(
-    "Trajectory",
-    "What the model expects the finished image to be, step by step: refined noise shows its "
-    "layout at once.",
-    columns=7,
-    cost=images(5),
-)
-def trajectory(job: "Job") -> None:
-    """Show the predicted x0 of every arm on its way."""
-    job.report(Columns(_frames(job)))
-    for arm, recipe in job.arms().items():
-        caption = f"{arm.capitalize()}, forward {{}}"
-        trajectories.trajectory(
-            job.make,
-            recipe,
-            lambda i, image, caption=caption: job.show([(caption.format(i), image)]),
-        )
-
-
-def _frames(job: "Job") -> int:
-    """Return how many frames a film of the recipe's sampling has."""
-    forwards = samplers_of_diffusers.forwards(job.recipe.sampler, job.recipe.steps)
-    return min(trajectories.FRAMES, forwards)
-
-
-@view(
-    "Two prompts",
-    "Noise refined with the prompt above, denoised with another one: what stays is what the noise "
-    "itself says.",
+    "Many",
+    "The arms for several prompts and seeds, with how much nearer the refined images are to the "
+    "guided ones.",
     columns=3,
-    cost=images(8),
-    needs=(refiner, strength_above_0),
-    controls={
-        "other": lambda: gr.Textbox(
-            "a green frog on a yellow background", label="The other prompt", max_lines=2
-        )
-    },
-)
-def two_prompts(job: "Job", other: str) -> None:
-    """Show noise refined with one prompt and denoised with another."""
-    if not text(other, "The other prompt").strip():
-        raise ValueError("The other prompt is empty: say what to denoise with.")
-    job.make.check(replace(job.recipe, prompt=other))
-    job.show(explore.two_prompts(job.make, job.recipe, other))
-
-
-@view(
-    "Interpolation",
-    "From one seed to another along the sphere: above from Gaussian noise, below refined on the "
-    "way.",
-    columns=7,
-    cost=images(14),
-    needs=(refiner, strength_above_0),
-    controls={"other_seed": lambda: gr.Number(8, label="The other seed")},
-)
-def interpolation(job: "Job", other_seed: float) -> None:
-    """Show the way from one seed to another."""
-    seed = whole(other_seed, "The other seed")
-    job.show(explore.interpolation(job.make, job.recipe, seed))
-
-
-@view(
-    "Guided from refined",
-    "Guidance and refining together: guided sampling from refined noise beside guided sampling "
-    "from Gaussian noise.",
-    cost=images(6),
-    needs=(refiner, strength_above_0, guidance),
-)
-def guided_from_refined(job: "Job") -> None:
-    """Show both noises without and with guidance."""
-    job.show(explore.guided_from_refined(job.make, job.recipe))
-
-
-@view(
-    "Attention",
-    "Where the model looks for a word of the prompt while it denoises, over the finished image.",
-    columns=7,
-    cost=images(8),
-    controls={
-        "word": lambda: gr.Textbox(
-            "",
-            label="A word of the prompt",
-            info="empty for the first after the article",
-            max_lines=1,
-        )
-    },
-)
-def attention(job: "Job", word: str) -> None:
-    """Show the cross-attention to a word over the finished image of every arm."""
-    word = text(word, "The word").strip() or attentions.first_word(job.recipe.prompt)
-    job.report(Columns(_frames(job)))
-    for arm, recipe in job.arms().items():
-        maps, sample = attentions.attention(job.make, recipe, word)
-        for i in trajectories.evenly(len(maps), trajectories.FRAMES):
-            heat = spectrum.heat_map(maps[i].numpy(), sample.image.size)
-            caption = f"{arm.capitalize()}, “{word}” in forward {i + 1}"
-            job.show([(caption, Image.blend(sample.image, heat, 0.6))])
-
-
-@view(
-    "",
-    "Two images of one new seed for the prompt above, in random order: one from refined noise, "
-    "one from Gaussian noise. Say which is better and which follows the prompt; then you learn "
-    "which was which. The tally stays in this session and goes nowhere else.",
-    cost=images(3),
-    needs=(refiner, strength_above_0),
-    controls={
-        "opponent": lambda: gr.Radio(
-            [("guided", "guided"), ("unguided", "gaussian")],
-            value="guided",
-            label="Refined against",
-        )
-    },
-)
-def blind(job: "Job", opponent: str) -> None:
-    """Report two arms of a new seed, in random order."""
-    seed = secrets.randbelow(noise.MAX_SEED + 1)
-    arms = job.arms(seed=seed)
-    if opponent not in arms or opponent == "refined":
-        raise ValueError(f"There is no {opponent!r} image of this model to compare with.")
-    # The arms are always made in one order, so that the time it takes says nothing.
-    samples = {arm: job.make(arms[arm]).image for arm in ("refined", opponent)}
-    left, right = in_random_order("refined", opponent)
-    job.report(Pair(samples[left], samples[right], job.recipe.prompt, seed, (left, right)))
-
-
-@view(
-    "Many at once",
-    "The three columns for several prompts and seeds.",
-    columns=3,
+    per_row=lambda settings: 3 if Model(str(settings.backbone)).takes_guidance else 2,
     cost=_many_cost,
     controls={
         "prompts": lambda: gr.Textbox(
@@ -443,6 +311,7 @@ def blind(job: "Job", opponent: str) -> None:
             1, 16, 4, step=1, label="Images a prompt", info="their seeds count up"
         ),
     },
+    outputs={"note": lambda: gr.Markdown("", show_label=False, label="note")},
 )
 def many(job: "Job", prompts: str, count: float) -> None:
     """Show the arms of several prompts and seeds."""
@@ -463,11 +332,226 @@ def many(job: "Job", prompts: str, count: float) -> None:
     for arms in batch.values():
         for recipe in arms.values():
             job.make.check(recipe)
-    job.report(Columns(len(job.arms())))
+    nearness = []
+    for (prompt, seed), arms in batch.items():
+        samples = {}
+        for arm, recipe in arms.items():
+            samples[arm] = job.make(recipe)
+            job.show([(f"{prompt} · seed {seed} · {ARMS[arm].title}", samples[arm])], total)
+        nearness.append(explore.nearness(samples))
+    if None not in nearness:
+        job.report(Note(texts.nearness(nearness)))
 
-    def images_of_batch() -> Iterator[tuple[str, Any]]:
-        for (prompt, seed), arms in batch.items():
-            for arm, recipe in arms.items():
-                yield f"{prompt} · seed {seed} · {arm}", job.make(recipe)
 
-    job.show(images_of_batch())
+@view(
+    "Trajectory",
+    "What the model expects the finished image to be, step by step, in every arm; the film plays "
+    "the three side by side.",
+    columns=7,
+    per_row=lambda settings: min(7, max(1, int(_steps(settings)))),
+    cost=images(5),
+    outputs={"film": lambda: picture("The three arms as a film", label="film")},
+)
+def trajectory(job: "Job") -> None:
+    """Show the predicted x0 of every arm on its way, and as a film."""
+    arms, frames = job.arms(), job.frames()
+    films: dict[str, list[Image.Image]] = {arm: [] for arm in arms}
+    for arm, recipe in arms.items():
+
+        def show(forward: int, image: Image.Image, arm: str = arm) -> None:
+            films[arm].append(job.screened(image))
+            caption = f"{ARMS[arm].title}, forward {forward}"
+            job.show([(caption, films[arm][-1])], len(arms) * frames)
+
+        trajectories.trajectory(job.make, recipe, show)
+    job.report(Figure("film", trajectories.film(list(films.values()))))
+
+
+@view(
+    "Blind test",
+    "Two images of one seed and prompt in random order, one from refined noise. Which is better, "
+    "which follows the prompt? Answer with the buttons or the keys ←, 0 and →. The tally stays in "
+    "this session.",
+    button="New pair",
+    columns=0,
+    cost=images(3),
+    needs=(refiner, strength_above_0),
+    controls={
+        "opponent": lambda: gr.Radio(
+            [("guided", "guided"), ("plain", "gaussian")],
+            value="guided",
+            label="Refined against",
+        ),
+        "prompts": lambda: gr.Radio(
+            [("prompts the model knows", "known"), ("the prompt above", "current")],
+            value="known",
+            label="Pairs of",
+        ),
+    },
+    outputs={
+        "left": lambda: picture("Left", show_label=True),
+        "right": lambda: picture("Right", show_label=True),
+    },
+)
+def blind(job: "Job", opponent: str, prompts: str) -> None:
+    """Report two arms of a new seed, in random order."""
+    prompt = job.recipe.prompt
+    if prompts == "known" and is_embedded(job.backbone):
+        words = vocabulary()
+        prompt = "{} on a {} background".format(
+            secrets.choice(words["objects"]), secrets.choice(words["backgrounds"])
+        )
+    seed = secrets.randbelow(noise.MAX_SEED + 1)
+    arms = job.arms(seed=seed, prompt=prompt)
+    if opponent not in arms or opponent == "refined":
+        raise ValueError(f"There is no {opponent!r} image of this model to compare with.")
+    # The arms are always made in one order, so that the time it takes says nothing.
+    samples = {arm: job.make(arms[arm]).image for arm in ("refined", opponent)}
+    left, right = in_random_order("refined", opponent)
+    title = Model(job.backbone).title
+    job.report(Pair(samples[left], samples[right], title, prompt, seed, (left, right)))
+
+
+@view(
+    "Samplers",
+    "The same two noises through every sampler with few and with many steps.",
+    columns=6,
+    cost=_samplers_cost,
+    needs=(refiner, strength_above_0),
+)
+def samplers(job: "Job") -> None:
+    """Show both noises through every sampler."""
+    total = 2 * len(explore.STEPS) * len(job.samplers())
+    job.show(explore.samplers_and_steps(job.make, job.recipe), total)
+
+
+@view(
+    "Two prompts",
+    "Noise refined with the prompt above, denoised with another one: what stays is what the noise "
+    "itself says.",
+    columns=3,
+    cost=images(8),
+    needs=(refiner, strength_above_0),
+    controls={
+        "other": lambda: gr.Textbox(
+            "a green frog on a yellow background", label="The other prompt", max_lines=2
+        )
+    },
+)
+def two_prompts(job: "Job", other: str) -> None:
+    """Show noise refined with one prompt and denoised with another."""
+    if not text(other, "The other prompt").strip():
+        raise ValueError("The other prompt is empty: say what to denoise with.")
+    job.make.check(replace(job.recipe, prompt=other))
+    total = 6 if job.recipe.guidance_scale > 1 else 4
+    job.show(explore.two_prompts(job.make, job.recipe, other), total)
+
+
+@view(
+    "Interpolation",
+    "From one seed to another along the sphere: above from Gaussian noise, below refined on the "
+    "way.",
+    columns=7,
+    cost=images(14),
+    needs=(refiner, strength_above_0),
+    controls={"other_seed": lambda: gr.Number(8, label="The other seed")},
+)
+def interpolation(job: "Job", other_seed: float) -> None:
+    """Show the way from one seed to another."""
+    seed = whole(other_seed, "The other seed")
+    total = 2 * explore.INTERPOLATIONS
+    job.show(explore.interpolation(job.make, job.recipe, seed), total)
+
+
+@view(
+    "Frequencies",
+    "Where in frequency the correction is, and what the frequencies below and above the cutoff do "
+    "alone.",
+    cost=images(8),
+    needs=(refiner, strength_above_0),
+    controls={
+        "cutoff": lambda: gr.Slider(
+            0, 1, 0.3, step=0.05, label="Cutoff", info="of the largest radial frequency"
+        )
+    },
+    outputs={
+        "histogram": lambda: picture("How far the entries of x_T moved", label="histogram"),
+        "spectrum": lambda: picture("Energy of the correction over frequency", label="spectrum"),
+        "overlay": lambda: picture(
+            "Change of the noise below the cutoff, over the refined image", label="overlay"
+        ),
+        "note": lambda: gr.Markdown("", show_label=False, label="note"),
+    },
+)
+def frequencies(job: "Job", cutoff: float) -> None:
+    """Show where the correction is in frequency, and what its bands do alone."""
+    if not 0 <= number(cutoff, "The cutoff") <= 1:
+        raise ValueError(
+            f"The cutoff is a share of the largest frequency, from 0 to 1; got {cutoff}."
+        )
+    sample, x_T = job.make(job.recipe.refined), job.latents(job.recipe.gaussian)
+    x_hat = torch.from_numpy(sample.latents)
+    next_seed = (job.recipe.seed + 1) % (noise.MAX_SEED + 1)
+    other = job.make.draw(replace(job.recipe, seed=next_seed))
+    difference = spectrum.low_frequency_difference(x_T, x_hat, cutoff)
+    heat = spectrum.heat_map(difference, sample.image.size)
+    histogram = figures.difference_histogram(x_T, x_hat, other)
+    job.report(Figure("histogram", figures.as_picture(histogram)))
+    job.report(Figure("spectrum", figures.as_picture(figures.radial_spectrum(x_T, x_hat))))
+    job.report(Figure("overlay", Image.blend(sample.image, heat, 0.6)))
+    job.report(Note(texts.change_of_noise(cutoff, *spectrum.density_ratio(x_hat - x_T, cutoff))))
+    job.show(explore.bands(job.make, job.recipe, cutoff), explore.BANDS)
+
+
+@view(
+    "Scales",
+    "Refined images over the guidance scale that the refiner is given, above guided images at the "
+    "same scales. It takes the refiner that was trained for it, where the model has one.",
+    columns=5,
+    cost=images(15),
+    needs=(refiner, strength_above_0, guidance, refiner_with_scale),
+    wants_scale_refiner=True,
+)
+def guidance_scale(job: "Job") -> None:
+    """Show refined and guided images over the guidance scale."""
+    job.show(explore.guidance_scales(job.make, job.recipe), 2 * explore.SCALES)
+
+
+@view(
+    "Both",
+    "Guidance and refining together: guided sampling from refined noise beside guided sampling "
+    "from Gaussian noise.",
+    cost=images(6),
+    needs=(refiner, strength_above_0, guidance),
+)
+def guided_from_refined(job: "Job") -> None:
+    """Show both noises without and with guidance."""
+    job.show(explore.guided_from_refined(job.make, job.recipe), 4)
+
+
+@view(
+    "Attention",
+    "Where the model looks for a word of the prompt while it denoises, over the finished image.",
+    columns=7,
+    per_row=lambda settings: min(7, max(1, int(_steps(settings)))),
+    cost=images(8),
+    needs=(unet_attention,),
+    controls={
+        "word": lambda: gr.Textbox(
+            "",
+            label="A word of the prompt",
+            info="empty for the first after the article",
+            max_lines=1,
+        )
+    },
+)
+def attention(job: "Job", word: str) -> None:
+    """Show the cross-attention to a word over the finished image of every arm."""
+    word = text(word, "The word").strip() or attentions.first_word(job.recipe.prompt)
+    arms, frames = job.arms(), job.frames()
+    for arm, recipe in arms.items():
+        maps, sample = attentions.attention(job.make, recipe, word)
+        for i in trajectories.evenly(len(maps), trajectories.FRAMES):
+            heat = spectrum.heat_map(maps[i].numpy(), sample.image.size)
+            caption = f"{ARMS[arm].title}, “{word}” in forward {i + 1}"
+            job.show([(caption, Image.blend(sample.image, heat, 0.6))], len(arms) * frames)

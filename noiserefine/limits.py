@@ -1,0 +1,5 @@
+"""The ranges of settings, for the library's checks and the page's sliders alike."""
+
+MAX_STEPS = 150
+MAX_GUIDANCE_SCALE = 20  # diffusers' g
+MAX_STRENGTH = 2  # of the refinement; 1 is as trained

@@ -1,0 +1,61 @@
+"""What the page shows before anything was made: a shipped comparison of the default model.
+
+`tests/tools/opening.py` makes the files anew; a test compares them with the library's pixels.
+"""
+
+import json
+from dataclasses import asdict, astuple, dataclass
+
+from noiserefine.models.catalogue import ASSETS, BACKBONES
+from noiserefine.page import texts
+from noiserefine.page.record import read_png
+from noiserefine.page.settings import Settings
+
+FOLDER = ASSETS / "opening"
+EXAMPLES = [
+    "a panda on a pink background",
+    "a red apple on a blue background",
+    "a rocket on a black background",
+    "an owl on a purple background",
+    "a sailboat",
+]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Values of the comparison's outputs, and the examples' pictures."""
+
+    arms: dict[str, str]  # files by arm
+    costs: dict[str, str]
+    caption: str
+    made_from: str
+    code: str
+    thumbnails: dict[str, str]  # files by prompt
+
+
+def default_settings() -> Settings:
+    """Return the settings with which the page opens."""
+    return Settings(EXAMPLES[0])
+
+
+def opening() -> Opening | None:
+    """Return the shipped comparison, or None where it is not one of the default settings."""
+    settings = default_settings()
+    arms = {arm: FOLDER / f"{arm}.png" for arm in ("gaussian", "guided", "refined")}
+    if not all(path.is_file() for path in arms.values()):
+        return None
+    records = {arm: read_png(path) for arm, path in arms.items()}
+    if any(record["settings"] != asdict(settings) for record in records.values()):
+        return None
+    guided = records["guided"]["forwards"]
+    return Opening(
+        {arm: str(path) for arm, path in arms.items()},
+        {
+            arm: texts.cost(record["forwards"], 0, guided, record.get("nearness"))
+            for arm, record in records.items()
+        },
+        texts.caption(settings),
+        json.dumps(astuple(settings)),
+        texts.code(settings, BACKBONES[settings.backbone].refiner),
+        {prompt: str(FOLDER / f"example-{i}.png") for i, prompt in enumerate(EXAMPLES)},
+    )

@@ -1,0 +1,62 @@
+"""Settings that come back: from a dropped image, the page's address, the session's history."""
+
+from typing import Any
+
+import gradio as gr
+
+from noiserefine.page.layout import Page
+from noiserefine.page.record import read_png
+from noiserefine.page.settings import restored
+from noiserefine.page.views import VIEWS
+
+
+def from_png(page: Page, path: str | None, now: float) -> list:
+    """Return updates of `targets` from a PNG's record; a comparison is made at once."""
+    try:
+        record = read_png(path or "")
+        values, problems = restored(record["settings"])
+    except ValueError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+    if "program" in record:
+        problems.append(
+            f"The settings are {record['program']}'s: another program makes another image of them."
+        )
+    _warn(problems)
+    name, view = record.get("view"), VIEWS.get(str(record.get("view")))
+    if view is None or not view.title:
+        return _updates(page, values, go=now)
+    gr.Info(f"The settings are restored: press {view.button} under {view.title}.")
+    return _updates(page, values, str(name), record.get("controls"))
+
+
+def from_address(page: Page, query: dict, now: float) -> list:
+    """Return updates of `targets` from the page's address, and start a comparison if it has any."""
+    values, problems = restored(query)
+    _warn(problems)
+    known = {name for name in page.inputs if name in query}
+    return _updates(page, values, go=now) if known else [gr.skip()] * len(targets(page))
+
+
+def targets(page: Page) -> list[gr.components.Component]:
+    """Return what is restored: the inputs, every view's controls, the open tab, and the start."""
+    controls = [control for tab in page.tabs.values() for control in tab.controls.values()]
+    return [*page.inputs.values(), *controls, page.parts["tabs"], page.parts["go"]]
+
+
+def _updates(
+    page: Page, values: list, view: str = "", controls: Any = None, go: float | None = None
+) -> list:
+    """Return the updates, in the order of `targets`; None and what is not given change nothing."""
+    given = controls if isinstance(controls, dict) else {}
+    of_controls = [
+        given[name] if tab_of == view and name in given else None
+        for tab_of, tab in page.tabs.items()
+        for name in tab.controls
+    ]
+    updates = [gr.skip() if value is None else value for value in (*values, *of_controls)]
+    return [*updates, gr.Tabs(selected=view) if view else gr.skip(), go or gr.skip()]
+
+
+def _warn(problems: list[str]) -> None:
+    for problem in problems:
+        gr.Warning(problem)

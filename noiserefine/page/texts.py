@@ -1,0 +1,132 @@
+"""Sentences that the page shows in more than one place."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from noiserefine.models.catalogue import ASSETS, Model
+from noiserefine.page.settings import Settings
+
+SHOWN_SECONDS = 1.0  # below it the time says more about the machine than about the method
+
+
+def cost(forwards: int, seconds: float, guided_forwards: int | None, nearness: float | None) -> str:
+    """Return what an arm cost, beside the guided arm where there is one.
+
+    nearness: how much nearer to the guided image it is than the plain one, in latents, from 0 to 1.
+    """
+    text = f"**{forwards}** forward{'s' * (forwards != 1)}"
+    if guided_forwards and forwards != guided_forwards:
+        text += f", {forwards / guided_forwards:.0%} of guided"
+    if seconds >= SHOWN_SECONDS:
+        text += f" · {seconds:.1f} s"
+    if nearness is None:
+        return text
+    if round(100 * nearness) == 0:
+        return f"{text}  \nas near to the guided image as plain is"
+    words = "nearer to" if nearness > 0 else "further from"
+    return f"{text}  \n{abs(nearness):.0%} {words} the guided image than plain is"
+
+
+def caption(settings: Settings) -> str:
+    """Return what a comparison was made from, as one line of Markdown."""
+    prompt = re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(settings.prompt.split()))
+    parts = [
+        f"“{prompt}”",
+        f"seed {_whole(settings.seed)}",
+        f"{settings.steps:g} steps, {settings.sampler}",
+        f"guidance {settings.guidance_scale:g}",
+        f"strength {settings.strength:g}",
+        Model(str(settings.backbone)).title,
+    ]
+    return "Made from " + " · ".join(parts)
+
+
+def _whole(value: float | None) -> Any:
+    """Return a whole number without its decimal point, and anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def file_name(settings: dict, what: str) -> str:
+    """Return a speaking file name, without its ending: panda-pink-background-seed7-refined."""
+    words = re.findall(r"\w+", str(settings["prompt"]).lower())
+    words = [word for word in words if word not in ("a", "an", "the", "on", "of")]
+    return "-".join([*words[:4], f"seed{_whole(settings['seed'])}", what])[:80]
+
+
+def short(prompt: str) -> str:
+    """Return what a prompt shows, without article and background."""
+    return re.sub("^an? ", "", prompt).split(" on ")[0]
+
+
+def code(settings: Settings, refiner: str | None) -> str:
+    """Return Python that makes the refined image, or the plain one without a refiner."""
+    size = {
+        name: int(side)
+        for name, side in (("height", settings.height), ("width", settings.width))
+        if side
+    }
+    sizes = "".join(f", {name}={side}" for name, side in size.items())
+    lines = [
+        "from noiserefine import Refiner, draw_noise",
+        "from noiserefine.guidance import sample",
+        "from noiserefine.models.loading import load_pipeline",
+        "from noiserefine.noise import step_generator",
+        "from noiserefine.samplers import with_sampler",
+        "",
+        f"prompt, seed = {settings.prompt!r}, {_whole(settings.seed)}",
+        f"pipe = with_sampler(load_pipeline({settings.backbone!r}), {settings.sampler!r})",
+        f"latents = draw_noise(pipe, seed{sizes})  # x_T",
+    ]
+    if refiner:
+        if refiner.startswith(str(ASSETS)):
+            refiner = str(Path(refiner).relative_to(ASSETS.parent))
+        lines += [
+            f"refiner = Refiner.from_pretrained({refiner!r}, pipe)",
+            f"latents = refiner(latents, prompt, strength={settings.strength:g})",
+        ]
+    lines += [
+        f"image = sample(pipe, prompt=prompt, latents=latents, num_inference_steps="
+        f"{settings.steps:g}{sizes},",
+        "               generator=step_generator(seed)).images[0]",
+        "",
+        "# The same through the API of this page:",
+        "# from gradio_client import Client",
+        f"# Client(address).predict(prompt={settings.prompt!r}, seed={_whole(settings.seed)}, "
+        f"steps={settings.steps:g}, api_name='/compare')",
+    ]
+    return "\n".join(lines)
+
+
+def remaining(done: int, total: int, seconds: float) -> str:
+    """Return about how long the rest of a series of images takes."""
+    left = seconds / done * (total - done) if done else 0
+    return f"about {left:.0f} s left" if left >= SHOWN_SECONDS else "nearly done"
+
+
+def variety(distances: dict[str, float]) -> str:
+    """Return how different the images of several seeds are, against unguided ones."""
+    plain = distances["gaussian"]
+    lines = ["**Variety** (mean distance between the images of two seeds, in latents; plain is 1):"]
+    lines += [f"{arm} {distance / plain:.2f}" for arm, distance in distances.items()]
+    return lines[0] + " " + ", ".join(lines[1:])
+
+
+def nearness(values: list[float]) -> str:
+    """Return how much nearer refined images are to the guided ones than plain ones, with a bar."""
+    mean = sum(values) / len(values)
+    filled = round(20 * min(max(mean, 0), 1))
+    nearer = sum(value > 0 for value in values)
+    return (
+        f"{'█' * filled}{'░' * (20 - filled)} The refined images are on average **{mean:.0%}** "
+        f"nearer to the guided ones than the plain images are (distance of latents); nearer in "
+        f"{nearer} of {len(values)}."
+    )
+
+
+def change_of_noise(cutoff: float, share: float, ratio: float | None) -> str:
+    """Return where the correction is; ratio: of the energy of a coefficient below to one above."""
+    energy = f"{share:.0%} of the correction's energy is below {cutoff:g} of the frequency radius."
+    if ratio is None:
+        return energy
+    return f"{energy} A coefficient below it is changed {ratio:.1f} times as strongly as one above."

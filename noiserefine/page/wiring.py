@@ -1,0 +1,284 @@
+"""Which button starts what."""
+
+import functools
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from noiserefine.models.catalogue import BACKBONES
+from noiserefine.page import blind, restoring
+from noiserefine.page.handlers import handler_of, jobs, request_stop
+from noiserefine.page.layout import Components, Page, about_model, build_components
+from noiserefine.page.record import read_png
+from noiserefine.page.settings import FREE_CHOICE, Settings
+from noiserefine.page.views import VIEWS
+
+HISTORY = 12  # results
+PRIVATE: Any = {"api_visibility": "private"}  # of events that are no endpoint
+RANDOM_SEED = "Math.floor(Math.random() * 2 ** 32)"
+
+
+def build_page() -> gr.Blocks:
+    """Return the page, ready to launch."""
+    with gr.Blocks(title="NoiseRefine", analytics_enabled=False) as blocks:
+        page = build_components()
+        known = gr.State({})  # the session's samples, changed in place: Stop keeps what is finished
+        compared = _connect_views(page, known)
+        _start_comparisons(page)
+        _after_comparison(page, compared)
+        _restore(blocks, page)
+        _model_chosen(blocks, page)
+        _vote(page)
+    return blocks
+
+
+def _connect_views(page: Page, known: gr.State) -> gr.events.Dependency:
+    """Connect every view to its button, and Stop to all of them; return the comparison."""
+    parts = page.parts
+
+    def connect(listen: Callable, view: str, outputs: Components, controls: Components, **kwargs):
+        for component in (*page.inputs.values(), *controls.values()):
+            # Settings and the views say what is wrong with a value; Gradio fails on other types.
+            component.preprocess = lambda value: value
+        return listen(
+            fn=handler_of(view, outputs, controls),
+            inputs=[*page.inputs.values(), *controls.values(), known],
+            outputs=list(outputs.values()),
+            concurrency_id="gpu",
+            concurrency_limit=1,
+            show_progress="minimal",
+            **kwargs,
+        )
+
+    # One event for all that starts a comparison, so that the last wish is what is shown.
+    compared = connect(parts["go"].change, "compare", page.compared, {}, trigger_mode="always_last")
+    running = [compared]
+    for name, tab in page.tabs.items():
+        view = VIEWS[name]
+        if view.per_row:
+            tab.show.click(
+                functools.partial(_columns_of, name),
+                list(page.inputs.values()),
+                tab.outputs["images"],
+                queue=False,
+                **PRIVATE,
+            )
+        listen, options = tab.show.click, {}
+        if name == "blind":
+            listen = functools.partial(gr.on, [tab.show.click, parts["round"].change])
+            options = PRIVATE
+            tab.outputs["pair"] = parts["pair"]
+        running.append(connect(listen, name, tab.outputs, tab.controls, **options))
+    connect(parts["refine"].click, "refine", {"noise": parts["noise"]}, {})
+
+    for stop in (page.buttons["stop"], *(tab.stop for tab in page.tabs.values())):
+        # A run ends by itself at its next step; what still waits after that is cancelled.
+        asked = stop.click(request_stop, queue=False, **PRIVATE)
+        asked.then(None, cancels=running, **PRIVATE)
+    return compared
+
+
+def _columns_of(view: str, *values: Any) -> gr.Gallery:
+    per_row = VIEWS[view].per_row
+    assert per_row is not None
+    return gr.Gallery(columns=per_row(Settings(*values)))
+
+
+def _start_comparisons(page: Page) -> None:
+    """Let every way to a new picture set the inputs and start the comparison."""
+    inputs, buttons, go = page.inputs, page.buttons, page.parts["go"]
+    each_time = page.parts["each_time"]
+    gr.on(
+        [buttons["generate"].click, inputs["prompt"].submit],
+        None,
+        [each_time, inputs["seed"]],
+        [inputs["seed"], go],
+        js=f"(anew, seed) => [anew ? {RANDOM_SEED} : seed, Date.now()]",
+        **PRIVATE,
+    )
+    buttons["new_seed"].click(
+        None, None, [inputs["seed"], go], js=f"() => [{RANDOM_SEED}, Date.now()]", **PRIVATE
+    )
+    buttons["surprise"].click(
+        None,
+        None,
+        [inputs["prompt"], inputs["seed"], go],
+        js=f"() => [surprise(), {RANDOM_SEED}, Date.now()]",
+        **PRIVATE,
+    )
+    for prompt, button in page.examples.items():
+        js = f"() => [{json.dumps(prompt)}, Date.now()]"
+        button.click(None, None, [inputs["prompt"], go], js=js, **PRIVATE)
+
+
+def _after_comparison(page: Page, compared: gr.events.Dependency) -> None:
+    """Keep the slider, the address, the history and the greying in step with the comparison."""
+    parts, outputs = page.parts, page.compared
+    arms = [outputs[arm] for arm in ("gaussian", "guided", "refined")]
+    slide = {"fn": _slide, "inputs": [parts["versus"], *arms], "outputs": parts["slider"]}
+    compared.then(**slide, queue=False, show_progress="hidden", **PRIVATE)
+    parts["versus"].change(**slide, queue=False, show_progress="hidden", **PRIVATE)
+
+    outputs["link"].change(
+        None, outputs["link"], parts["address"], js="query => setAddress(query)", **PRIVATE
+    )
+    gr.on(
+        [component.change for component in (*page.inputs.values(), outputs["made_from"])],
+        None,
+        [outputs["made_from"], *page.inputs.values()],
+        js="(madeFrom, ...values) => { markStale(madeFrom, values); return []; }",
+        **PRIVATE,
+    )
+    shown = gr.State([])  # rows of file and values
+    compared.success(
+        _remember,
+        [outputs["keep"], shown],
+        [shown, parts["history"]],
+        queue=False,
+        show_progress="hidden",
+        **PRIVATE,
+    )
+    parts["history"].select(
+        _recall, shown, [*page.inputs.values(), parts["go"]], queue=False, **PRIVATE
+    )
+    hindrances = [part for tab in page.tabs.values() for part in (tab.show, tab.hindrance)]
+    compared.then(
+        functools.partial(_hindrances, list(page.tabs)),
+        list(page.inputs.values()),
+        hindrances,
+        queue=False,
+        show_progress="hidden",
+        **PRIVATE,
+    )
+
+
+def _slide(versus: str, gaussian: str | None, guided: str | None, refined: str | None) -> Any:
+    """Return the two images of the slider, or nothing while one is missing."""
+    left = guided if versus == "guided" else gaussian
+    return (left, refined) if left and refined else None
+
+
+def _remember(files: list[str] | None, shown: list) -> tuple[list, list]:
+    """Add the comparison's last arm to the history."""
+    if not files:
+        return shown, gr.skip()
+    path = [file for file in files[1:] if not file.endswith("-enlarged.png")][-1]
+    values, _ = restoring.restored(read_png(path)["settings"])
+    shown = [row for row in shown if row[1] != values]
+    shown = [(path, values), *shown][:HISTORY]
+    return shown, [(path, f"{values[0]}, seed {values[1]}") for path, values in shown]
+
+
+def _recall(shown: list, event: gr.SelectData) -> list:
+    """Return the settings of a picture of the history, and start the comparison."""
+    return [*shown[event.index][1], time.time()]
+
+
+def _hindrances(views: list[str], *values: Any) -> list:
+    """Return for each view whether its button works, and why not."""
+    reasons = jobs.hindrances(Settings(*values), views)
+    updates: list = []
+    for view in views:
+        reason = reasons.get(view, "")
+        updates += [
+            gr.Button(interactive=not reason),
+            gr.Markdown(reason, visible=bool(reason) or "hidden"),
+        ]
+    return updates
+
+
+def _restore(blocks: gr.Blocks, page: Page) -> None:
+    """Restore settings from a dropped image and from the page's address."""
+    dropped, targets = page.parts["dropped"], restoring.targets(page)
+    restored = dropped.upload(
+        lambda path: restoring.from_png(page, path, time.time()), dropped, targets, **PRIVATE
+    )
+    for finished in (restored.success, restored.failure):  # ready for the next file either way
+        finished(lambda: None, None, dropped, **PRIVATE)
+
+    def from_address(request: gr.Request) -> list:
+        return restoring.from_address(page, dict(request.query_params), time.time())
+
+    blocks.load(from_address, None, targets, show_progress="hidden", **PRIVATE)
+
+
+def _model_chosen(blocks: gr.Blocks, page: Page) -> None:
+    """Set the defaults of a chosen model, and say what it is."""
+    inputs = page.inputs
+    inputs["backbone"].input(
+        _defaults_of,
+        inputs["backbone"],
+        [inputs["guidance_scale"], inputs["steps"], inputs["sampler"], page.parts["about_model"]],
+        **PRIVATE,
+    )
+
+
+def _defaults_of(name: str) -> list:
+    """Return guidance scale, steps, sampler and description of a model, listed or not."""
+    try:
+        listed = BACKBONES.get(name)
+        usage = listed.usage if listed else jobs.usage(name) if FREE_CHOICE else None
+    except (ValueError, OSError) as error:  # said now, before anything is loaded
+        raise gr.Error(str(error), print_exception=False) from error
+    if usage is None:
+        return [gr.skip(), gr.skip(), gr.skip(), ""]
+    about = about_model(name) or f"{usage.title}: its usual scale, steps and sampler are set."
+    return [usage.guidance_scale or gr.skip(), usage.steps, usage.sampler, about]
+
+
+def _vote(page: Page) -> None:
+    """Ask both questions about a pair, count the answers, and start the next pair."""
+    parts = page.parts
+    given = gr.State([])
+    outputs = [
+        given,
+        parts["votes"],
+        parts["tally"],
+        parts["pair"],
+        parts["round"],
+        parts["export"],
+    ]
+    for answer, button in parts["answers"].items():
+        button.click(
+            functools.partial(_answer, answer),
+            [given, parts["votes"], parts["pair"]],
+            outputs,
+            show_progress="hidden",
+            **PRIVATE,
+        )
+
+
+def _answer(
+    answer: str, given: list[str], votes: list[blind.Vote], pair: tuple | None
+) -> Iterator[list]:
+    """Take an answer up: ask the second question, or count the pair and start the next one."""
+    if pair is None:
+        raise gr.Error("There is no open pair: press “New pair” first.", print_exception=False)
+    given = [*given, answer]
+    if len(given) < len(blind.QUESTIONS):
+        question = list(blind.QUESTIONS.values())[len(given)]
+        yield [given, gr.skip(), f"**{question}**", gr.skip(), gr.skip(), gr.skip()]
+        return
+    votes = [*votes, blind.Vote(*pair, *given)]
+    *_, left, right = pair
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "votes.json"
+        record = {"votes": [asdict(vote) for vote in votes], "refined": blind.tally(votes)}
+        path.write_text(json.dumps(record, indent=2))
+        over = len(votes) % blind.ROUND == 0
+        said = f"Left was {left}, right was {right}."
+        said += (
+            f"\n\n> {blind.result(votes)}"
+            if over
+            else f" Pair {len(votes) % blind.ROUND + 1} of {blind.ROUND}:"
+        )
+        said += "" if over else f" **{blind.QUESTIONS['better']}**"
+        export = gr.DownloadButton(value=str(path), interactive=True)
+        following = gr.skip() if over else len(votes)
+        yield [[], votes, f"{said}\n\n{blind.table(votes)}", None, following, export]

@@ -102,13 +102,13 @@ def test_what_is_shown_is_what_was_asked_last(open_page):
     page.get_by_role("button", name="New seed").click()
     page.wait_for_function("s => document.querySelector('#seed input').value != s", arg=before)
     seed = page.locator("#seed input").input_value()
-    wait_for_caption(page, f"seed {seed}")
+    wait_for_caption(page, f"seed {seed} ")
     page.locator("#seed input").fill("5")
     page.locator("#seed input").press("Enter")
-    wait_for_caption(page, "seed 5")
+    wait_for_caption(page, "seed 5 ")
     page.wait_for_function("document.querySelectorAll('#history img').length >= 3", timeout=SECONDS)
     page.locator("#history .thumbnail-item").nth(1).click()
-    wait_for_caption(page, f"seed {seed}")
+    wait_for_caption(page, f"seed {seed} ")
 
 
 def test_suggestions_and_surprise(open_page):

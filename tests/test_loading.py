@@ -27,7 +27,7 @@ from noiserefine.models.refiners import refiner_for, training_command
 from noiserefine.models.sources import read_name
 from noiserefine.models.usage import usage_of
 from noiserefine.models.user_lora import add_lora
-from noiserefine.noise import check_prompt_length, draw_noise, encode_prompt
+from noiserefine.noise import check_prompt_length, draw_noise, encode_prompt, image_size
 from noiserefine.refiner import Refiner
 from noiserefine.samplers import SAMPLERS, make_scheduler, samplers_of, with_sampler
 from tests import families
@@ -134,6 +134,7 @@ ODD = {
     "fp16 file of the UNet only": lambda f: variant(f, only="unet"),
     "pickles beside safetensors": pickles_beside,
     "sample_size as a list": lambda f: edit(f / UNET, sample_size=[16, 16]),
+    "no sample_size": lambda f: edit(f / UNET, sample_size=None),
     "image-to-image": lambda f: edit(f / MODEL_INDEX, _class_name="StableDiffusionImg2ImgPipeline"),
     "class name as a list": lambda f: edit(
         f / MODEL_INDEX, _class_name=["code", "StableDiffusionPipeline"]
@@ -150,7 +151,7 @@ def test_odd_folders_load_as_what_they_are(sound, tmp_path, oddity):
     shutil.copytree(folder, tmp_path / "odd")
     ODD[oddity](tmp_path / "odd")
     pipe = load_pipeline(str(tmp_path / "odd"), "cpu")
-    assert torch.equal(output(pipe), expected)
+    assert torch.equal(output(pipe), expected) and image_size(pipe) == (128, 128)
 
 
 def test_a_tokenizer_without_a_length_has_its_text_encoders(sound, tmp_path):

@@ -3,7 +3,6 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -37,10 +36,9 @@ def few_step_scheduler(
     ):
         if config.is_file():
             settings = json.loads(config.read_text(encoding="utf-8"))
-            named = getattr(diffusers, str(settings.pop("_class_name", "")), None)
-            if not (isinstance(named, type) and issubclass(named, SchedulerMixin)):
+            kind = getattr(diffusers, str(settings.pop("_class_name", "")), None)
+            if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
                 raise ValueError(f"brings {config}, which names no scheduler of diffusers")
-            kind: Any = named
             return kind.from_config({**pipe.scheduler.config, **settings}), _says(
                 "The LoRA's folder", kind, "few"
             )
@@ -57,6 +55,5 @@ def _says(where: str, kind: type, steps: str) -> str:
     name = kind.__name__.removesuffix("Scheduler").removesuffix("Discrete")
     return (
         f"{where} says that it is for few steps: sample it with {steps} steps, guidance scale 1 "
-        f"and the "
-        f"sampler Native, which is now {name} from the last timestep on."
+        f"and the sampler Native, which is now {name} from the last timestep on."
     )

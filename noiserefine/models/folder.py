@@ -26,7 +26,7 @@ OURS = {"SiTPipeline": SiTPipeline}  # pipelines that diffusers does not have
 WEIGHTS = re.compile(r"[\w-]+?(?:-\d{5}-of-\d{5})?(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
 OBJECTS = ("model_index.json", "config.json", "scheduler_config.json")
 NEEDED = ("unet", "transformer", "prior", "vae", "scheduler", "text_encoder", "tokenizer")
-NOT_REACHED = "There is no model at"
+NOT_REACHED = "can't be loaded: "
 NO_LENGTH = 10**6  # tokens; transformers gives a tokenizer without a limit 10**30
 
 
@@ -66,6 +66,7 @@ def load_folder(
             raise _damaged(source, error) from error
     _check_complete(source, pipe)
     _limit_tokenizers(pipe)
+    pipe = _with_size(source, pipe)
     pipe.register_to_config(_name_or_path=source)  # not the cache's folder
     return pipe
 
@@ -101,7 +102,7 @@ def _hub_errors(source: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        if str(error).startswith(NOT_REACHED):  # said already
+        if NOT_REACHED in str(error):  # said already
             raise
         raise _unreachable(source, error) from error
     except (*HUB_ERRORS, SafetensorError) as error:
@@ -113,11 +114,13 @@ def _unreachable(source: str, error: Exception) -> Exception:
         return _damaged(source, error)
     backbone = next((each for each in BACKBONES.values() if each.source == source), None)
     if backbone and backbone.made_by:
-        return FileNotFoundError(f"{NOT_REACHED} {backbone.title}: make it with {backbone.made_by}")
+        return FileNotFoundError(
+            f"{backbone.title} {NOT_REACHED}it is made by a command. Run {backbone.made_by}"
+        )
     return FileNotFoundError(
-        f"{NOT_REACHED} {source}: it is no folder or file here, and the hub doesn't serve it to "
-        "this machine (offline, a wrong id, or a model that asks for a login). The embedded model "
-        "needs no download."
+        f"The model {source} {NOT_REACHED}it is no folder or file here, and the hub doesn't serve "
+        "it to this machine (offline, a wrong id, or a model that asks for a login). The embedded "
+        "model needs no download."
     )
 
 
@@ -277,6 +280,25 @@ def _limit_tokenizers(pipe: DiffusionPipeline) -> None:
         limit = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
         if limit and getattr(tokenizer, "model_max_length", 0) > NO_LENGTH:
             tokenizer.model_max_length = limit
+
+
+def _with_size(source: str, pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """Return the pipeline with its autoencoder's native size where its UNet gives none.
+
+    Raises ValueError where neither does.
+    """
+    unet = getattr(pipe, "unet", None)
+    if unet is None or unet.config.get("sample_size") is not None:
+        return pipe
+    size = pipe.vae.config.get("sample_size")
+    if not isinstance(size, int):
+        raise ValueError(
+            f"The model in {source} is incomplete: its unet/config.json gives no sample_size."
+        )
+    unet.register_to_config(sample_size=size // pipe.vae_scale_factor)
+    _, options = pipe._get_signature_keys(type(pipe))
+    settings = {name: pipe.config[name] for name in options if name in pipe.config}
+    return type(pipe)(**pipe.components, **settings)  # which reads the size
 
 
 def check_weights(source: str, backbone: Backbone) -> None:

@@ -171,7 +171,10 @@ def change(parts: Parts, weight: torch.Tensor, dtype: torch.dtype) -> Change:
     except RuntimeError:  # matrices that cannot be multiplied, or another number of weights
         fits = False
     if not fits:
-        raise ValueError(f"was made for layers of other sizes than this model's {list(shape)}")
+        raise ValueError(
+            f"was made for layers of other sizes than this model's {list(shape)}: it belongs to "
+            "another model"
+        )
     if not (down.to(dtype).isfinite().all() and up.to(dtype).isfinite().all()):
         raise ValueError(f"holds numbers that are beyond {dtype}'s range, which this model runs in")
     if len(weight) <= SMALL_LAYER:

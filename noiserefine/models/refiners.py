@@ -4,7 +4,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from noiserefine.checkpoint import CONFIG_NAME, misfit, read_config
+from noiserefine.checkpoint import CONFIG_NAME, misfit, prediction_type, read_config
 from noiserefine.models.catalogue import BACKBONES, Backbone
 
 
@@ -31,8 +31,9 @@ def training_command(pipe: DiffusionPipeline, source: str, backbone: Backbone | 
         base = next(each for each in BACKBONES.values() if each.refiner == backbone.refiner)
         source, preset, output = base.source, base.preset, base.refiner
     else:
-        same = (each.preset for each in BACKBONES.values() if each.pipeline == type(pipe).__name__)
-        preset = next((each for each in same if each != "emoji"), "sd21")
+        alike = [each for each in BACKBONES.values() if each.pipeline == type(pipe).__name__]
+        alike.sort(key=lambda each: each.prediction_type != prediction_type(pipe))
+        preset = next((each.preset for each in alike if each.download), "sd21")
     return (
         f"python train/train_refiner.py --preset {preset} --backbone {source} --prompts "
         f"prompts.txt --output_dir {output}"

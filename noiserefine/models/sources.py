@@ -35,7 +35,7 @@ def read_name(typed: str) -> str:
             f"{name} is a web address. Addresses on huggingface.co work; from elsewhere, download "
             "the .safetensors file and name its path."
         )
-    if name.lower().endswith(PICKLES):
+    if name.lower().endswith(PICKLES) and not (exists(name) and Path(name).is_dir()):
         raise ValueError(
             f"{name} is a pickle, which can run code when it is opened, and was not. Take the "
             "model's .safetensors file, or convert this one on a machine that may run it."

@@ -16,7 +16,8 @@ def usage_of(pipe: DiffusionPipeline, backbone: Backbone | None) -> Usage:
     A model that cannot be guided has no guidance scale, and the sampler is one that the model
     takes.
     """
-    usage = backbone.usage if backbone else FAMILIES.get(type(pipe).__name__) or _own_usage(pipe)
+    family = FAMILIES.get(type(pipe).__name__)
+    usage = backbone.usage if backbone else family or _own_usage(pipe)
     if not can_guide(pipe):
         usage = replace(usage, guidance_scale=None)
     samplers = samplers_of(pipe)

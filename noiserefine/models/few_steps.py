@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -30,29 +31,33 @@ def few_step_scheduler(
     """
     if not hasattr(pipe.scheduler.config, "beta_start"):  # of another kind than these LoRAs are for
         return None
-    for config in (
-        path.parent / "scheduler" / "scheduler_config.json",
-        path.parent / "scheduler_config.json",
-    ):
-        if config.is_file():
-            settings = json.loads(config.read_text(encoding="utf-8"))
-            kind = getattr(diffusers, str(settings.pop("_class_name", "")), None)
-            if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-                raise ValueError(f"brings {config}, which names no scheduler of diffusers")
-            return kind.from_config({**pipe.scheduler.config, **settings}), _says(
-                "The LoRA's folder", kind, "few"
-            )
+    for file in ("scheduler/scheduler_config.json", "scheduler_config.json"):
+        if (path.parent / file).is_file():
+            scheduler = _read_scheduler(pipe, path.parent / file)
+            return scheduler, _says("The LoRA's folder", scheduler, "few")
     words = re.split(r"[^a-z0-9]+", " ".join([*Path(name).parts[-2:], path.stem]).lower())
     for word, (kind_name, steps) in FEW_STEPS.items():
         if word in words:
-            kind = getattr(diffusers, kind_name)
+            kind: Any = getattr(diffusers, kind_name)
             scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing="trailing")
-            return scheduler, _says("The LoRA's name", kind, steps)
+            return scheduler, _says("The LoRA's name", scheduler, steps)
     return None
 
 
-def _says(where: str, kind: type, steps: str) -> str:
-    name = kind.__name__.removesuffix("Scheduler").removesuffix("Discrete")
+def _read_scheduler(pipe: DiffusionPipeline, file: Path) -> SchedulerMixin:
+    """Return the scheduler of a configuration, which the pipeline's own completes."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        kind: Any = getattr(diffusers, str(settings.pop("_class_name", "")), None)
+        if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+            raise ValueError("it names no scheduler of diffusers")
+        return kind.from_config({**pipe.scheduler.config, **settings})
+    except Exception as error:  # what a stranger's configuration makes diffusers raise
+        raise ValueError(f"brings {file}, which makes no scheduler: {error}") from error
+
+
+def _says(where: str, scheduler: SchedulerMixin, steps: str) -> str:
+    name = type(scheduler).__name__.removesuffix("Scheduler").removesuffix("Discrete")
     return (
         f"{where} says that it is for few steps: sample it with {steps} steps, guidance scale 1 "
         f"and the sampler Native, which is now {name} from the last timestep on."

@@ -49,7 +49,8 @@ def _read_scheduler(pipe: DiffusionPipeline, file: Path) -> SchedulerMixin:
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         kind: Any = getattr(diffusers, str(settings.pop("_class_name", "")), None)
-        if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        sound = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
+        if not sound:
             raise ValueError("it names no scheduler of diffusers")
         return kind.from_config({**pipe.scheduler.config, **settings})
     except Exception as error:  # what a stranger's configuration makes diffusers raise

@@ -1,4 +1,4 @@
-"""The trainer as a process: it learns, and a run killed half-way ends where an uninterrupted one does."""
+"""The trainer as a process: it learns, and a killed run ends where an uninterrupted one does."""
 
 import json
 import os
@@ -9,14 +9,20 @@ import time
 import pandas
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import EMOJI, ROOT, script
 from safetensors.torch import load_file
 
 from noiserefine import Refiner
+from noiserefine.guidance import sample_latents
 from noiserefine.msd import msd_loss
+from noiserefine.noise import encode_prompt
+from noiserefine.samplers import with_sampler
 from train import prompts, train_refiner
+from train.captions import read_prompts
 from train.options import PRESETS, Options, parse, plan
+from train.run import has_converged
 from train.settings import check_targets_of
 from train.targets import Targets
 from train.train_refiner import main
@@ -261,7 +267,7 @@ def test_targets_are_kept_and_filtered(tmp_path, pipe):
 
 
 def test_steps_that_are_not_finite_change_nothing(tmp_path, monkeypatch):
-    """One such step is skipped and counted; many in a row end the run, and it goes on when they are over."""
+    """One such step is skipped and counted; many in a row end the run, which can go on."""
     options, losses = (
         [*TINY, "--epochs", "25", "--save_every", "1", "--output_dir", str(tmp_path / "run")],
         iter([1.0, float("nan"), 1.0]),
@@ -302,7 +308,7 @@ def test_ctrl_c_leaves_a_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("megabytes", [0.01, 1])
 def test_a_full_disk_is_said(tmp_path, megabytes):
-    """Files may not grow beyond a size, which is what a full disk looks like to the writer: first targets, then the checkpoint."""
+    """A limit to the size of files looks like a full disk to the writer, of targets or state."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(megabytes * 2**20), resource.RLIM_INFINITY))
@@ -550,3 +556,100 @@ def test_prompt_files_from_public_data(tmp_path):
         prompts.main([*arguments, "--coco_count", "1"])
     with pytest.raises(FileNotFoundError, match="no file"):
         prompts.main(["--coco", str(tmp_path / "nothing.json"), "--output", str(output)])
+
+
+def test_a_run_goes_on_with_what_does_not_change_its_result(tmp_path):
+    """Memory options, bookkeeping and more epochs at a constant rate may change; others not."""
+    run = [*TINY, "--lr_schedule", "constant", "--output_dir", str(tmp_path / "run")]
+    main([*run, "--epochs", "2"])
+    others = "--batch_size 2 --gradient_accumulation_steps 2 --gradient_checkpointing True"
+    others += " --save_every 7 --validate_every 9 --target_batch_size 3 --epochs 4"
+    main([*run, *others.split()])
+    assert len(stats(tmp_path / "run")) == 4
+    whole = [*TINY, "--lr_schedule", "constant", "--output_dir", str(tmp_path / "whole")]
+    main([*whole, "--epochs", "4"])
+    for line, expected in zip(stats(tmp_path / "run"), stats(tmp_path / "whole"), strict=True):
+        assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    for option, value in (("lr", "0.5"), ("rank", "64"), ("epochs", "1"), ("batch_size", "2")):
+        with pytest.raises(ValueError, match="holds another run .*was"):
+            main([*run, "--epochs", "4", f"--{option}", value])
+    with pytest.raises(ValueError, match="epochs was 4.0, now 8.0"):
+        main([*run, "--epochs", "8", "--lr_schedule", "cosine"])
+
+
+def test_targets_go_on_with_another_batch(tmp_path, pipe):
+    """What is on disk stays; the rest is sampled in calls of another size."""
+    arguments = [*TINY, "--sampler", "DDIM", "--output_dir", str(tmp_path)]
+
+    def targets(count, size):
+        options = [*arguments, "--num_targets", str(count), "--target_batch_size", str(size)]
+        made = Targets(parse(options), pipe, ["a cat", "a dog"])
+        made.make(Accelerator())
+        return made
+
+    first = targets(3, 3).read([0, 1, 2])["x0"]
+    more = targets(8, 4)
+    assert sorted(more.files) == [0, 3, 4] and torch.equal(more.read([0, 1, 2])["x0"], first)
+    alone = sample_latents(
+        with_sampler(pipe, "DDIM"),
+        more.noise([5]),
+        encode_prompt(pipe, [more.prompts[5]]),
+        2,
+        guidance_scale=2.5,
+    )
+    torch.testing.assert_close(more.read([5])["x0"], alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "\ufeffa café\na panda\n".encode(),
+        "a café\na panda\n".encode("utf-16"),
+        "a café\na panda\n".encode("utf-16-be").join([b"\xfe\xff", b""]),
+        "a café\r\n\r\na panda\r\n".encode("cp1252"),
+        b'{"file_name": "1.png", "text": "a caf\\u00e9"}\n{"name": "2.png", "text": "a panda"}',
+        'file_name,caption\n1.png,"a café"\n2.png,a panda\n'.encode(),
+        'caption\n"a café"\n"a panda"\n'.encode(),
+    ],
+)
+def test_prompt_files_of_any_kind(tmp_path, pipe, data):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(data)
+    assert read_prompts(path, pipe) == ["a café", "a panda"]
+
+
+def test_all_bad_prompts_are_named(tmp_path, pipe):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(["a cat", "apple " * 90, "a dog", *["plum " * 90] * 6]))
+    with pytest.raises(ValueError, match=r"prompts 2, 4, 5, 6, 7 and 2 more: The prompt is 92"):
+        read_prompts(path, pipe)
+    (tmp_path / "records.jsonl").write_text('{"file": "1.png"}\n')
+    with pytest.raises(ValueError, match="line 1: .*no field prompt, text, caption"):
+        read_prompts(tmp_path / "records.jsonl", pipe)
+    (tmp_path / "list.csv").write_text("a cat\na dog\n")
+    with pytest.raises(ValueError, match="a .csv file a header"):
+        read_prompts(tmp_path / "list.csv", pipe)
+
+
+def test_shipped_prompts(pipe):
+    """Enough of them, each once, none in both files; found from anywhere."""
+    general, held_out = (
+        (ROOT / f"assets/prompts/{name}.txt").read_text().splitlines()
+        for name in ("general", "general_heldout")
+    )
+    assert len(set(general)) == len(general) == 2000 and not set(general) & set(held_out)
+    assert max(len(prompt.split()) for prompt in general) < 40, "77 tokens are enough"
+    assert read_prompts("assets/prompts/emoji.txt", pipe)
+
+
+def test_patience(tmp_path):
+    log = [{"step": i, "validation_refined": v} for i, v in enumerate([5, 3, 2, 2, 4])]
+    assert has_converged(log, 2) and not has_converged(log, 3) and not has_converged(log[:3], 2)
+    stuck = [*TINY, "--epochs", "30", "--lr", "1e-12", "--validate_every", "1", "--patience", "2"]
+    stuck += ["--validation_prompts", "assets/prompts/emoji_heldout.txt", "--num_validation", "2"]
+    main([*stuck, "--output_dir", str(tmp_path)])
+    steps = len(stats(tmp_path))
+    assert 3 <= steps < 30 and stats(tmp_path)[-1]["validation_percent"] < 50
+    main([*stuck, "--output_dir", str(tmp_path)])
+    assert len(stats(tmp_path)) == steps and lora(tmp_path), "it has ended"
+    assert (tmp_path / "validation" / "0000000.png").exists(), "the first sheet, before training"

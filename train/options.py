@@ -1,5 +1,6 @@
 """The trainer's options, their presets, and what a run of them costs."""
 
+import importlib.util
 import math
 import shutil
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -89,6 +90,9 @@ class Options:
     epochs: float = option(6.0, "[E] passes over the targets")
     batch_size: int = option(4, "targets in one forward, on each device")
     gradient_accumulation_steps: int = option(4, "forwards in one step of the optimiser")
+    optimizer: str = option(
+        "adamw", "adamw, or adamw8bit: AdamW with 8-bit moments, which needs bitsandbytes"
+    )
     lr: float = option(1e-4, "learning rate of AdamW")
     lr_schedule: str = option(
         "constant_with_warmup", "a name of diffusers.optimization, e.g. cosine"
@@ -110,6 +114,10 @@ class Options:
     save_every: int = option(500, "steps between checkpoints")
     validate_every: int = option(500, "steps between validations")
     num_validation: int = option(8, "held-out prompts of a validation")
+    patience: int = option(
+        0, "stop after this many validations without a smaller distance; 0: never"
+    )
+    push_to_hub: str = option(None, "publish the refiner under this name, e.g. me/my-refiner")
     dry_run: bool = option(False, "print the plan and its cost, and stop")
 
 
@@ -133,7 +141,7 @@ FREE_OPTIONS = (
         "targets_of",
     ),
     *("batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "compile"),
-    *("save_every", "validate_every", "num_validation", "dry_run"),
+    *("save_every", "validate_every", "num_validation", "patience", "push_to_hub", "dry_run"),
 )
 TRAINING_OPTIONS = tuple(
     f.name for f in fields(Options) if f.name not in (*TARGET_OPTIONS, *FREE_OPTIONS)
@@ -167,6 +175,8 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
             raise ValueError(f"--{name} must be above 0; got {getattr(options, name)}.")
     _check_choices(options)
     _check_guidance(options)
+    if options.patience and not options.validation_prompts:
+        raise ValueError("--patience needs --validation_prompts.")
     if options.hours:
         options = _fit_hours(options)
     if bool(options.keep_top) != bool(options.score) or options.keep_top > options.num_targets:
@@ -257,6 +267,7 @@ def effective_batch(options: Options, processes: int) -> int:
 def _check_choices(options: Options) -> None:
     for name, choices in (
         ("sampler", [None, *SAMPLER_NAMES]),
+        ("optimizer", ["adamw", "adamw8bit"]),
         ("lr_schedule", LR_SCHEDULES),
         ("mixed_precision", list(DTYPES)),
     ):
@@ -265,6 +276,8 @@ def _check_choices(options: Options) -> None:
                 f"There is no {name} {getattr(options, name)!r}; "
                 f"choose one of {', '.join(filter(None, choices))}."
             )
+    if options.optimizer == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
+        raise ValueError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes.")
     if options.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise ValueError("--compile needs a C++ compiler: install one, or leave it out.")
 

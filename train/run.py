@@ -34,9 +34,10 @@ class Run:
         self.options, self.accelerator, self.total_steps = options, accelerator, total_steps
         self.checkpoint, self.validate = checkpoint, validate
         self.start = checkpoint.load()
-        self.log = None
+        self.folder, self.log = Path(options.output_dir), None
         if accelerator.is_main_process:
-            self.log = Log(Path(options.output_dir), self.start)
+            self.log = Log(self.folder, self.start)
+        accelerator.wait_for_everyone()
         self.values: dict[str, float] = {}  # of the step in progress
         self.skipped_in_a_row = 0
 
@@ -53,13 +54,22 @@ class Run:
             desc="train",
             disable=not self.accelerator.is_local_main_process,
         )
+        to_guided = "?"  # how far the refined latents have come, at the last validation
         with interruptible() as self.stop:
             for step in progress:
+                if self.options.patience and has_converged(
+                    read_log(self.folder), self.options.patience
+                ):
+                    progress.write(f"Stopped at step {step}: no closer to guided (--patience).")
+                    return
                 began = time.perf_counter()
                 yield step
                 self.values["seconds"] = time.perf_counter() - began
-                progress.set_postfix(loss=f"{self.values['loss']:.4f}")
                 self._record(step + 1)
+                shown = {"loss": f"{self.values['loss']:.4f}"}
+                if "validation_percent" in self.values:
+                    to_guided = f"{self.values['validation_percent']:.0f} %"
+                progress.set_postfix(shown | {"to guided": to_guided})
                 self._end_early()
 
     def accept(self, loss: torch.Tensor, gradient_norm: torch.Tensor, lr: float) -> bool:
@@ -82,7 +92,8 @@ class Run:
             if self.validate and (last or done % self.options.validate_every == 0):
                 self.values |= self.validate(done)
             self.log.write({"step": done} | self.values)
-            if last or self.stopping or done % self.options.save_every == 0:
+            validated = "validation_refined" in self.values and bool(self.options.patience)
+            if last or validated or self.stopping or done % self.options.save_every == 0:
                 self.checkpoint.save(done)
         self.accelerator.wait_for_everyone()
 
@@ -163,6 +174,14 @@ def memory_advice(options: Options) -> Iterator[None]:
             f"The memory is not enough ({str(error).splitlines()[0]}). Run the same command again "
             f"with {', or '.join(advice)}: targets and checkpoints that exist are kept."
         ) from error
+
+
+def has_converged(log: list[dict[str, float]], patience: int) -> bool:
+    """Return whether the last `patience` validations came no closer to the guided latents."""
+    distances = [line["validation_refined"] for line in log if "validation_refined" in line]
+    if len(distances) <= patience:
+        return False
+    return min(distances[-patience:]) >= min(distances[:-patience])
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:

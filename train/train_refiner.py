@@ -14,6 +14,7 @@ All randomness is drawn from (--seed, step), so an interrupted run ends where an
 does. Section and equation numbers are the paper's.
 """
 
+import importlib
 import os
 from functools import partial
 from pathlib import Path
@@ -40,11 +41,13 @@ from train.options import DTYPES, Options, describe, parse, plan
 from train.run import Checkpoint, Run, memory_advice, read_log
 from train.settings import open_run, settings_of
 from train.targets import Batch, Targets
+from train.tools.share import push
 from train.validation import Validation
 
 RECORDED = (  # in refiner.json
     *("network", "loss", "guidance_scale", "guidance_scale_range", "pag_scale", "target_steps"),
     *("sampler", "steps", "num_targets", "epochs", "height", "width", "prompts"),
+    "num_validation",
 )
 
 
@@ -75,7 +78,7 @@ def train(
     options = targets.options
     total_steps, _ = plan(options, accelerator.num_processes)
     parameters = [p for p in refiner.network.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
+    optimizer = _adamw(options)(parameters, lr=options.lr, weight_decay=options.weight_decay)
     warmup = {"num_warmup_steps": options.warmup_steps, "num_training_steps": total_steps}
     schedule = get_scheduler(options.lr_schedule, optimizer, **warmup)
     correction, optimizer = accelerator.prepare(Correction(refiner), optimizer)
@@ -170,6 +173,8 @@ def _save(refiner: Refiner, targets: Targets, settings: dict[str, Any], processe
     refiner.config.results = results(log, targets.seconds(), processes)
     refiner.save_pretrained(folder)
     print(f"Saved the refiner to {folder}: {refiner.config.results}")
+    if settings["push_to_hub"]:
+        print(f"Published at {push(folder, settings['push_to_hub'])}")
 
 
 def results(
@@ -191,6 +196,12 @@ def _accelerator(options: Options) -> Accelerator:
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
     )
+
+
+def _adamw(options: Options) -> type[torch.optim.Optimizer]:
+    if options.optimizer == "adamw8bit":
+        return importlib.import_module("bitsandbytes").optim.AdamW8bit
+    return torch.optim.AdamW
 
 
 def _create_refiner(options: Options, pipe: DiffusionPipeline) -> Refiner:

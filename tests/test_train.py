@@ -357,6 +357,8 @@ def test_paper_is_the_default(tmp_path):
         (["--mixed_precision", "fp16"], "needs a GPU"),
         (["--hours", "1"], "--hours knows the cost of"),
         (["--lr_schedule", "x"], "no lr_schedule"),
+        (["--optimizer", "adamw8bit"], "needs bitsandbytes"),
+        (["--patience", "3"], "needs --validation_prompts"),
         (["--lr_schedule", "piecewise_constant"], "no lr_schedule"),
         (["--keep_top", "5", "--score", "json:nothing"], "--score takes module:Name"),
         (["--network", "nonsense"], "--network takes module:Name"),
@@ -376,6 +378,8 @@ def test_bad_options_are_said_first(tmp_path, arguments, says):
                 EMOJI,
                 "--prompts",
                 str(ROOT / "assets/prompts/emoji.txt"),
+                "--validation_prompts",
+                "",
                 *arguments,
             ]
         )

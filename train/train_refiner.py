@@ -198,7 +198,7 @@ def _accelerator(options: Options) -> Accelerator:
     )
 
 
-def _adamw(options: Options) -> type[torch.optim.Optimizer]:
+def _adamw(options: Options) -> Any:
     if options.optimizer == "adamw8bit":
         return importlib.import_module("bitsandbytes").optim.AdamW8bit
     return torch.optim.AdamW

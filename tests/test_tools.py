@@ -1,0 +1,136 @@
+"""The tools that make a refiner smaller, export and publish it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import EMOJI, EMOJI_REFINER, perturbed
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import safe_open
+
+from noiserefine import Refiner, draw_noise
+from noiserefine.lora import ADAPTER, adapted
+from train.tools import compress, export, share
+
+
+@pytest.fixture
+def folder(pipe, tmp_path):
+    """A refiner that does something, saved, with a sheet beside it."""
+    refiner = perturbed(pipe, rank=16, guidance_scale_range=[1, 5])
+    refiner.config.training = {"steps": 6, "guidance_scale": 2.5, "num_validation": 32}
+    refiner.config.results = {"validation_gaussian": 0.5, "validation_refined": 0.2}
+    refiner.save_pretrained(tmp_path / "refiner")
+    (tmp_path / "refiner" / "validation").mkdir()
+    (tmp_path / "refiner" / "validation" / "0000005.png").write_bytes(b"png")
+    return tmp_path / "refiner"
+
+
+def test_compressing(folder, pipe, tmp_path):
+    """What a lower rank loses shrinks with the rank; an update of that rank loses nothing."""
+    whole = Refiner.from_pretrained(folder, pipe, merge=False)
+    x_T, errors, shares = draw_noise(pipe, 0, 2), [], []
+    expected = whole(x_T, ["a cat", "a dog"], guidance_scale=2.0)
+    for rank in (2, 12):
+        small, share_left = compress.compress(whole, rank)
+        refined = small(x_T, ["a cat", "a dog"], guidance_scale=2.0)
+        errors.append((refined - expected).abs().mean().item())
+        shares.append(share_left)
+    assert errors[1] < 0.5 * errors[0] and 0 < shares[0] < shares[1] < 1
+    for _, layer in adapted(whole.network):  # of rank 8 at most
+        layer.lora_A[ADAPTER].weight.data[8:] = 0
+    expected = whole(x_T, ["a cat", "a dog"], guidance_scale=2.0)
+    small, share_left = compress.compress(whole, 8)
+    small.save_pretrained(tmp_path / "small")
+    again = Refiner.from_pretrained(tmp_path / "small", pipe, merge=False)
+    torch.testing.assert_close(
+        again(x_T, ["a cat", "a dog"], guidance_scale=2.0), expected, rtol=0, atol=1e-4
+    )
+    assert share_left == pytest.approx(1) and again.config.results == {}
+    with pytest.raises(ValueError, match="choose a --rank from 1 to 15"):
+        compress.compress(whole, 16)
+
+
+def test_compressing_as_a_script(tmp_path, capsys):
+    arguments = ["--rank", "8", "--backbone", EMOJI, "--output_dir", str(tmp_path)]
+    compress.main([EMOJI_REFINER, *arguments])
+    assert "rank 8" in capsys.readouterr().out and (tmp_path / "refiner.json").exists()
+
+
+def test_kohya_naming_is_exact(folder, pipe, tmp_path):
+    """Every layer is there, its alpha rightly, and the head's bias; no value changes."""
+    export.main([str(folder), "--backbone", EMOJI, "--output", str(tmp_path / "k.safetensors")])
+    refiner = Refiner.from_pretrained(folder, pipe, merge=False)
+    layers = dict(adapted(refiner.network))
+    with safe_open(tmp_path / "k.safetensors", "pt") as file:
+        about, names = file.metadata(), set(file.keys())
+        assert len(names) == 3 * len(layers) + 1
+        for name, layer in layers.items():
+            key = "lora_unet_" + name.replace(".", "_")
+            down, up = (file.get_tensor(f"{key}.lora_{end}.weight") for end in ("down", "up"))
+            assert torch.equal(down, layer.lora_A[ADAPTER].weight)
+            scale = file.get_tensor(f"{key}.alpha").item() / len(down)
+            delta = scale * (up.flatten(1) @ down.flatten(1))
+            own = layer.get_delta_weight(ADAPTER).flatten(1)
+            torch.testing.assert_close(delta, own, rtol=1e-4, atol=1e-5)
+        bias = file.get_tensor("lora_unet_conv_out.diff_b")
+    assert torch.equal(bias, -pipe.unet.conv_out.bias)
+    assert about["modelspec.sai_model_spec"] and "destroys" in about["modelspec.description"]
+    assert about["noiserefine"] and about["ss_network_dim"] == "16"
+
+
+class Hub:
+    """A local stand-in of the hub: repositories are folders."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def create_repo(self, repo_id, exist_ok):
+        (self.root / repo_id).mkdir(parents=True, exist_ok=exist_ok)
+
+    def upload_folder(self, repo_id, folder_path, allow_patterns):
+        for name in allow_patterns:
+            if (folder_path / name).exists():
+                shutil.copy(folder_path / name, self.root / repo_id / name)
+
+
+def test_sharing(folder, pipe, tmp_path):
+    address = share.push(folder, "me/refiner", Hub(tmp_path))
+    assert address == "https://huggingface.co/me/refiner"
+    repository = tmp_path / "me" / "refiner"
+    card = ModelCard.load(repository / "README.md")
+    assert card.data.base_model_relation == "adapter" and "noise-refiner" in card.data.tags
+    assert card.data.base_model and card.data.license and card.data.pipeline_tag == "text-to-image"
+    for text in ("no style LoRA", "me/refiner", "sheet.png", "0.2000", "on 32 held-out prompts"):
+        assert text in card.text
+    assert {path.name for path in repository.iterdir()} == {
+        *("README.md", "refiner.json", "sheet.png"),
+        *("pytorch_lora_weights.safetensors", "guidance_embedding.safetensors"),
+    }
+    x_T = draw_noise(pipe, 0)
+    theirs, own = (
+        Refiner.from_pretrained(source, pipe)(x_T, "a cat", guidance_scale=2.0)
+        for source in (repository, folder)
+    )
+    assert torch.equal(theirs, own)
+
+
+def test_licences_are_the_hubs_names(folder):
+    config = json.loads((folder / "refiner.json").read_text())
+    for base, licence in (
+        ("stabilityai/stable-diffusion-xl-base-1.0", "openrail++"),
+        ("x", "other"),
+    ):
+        (folder / "refiner.json").write_text(json.dumps(config | {"base_model": base}))
+        assert share.model_card(folder, "me/x").data.license == licence
+
+
+def test_a_hub_that_refuses_leaves_the_refiner(folder, tmp_path):
+    class Closed(Hub):
+        def create_repo(self, repo_id, exist_ok):
+            raise OSError("You are not logged in.")
+
+    with pytest.raises(ConnectionError, match="not logged in.*hf auth login.*is safe in"):
+        share.push(folder, "me/refiner", Closed(tmp_path))
+    assert issubclass(HfHubHTTPError, share.HUB_ERRORS) and (folder / "README.md").exists()

@@ -735,11 +735,17 @@ def test_page_goes_on_after_errors(client):
     assert pixels(predict(client, "compare", *GOOD)["refined"]).shape == (64, 64, 3)
 
 
+@pytest.mark.parametrize("backbone, arms", [("emoji", 3), ("emoji-turbo", 2), ("a/b", 3)])
+def test_many_has_a_column_for_each_arm(backbone, arms):
+    assert VIEWS["many"].per_row(Settings(backbone=backbone)) == arms
+
+
 def test_runs_without_the_spaces_package(tmp_path):
     code = (
         "import sys; sys.modules['spaces'] = None; import app; "
         "from noiserefine.page.handlers import run; "
-        "print(app.ZERO_GPU, run.__name__, 'torch' in sys.modules)"
+        "from noiserefine.page.settings import ZERO_GPU; "
+        "print(ZERO_GPU, run.__name__, 'torch' in sys.modules)"
     )
     with script("-c", code) as process:
         assert process.communicate()[0].strip().endswith("False run False"), (

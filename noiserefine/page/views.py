@@ -136,6 +136,12 @@ def _many_cost(settings: Settings, controls: Mapping) -> float:
     return images(1)(settings, controls) * min(4 * wanted, 4 * MOST_IMAGES / len(ARMS))
 
 
+def _is_guided(backbone: object) -> bool:
+    """Return whether a comparison on this model has a guided arm, as far as the catalogue tells."""
+    listed = BACKBONES.get(str(backbone))
+    return listed is None or listed.usage.guidance_scale is not None
+
+
 @dataclass(frozen=True)
 class View:
     """A way to look at a prompt and seed."""
@@ -297,7 +303,7 @@ def strength(job: "Job") -> None:
     "The arms for several prompts and seeds, with how much nearer the refined images are to the "
     "guided ones.",
     columns=3,
-    per_row=lambda settings: 3 if Model(str(settings.backbone)).takes_guidance else 2,
+    per_row=lambda settings: 3 if _is_guided(settings.backbone) else 2,
     cost=_many_cost,
     controls={
         "prompts": lambda: gr.Textbox(

@@ -737,7 +737,7 @@ def test_page_goes_on_after_errors(client):
 
 @pytest.mark.parametrize("backbone, arms", [("emoji", 3), ("emoji-turbo", 2), ("a/b", 3)])
 def test_many_has_a_column_for_each_arm(backbone, arms):
-    assert VIEWS["many"].per_row(Settings(backbone=backbone)) == arms
+    assert VIEWS["many"].per_row(Settings(PROMPT, backbone=backbone)) == arms
 
 
 def test_runs_without_the_spaces_package(tmp_path):

@@ -223,6 +223,7 @@ class Canvas:
     latents: tuple[int, ...]  # of one image in the pipeline's argument `latents`
     sample: tuple[int, ...]  # of one image in the scheduler's samples
     order: torch.Tensor | None  # sample.flatten() = noise.flatten()[order]; None for the same order
+    inverse: torch.Tensor | None  # noise.flatten() = sample.flatten()[inverse]
     takes_samples: bool  # whether `latents` is arranged as the scheduler's samples are
 
     def to_latents(self, x: torch.Tensor) -> torch.Tensor:
@@ -237,8 +238,8 @@ class Canvas:
 
     def from_sample(self, y: torch.Tensor) -> torch.Tensor:
         """Return a scheduler's sample, or a prediction for one, as (B, C, h, w)."""
-        if self.order is not None:
-            y = y.flatten(1)[:, self.order.argsort().to(y.device)]
+        if self.inverse is not None:
+            y = y.flatten(1)[:, self.inverse.to(y.device)]
         return y.reshape(len(y), *self.shape)
 
 
@@ -307,6 +308,8 @@ def reach_latents(pipe: DiffusionPipeline, **call) -> tuple[DiffusionPipeline, d
     except _Reached as reached:
         del vars(twin)["prepare_latents"]
         return twin, reached.args[0]
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{type(pipe).__name__} makes no picture of a prompt: {error}") from error
     finally:
         pipe.maybe_free_model_hooks()  # the call left its text encoders on the device
     raise RuntimeError(f"{type(pipe).__name__} ended without preparing latents.")
@@ -326,12 +329,10 @@ def accepts_scheduler(pipe: DiffusionPipeline, scheduler: SchedulerMixin) -> boo
         twin(prompt="", num_inference_steps=2, generator=torch.Generator(), **exact_size(pipe))
     except _Reached:
         return True
-    except (
-        AssertionError,
-        TypeError,
-        ValueError,
-    ):  # it does not take what the pipeline sets its timesteps by
+    except (AssertionError, TypeError, ValueError):  # by what the pipeline sets its timesteps
         return False
+    finally:
+        pipe.maybe_free_model_hooks()
     return False
 
 
@@ -364,7 +365,7 @@ def _measure(pipe: DiffusionPipeline, height: int | None, width: int | None) -> 
             f"{type(pipe).__name__}'s latents are no rearrangement of the noise that it draws "
             "with randn_tensor."
         )
-    latents = drawn[0][1:]
+    latents, same = drawn[0][1:], order.equal(torch.arange(len(order)))
     takes_samples = latents != sample.shape[1:] and _takes(twin, arguments, sample)
     return Canvas(
         int(arguments["height"]),
@@ -372,7 +373,8 @@ def _measure(pipe: DiffusionPipeline, height: int | None, width: int | None) -> 
         _without_frames(latents),
         latents,
         tuple(sample.shape[1:]),
-        None if order.equal(torch.arange(len(order))) else order,
+        None if same else order,
+        None if same else order.argsort(),
         takes_samples,
     )
 

@@ -51,7 +51,13 @@ def image_size(
                 f"{multiple}; {sides[1]} x {sides[0]} is not one of them. Its native size is "
                 f"{natives[1]} x {natives[0]}."
             )
-    return int(sides[0]), int(sides[1])
+    made = canvas(pipe, int(sides[0]), int(sides[1]))
+    if (made.height, made.width) != tuple(sides):
+        raise ValueError(
+            f"This model turns {sides[1]} x {sides[0]} pixels into {made.width} x {made.height}: "
+            "ask for those."
+        )
+    return made.height, made.width
 
 
 def size_multiple(pipe: DiffusionPipeline) -> int:

@@ -305,6 +305,7 @@ class Kolors(KolorsPipeline):
             prompts = [prompt, negative_prompt or [""] * len(prompt)]
             made = [embedding(each, 12, 32) for each in prompts]
             made += [embedding(each, 32) for each in prompts]
+            made = [each.to(self.unet.dtype) for each in made]
         return tuple(
             each if each is None else each.repeat_interleave(num_images_per_prompt, 0)
             for each in made
@@ -554,7 +555,7 @@ class Flux2(d.Flux2Pipeline):
 
     def encode_prompt(self, prompt, prompt_embeds=None, num_images_per_prompt=1, **kwargs):
         if prompt_embeds is None:
-            prompt_embeds = embedding(prompt, 12, 16)
+            prompt_embeds = embedding(prompt, 12, 16).to(self.transformer.dtype)
         prompt_embeds = prompt_embeds.repeat_interleave(num_images_per_prompt, 0)
         return prompt_embeds, self._prepare_text_ids(prompt_embeds)
 

@@ -10,6 +10,7 @@ from PIL import Image
 from noiserefine.page.opening import EXAMPLES
 from noiserefine.page.record import save_png
 from noiserefine.page.views import ARMS, VIEWS
+from train.tools.architectures import random_pipeline
 
 SIZES = {"desktop": (1280, 900), "tablet": (768, 1024), "phone": (390, 844)}
 QUICK = "?prompt=a+panda&steps=2"  # a link that opens with a comparison of two steps
@@ -62,10 +63,9 @@ def sources(page):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_first_screen(open_page, size, scheme):
+def test_the_first_screen(open_page, size):
     """Prompt, button, comparison, seed and strength, without scrolling and without moving."""
-    page = open_page(size, color_scheme=scheme)
+    page = open_page(size)
     width, height = SIZES[size]
     assert page.locator("#arms img").count() == len(ARMS), "there is something to see at once"
     shown = ["#prompt", "#generate", "#seed", "#strength", "#card-gaussian"]
@@ -168,13 +168,36 @@ def test_restoring(open_page, tmp_path):
     assert other.input_value() == "55"
 
 
+@pytest.mark.parametrize("size", ["desktop", "phone"])
+def test_fullscreen_holds_the_whole_picture(open_page, size):
+    page = open_page(size)
+    card = page.locator("#card-gaussian")
+    card.locator("button[title*=ullscreen], button[aria-label*=ullscreen]").first.click()
+    page.wait_for_timeout(300)
+    box, (width, height) = page.locator("#card-gaussian img").bounding_box(), SIZES[size]
+    assert box["width"] <= width and box["height"] <= height
+    assert max(box["width"] / width, box["height"] / height) > 0.95
+
+
+def test_a_model_without_a_refiner_says_how_to_train_one(open_page, tmp_path):
+    """In the third card, with the command; what cannot work is greyed, and says why."""
+    random_pipeline("sd21-base", small=True).save_pretrained(tmp_path)
+    page = open_page(query=f"?backbone={tmp_path}&steps=1")
+    card = page.locator("#card-refined", has_text="No refiner exists for this model yet")
+    card.locator("pre", has_text="train_refiner.py --preset").wait_for(timeout=SECONDS)
+    page.get_by_role("tab", name="Strength", exact=True).click()
+    panel = page.locator("[role=tabpanel]").locator("visible=true")
+    panel.get_by_text("This view needs a refiner").first.wait_for(timeout=SECONDS)
+    assert not panel.get_by_role("button", name="Show", exact=True).is_enabled()
+
+
 def test_a_link_with_a_wrong_value_keeps_the_others(open_page):
     page = open_page(query="?prompt=a+panda&steps=2&seed=nonsense")
     page.get_by_text("“seed” is a number").wait_for(timeout=SECONDS)
     wait_for_caption(page, "a panda", "2 steps")
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["desktop", "phone"])
 def test_every_tab(open_page, size):
     """Every view shows its images within the page's width, all of them with a text."""
     page = open_page(size, QUICK)

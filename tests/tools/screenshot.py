@@ -43,10 +43,14 @@ def main() -> None:
                 color_scheme="dark" if args.dark else "light",
             )
             page.goto(f"http://127.0.0.1:{port}")
+            page.wait_for_selector("gradio-app.ready", timeout=120_000)
             page.get_by_label("Prompt", exact=True).fill(args.prompt)
             page.get_by_label("Prompt", exact=True).press("Enter")
             page.wait_for_function(
-                "document.querySelectorAll('#noise img').length == 2", timeout=120_000
+                """prompt => document.querySelector("#caption").innerText.includes(prompt)
+                && /forward/.test(document.querySelector("#card-refined .cost").innerText)""",
+                arg=args.prompt,
+                timeout=120_000,
             )
             page.wait_for_timeout(6000)  # messages go
             if args.tab:
@@ -60,7 +64,7 @@ def main() -> None:
                 page.mouse.move(0, 0)
                 panel.screenshot(path=args.output)
             else:
-                page.screenshot(path=args.output, full_page=True)
+                page.screenshot(path=args.output)
             browser.close()
     finally:
         server.kill()

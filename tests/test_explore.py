@@ -203,7 +203,7 @@ def test_guided_from_refined(make, pipe, refiner):
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_predicted_x0(pipe, monkeypatch, sampler, prediction_type):
-    """From a noised x0 and a perfect prediction, x0 comes back, at the first step and at later ones."""
+    """A perfect prediction gives x0 back, at the first step and at later ones."""
     scheduler = make_scheduler(sampler, pipe)
     scheduler.register_to_config(prediction_type=prediction_type)
     x0, noise = torch.randn(2, 1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -224,7 +224,8 @@ def test_predicted_x0(pipe, monkeypatch, sampler, prediction_type):
         sample = (
             x if torch.equal(scheduler.scale_model_input(x, t), x) else x / signal
         )  # some samplers count in sigmas
-        torch.testing.assert_close(predicted_x0(scheduler, truth, t, sample), x0, rtol=0, atol=1e-3)
+        found = predicted_x0(scheduler, truth, t, sample)
+        torch.testing.assert_close(found, x0, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("sampler", ["DPM++ 2M", "Euler", "Heun (EDM)"])
@@ -239,7 +240,7 @@ def test_trajectory_ends_at_the_image(make, sampler):
 
 
 def test_views_on_sdxl(sdxl):
-    """Two text encoders, pooled embeddings and time ids: everything the views do beside a plain call."""
+    """Two text encoders, pooled embeddings and time ids, in everything that views do."""
     make, recipe, frames = (
         Maker(sdxl, perturbed(sdxl)),
         Recipe("a red apple", 3, steps=2, guidance_scale=3.0, strength=1.0),
@@ -295,7 +296,7 @@ def test_stopping_leaves_the_pipeline_as_it_was(make, pipe):
 
 
 def test_preview_looks_like_the_image(make, pipe):
-    """The rough picture against the image reduced to its size; a constant one would correlate with nothing."""
+    """It correlates with the image at its size; a constant one would with nothing."""
     preview = fit_preview(pipe)
     for seed in range(3):
         x0 = []

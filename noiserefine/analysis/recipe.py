@@ -249,18 +249,19 @@ class Maker:
 
 @contextlib.contextmanager
 def _finite(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Raise ValueError where a picture is decoded from or to NaN, which would look like plain black."""
+    """Raise ValueError where a picture is decoded from or to NaN: it would look black."""
 
     def check(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
         if not args[0].isfinite().all():
             raise ValueError(
-                "The picture holds numbers that are not finite (NaN): denoising diverged. Take another "
-                "precision, sampler or LoRA weight; the model may also be damaged."
+                "The picture holds numbers that are not finite (NaN): denoising diverged. Take "
+                "another precision, sampler or LoRA weight; the model may also be damaged."
             )
         if isinstance(output, torch.Tensor) and not output.isfinite().all():
             raise ValueError(
-                "The picture holds numbers that are not finite (NaN): the model's autoencoder overflows "
-                f"in {output.dtype}. Take another precision, or an autoencoder made for this one."
+                "The picture holds numbers that are not finite (NaN): the model's autoencoder "
+                f"overflows in {output.dtype}. Take another precision, or an autoencoder made for "
+                "this one."
             )
 
     decoder = getattr(getattr(pipe, "vae", None), "decoder", None)

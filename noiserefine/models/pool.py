@@ -177,7 +177,7 @@ class Models:
                 "**No refiner exists for this model yet**, so there is no third column. This "
                 f"trains one:\n\n```\n{command}\n```\n\n"
                 "`prompts.txt` holds captions, one a line. With `--dry_run` the command prints "
-                "what it costs on this machine. The refiner is used from the next start of the app; one "
+                "what it costs on this machine. The refiner is used from the app's next start; one "
                 "that was trained elsewhere can be named under Settings, Refiner."
             )
         refiner = Refiner.from_pretrained(folder, pipe, merge=True if self.keep_all else None)

@@ -322,7 +322,7 @@ def about_model(name: str) -> str:
 def _view_tab(tab: gr.Tab, view: View) -> Tab:
     """Build the tab of a view: its text, controls, figures and gallery."""
     gr.Markdown(view.text, elem_classes="says")
-    hindrance = gr.Markdown("", elem_classes=["says", "hindrance"], visible="hidden")
+    hindrance = gr.Markdown("", elem_classes=["says", "hindrance"])
     with gr.Row(elem_classes="controls"):
         controls = {name: make() for name, make in view.controls.items()}
         show = gr.Button(view.button, variant="primary", min_width=110, scale=0)
@@ -353,7 +353,9 @@ def _votes(page: Page) -> None:
             answer: gr.Button(f"{label} ({KEYS[answer]})", elem_id=f"answer-{answer}")
             for answer, label in ANSWERS.items()
         }
-    parts["tally"] = gr.Markdown("", elem_classes="says", show_label=False, label="tally")
+    parts["tally"] = gr.Markdown(
+        "**Which is better?**", elem_classes="says", show_label=False, label="tally"
+    )
     parts["export"] = gr.DownloadButton("Votes as JSON", interactive=False, size="sm")
     parts["pair"], parts["votes"] = gr.State(None), gr.State([])
     parts["round"] = gr.Number(0, visible="hidden", label="round")  # its change starts a pair

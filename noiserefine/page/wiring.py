@@ -186,10 +186,7 @@ def _hindrances(views: list[str], *values: Any) -> list:
     updates: list = []
     for view in views:
         reason = reasons.get(view, "")
-        updates += [
-            gr.Button(interactive=not reason),
-            gr.Markdown(reason, visible=bool(reason) or "hidden"),
-        ]
+        updates += [gr.Button(interactive=not reason), reason]
     return updates
 
 

@@ -1,36 +1,44 @@
-"""Trains the autoencoder of the embedded backbone and encodes all pictures with it.
+"""Trains the autoencoder of the embedded models and encodes all pictures with it.
 
     python -m train.emoji.autoencoder --pictures runs/emoji/pictures --output_dir runs/emoji
 
-AutoencoderKL, 4x down: 64 x 64 pixels become 16 x 16 latents of 8 channels.  Trained on crops of 32
-pixels and, in the last fifth, on whole pictures; the loss is L1 on pixels and on their differences,
-plus a small KL term.  The decoder learns on latents with noise, so that it forgives the
-small errors of a denoiser.  Prints the PSNR on held-out renders.
+AutoencoderKL, 4x down: 128 x 128 pixels become 32 x 32 latents of 6 channels.  Trained on crops of 64
+pixels and, at the end, on whole pictures; the loss is L1 on pixels and on their differences, plus a
+small KL term.  The decoder learns on latents with noise, so that it forgives the small errors of a
+denoiser.  Prints the PSNR on held-out renders.
 """
 
 import argparse
+import os
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from tqdm import tqdm
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from train.emoji.fit import fit
+from train.emoji.fit import add_options, fit
 from train.emoji.render import SIZE
 
-LATENT_CHANNELS = 8
-LATENT_NOISE = 0.25  # of the latents' standard deviation, channel by channel
-CROP = 32
+LATENT_CHANNELS = 6
+LATENT_NOISE = 0.15  # of the latents' standard deviation, channel by channel
+CROP = 64
+CROPS = 0.7  # of the training; the rest is on whole pictures
 
 
-def pixels(pictures: np.ndarray) -> torch.Tensor:
+def read_pictures(path: Path, device: torch.device) -> torch.Tensor:
+    """Return a file of render.py as uint8 (N, H, W, 3) on the device; on the CPU it is read as it is used."""
+    return torch.from_numpy(np.load(path, mmap_mode="c")).to(device)
+
+
+def pixels(pictures: torch.Tensor | np.ndarray) -> torch.Tensor:
     """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def build() -> AutoencoderKL:
-    widths = (32, 64, 96)
+    widths = (32, 64, 128)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
         up_block_types=("UpDecoderBlock2D",) * len(widths),
@@ -39,6 +47,8 @@ def build() -> AutoencoderKL:
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=16,
         sample_size=SIZE,
+        scaling_factor=1.0,
+        shift_factor=0.0,
     )
 
 
@@ -46,21 +56,28 @@ def differences(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
+def crop(pictures: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Return a random square of each of the pictures (N, H, W, 3)."""
+    device, room = pictures.device, pictures.shape[1] - size + 1
+    corners = torch.randint(room, (2, len(pictures), 1), generator=generator, device=device)
+    y, x = corners + torch.arange(size, device=device)
+    return pictures[torch.arange(len(pictures), device=device)[:, None, None], y[..., None], x[:, None]]
+
+
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: np.ndarray) -> torch.Tensor:
-    """The latents' means: (N, LATENT_CHANNELS, SIZE / 4, SIZE / 4) in half precision."""
-    parts = [
-        vae.encode(pixels(part)).latent_dist.mean.half()
-        for part in tqdm(
-            np.array_split(pictures, len(pictures) // 64), desc="encode", mininterval=10
-        )
-    ]
+def encode(vae: AutoencoderKL, pictures: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
+    """Return the latents' means: (N, LATENT_CHANNELS, SIZE / 4, SIZE / 4) in half precision, on the CPU."""
+    parts = []
+    for part in pictures.split(batch_size):
+        with torch.autocast(part.device.type, torch.bfloat16, enabled=part.is_cuda):
+            x = pixels(part).contiguous(memory_format=torch.channels_last)
+            parts.append(vae.encode(x).latent_dist.mean.half().cpu())
     return torch.cat(parts)
 
 
 @torch.no_grad()
 def normalize(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Folds (z - mean) / std, a value for each channel, into the 1 x 1 convolutions on both sides of the latents.
+    """Fold (z - mean) / std, a value for each channel, into the 1 x 1 convolutions on both sides of the latents.
 
     Stable Diffusion's pipelines scale latents by one number and shift them not at all.
     """
@@ -70,16 +87,18 @@ def normalize(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None
     inward.bias[LATENT_CHANNELS:] -= 2 * std.log()  # the log-variance
     outward.bias += outward.weight.flatten(1) @ mean
     outward.weight *= std[:, None, None]
-    vae.register_to_config(scaling_factor=1.0)
 
 
 @torch.no_grad()
-def psnr(vae: AutoencoderKL, pictures: np.ndarray) -> float:
-    """Mean over pictures of the PSNR in dB, on 8-bit pixel values."""
-    x = pixels(pictures)
-    y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
-    error = ((x - y) * 127.5).pow(2).mean((1, 2, 3))
-    return (10 * torch.log10(255**2 / error)).mean().item()
+def psnr(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
+    """Return the mean over pictures of the PSNR in dB, on 8-bit pixel values."""
+    values = []
+    for part in pictures.split(64):
+        x = pixels(part)
+        y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
+        error = ((x - y) * 127.5).pow(2).mean((1, 2, 3))
+        values.append(10 * torch.log10(255**2 / error))
+    return torch.cat(values).mean().item()
 
 
 def main() -> None:
@@ -88,48 +107,47 @@ def main() -> None:
     )
     parser.add_argument("--pictures", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument(
-        "--start_from",
-        type=Path,
-        help="the folder of an autoencoder to begin with, where there is no checkpoint to go on from",
-    )
+    add_options(parser, steps=12_000, lr=1e-3, batch_size=16)
     args = parser.parse_args()
-    pictures = np.load(args.pictures / "train_pictures.npy", mmap_mode="r")
+    pictures = read_pictures(args.pictures / "train_pictures.npy", args.device)
     torch.manual_seed(0)
-    vae = AutoencoderKL.from_pretrained(args.start_from) if args.start_from else build()
-    vae = vae.to(memory_format=torch.channels_last)
-    step_of_whole_pictures = int(0.8 * args.steps)
+    vae = build().to(args.device, memory_format=torch.channels_last)
 
-    def loss(generator: torch.Generator) -> torch.Tensor:
-        whole = generator.initial_seed() >= step_of_whole_pictures
-        chosen = torch.randint(len(pictures), (8 if whole else 32,), generator=generator)
-        x = pixels(pictures[chosen.sort().values.numpy()])
-        if not whole:
-            corners = torch.randint(SIZE - CROP + 1, (len(x), 2), generator=generator).tolist()
-            x = torch.stack(
-                [image[:, i : i + CROP, j : j + CROP] for image, (i, j) in zip(x, corners)]
-            )
-        posterior = vae.encode(x).latent_dist
+    def loss(generator: torch.Generator, size: int) -> torch.Tensor:
+        count = args.batch_size * (SIZE // size) ** 2
+        chosen = torch.randint(len(pictures), (count,), generator=generator, device=args.device)
+        x = pixels(crop(pictures[chosen], size, generator))
+        x = x.contiguous(memory_format=torch.channels_last)
+        posterior = DiagonalGaussianDistribution(vae.encode(x).latent_dist.parameters.float())
         z = posterior.sample(generator)
-        z = z + LATENT_NOISE * z.detach().std((0, 2, 3), keepdim=True) * torch.randn(
-            z.shape, generator=generator
-        )
-        y = vae.decode(z).sample
-        edges = sum((a - b).abs().mean() for a, b in zip(differences(x), differences(y)))
+        noise = torch.randn(z.shape, generator=generator, device=args.device)
+        z = z + LATENT_NOISE * z.detach().std((0, 2, 3), keepdim=True) * noise
+        y = vae.decode(z).sample.float()
+        edges = sum((a - b).abs().mean() for a, b in zip(differences(x), differences(y), strict=True))
         return (x - y).abs().mean() + edges + 1e-4 * posterior.kl().mean() / x[0].numel()
 
-    fit(vae, loss, args.output_dir / "autoencoder.pt", steps=args.steps, lr=args.lr)
+    now = time.time()
+    for name, size, share, lr, end in (
+        ("autoencoder", CROP, CROPS, args.lr, CROPS),
+        ("autoencoder-whole", SIZE, 1 - CROPS, args.lr / 4, 1),
+    ):
+        fit(
+            vae,
+            lambda generator, size=size: loss(generator, size),
+            args.output_dir / f"{name}.pt",
+            steps=round(share * args.steps),
+            until=args.until and now + end * (args.until - now),
+            lr=lr,
+            device=args.device,
+        )
     latents = encode(vae, pictures).float()
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    normalize(vae, mean, std)
+    normalize(vae, mean.to(args.device), std.to(args.device))
     vae.save_pretrained(args.output_dir / "vae")
-    np.save(
-        args.output_dir / "latents.npy",
-        ((latents - mean[:, None, None]) / std[:, None, None]).half().numpy(),
-    )
-    held_out = np.load(args.pictures / "heldout_pictures.npy")[::7]
+    latents = ((latents - mean[:, None, None]) / std[:, None, None]).half()
+    np.save(args.output_dir / "latents.part.npy", latents.numpy())
+    os.replace(args.output_dir / "latents.part.npy", args.output_dir / "latents.npy")
+    held_out = read_pictures(args.pictures / "heldout_pictures.npy", args.device)[::7]
     print(f"held-out PSNR {psnr(vae, held_out):.2f} dB on {len(held_out)} pictures")
 
 

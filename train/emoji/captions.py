@@ -7,6 +7,8 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
@@ -91,6 +93,17 @@ def build_tokenizer() -> CLIPTokenizer:
         for i, symbol in enumerate(dict.fromkeys([*symbols, "<|startoftext|>", "<|endoftext|>"]))
     }
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def caption_tokens(tokenizer: CLIPTokenizer, variants: int, seed: int = 0) -> torch.Tensor:
+    """Return tokens of captions of every picture: (objects, backgrounds, variants, MAX_TOKENS)."""
+    rng = random.Random(seed)
+    shape = (len(objects()), len(BACKGROUNDS), variants)
+    captions = [caption(*pair, rng)[0] for pair in np.ndindex(shape[:2]) for _ in range(variants)]
+    tokens = tokenizer(
+        captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
+    return tokens.view(*shape, MAX_TOKENS)
 
 
 def main() -> None:

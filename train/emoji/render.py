@@ -1,27 +1,34 @@
-"""Renders the pictures that the embedded backbone learns from: one emoji on a coloured background.
+"""Renders the pictures that the embedded models learn from: one emoji on a coloured background.
 
     python -m train.emoji.render --output_dir runs/emoji/pictures
     python -m train.emoji.render --style clay --artwork package/assets --per_object 60 --output_dir runs/clay/pictures    # for a fine-tune
 
 A picture is a soft gradient of one of 12 named colours and one of the objects in objects.txt, at
-65-90 % of the frame, anywhere that it fits, turned by up to 8 degrees, over a faint shadow.  One in ten (object, background) pairs is held out:
-the model never sees it, and the heldout pictures measure it.  The judge pictures are other renders of the same pairs, for the
-classifier, which would otherwise learn that these pairs do not exist.
+65-90 % of the frame, anywhere that it fits, over a faint shadow.  Sizes and places are multiples of
+GRID pixels, the autoencoder's stride: moving an object moves its latents and changes them no further.
+One in ten (object, background) pairs is held out: no model sees it, and the heldout pictures measure
+it.  The judge pictures are other renders of the same pairs, for the classifier, which would otherwise
+learn that these pairs do not exist.
 """
 
 import argparse
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
-from multiprocessing import Pool
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-SIZE = 64  # pixels
+SIZE = 128  # pixels
+GRID = 4  # pixels
+SIZES = range(84, 117, GRID)  # an object's longer side, in pixels
 SEED = 0
-FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+FONT = os.environ.get("EMOJI_FONT", "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 BACKGROUNDS = {  # sRGB
     "red": (214, 48, 49),
     "orange": (243, 133, 36),
@@ -151,48 +158,56 @@ STYLES: dict[str, Callable[[str, Path | None], Image.Image]] = {
 }
 
 
-def picture(
-    sprite: Image.Image, colour: tuple[int, int, int], rng: np.random.Generator
+def sized(image: Image.Image) -> np.ndarray:
+    """Return a sprite at all SIZES, each in the upper left of a frame: uint8 (len(SIZES), SIZE, SIZE, 4)."""
+    frames = np.zeros((len(SIZES), SIZE, SIZE, 4), np.uint8)
+    for frame, size in zip(frames, SIZES, strict=True):
+        scale = size / max(image.size)
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        frame[:height, :width] = image.resize((width, height), Image.Resampling.LANCZOS)
+    return frames
+
+
+def blur(alpha: torch.Tensor, deviation: float) -> torch.Tensor:
+    """Return alpha (N, H, W) blurred by a Gaussian, with nothing beyond the frame."""
+    radius = round(2.5 * deviation)
+    kernel = torch.arange(-radius, radius + 1, device=alpha.device) / deviation
+    kernel = (-0.5 * kernel.square()).softmax(0)
+    alpha = F.conv2d(alpha[:, None], kernel.view(1, 1, 1, -1), padding=(0, radius))
+    return F.conv2d(alpha, kernel.view(1, 1, -1, 1), padding=(radius, 0))[:, 0]
+
+
+def pictures(
+    frames: np.ndarray, backgrounds: np.ndarray, rng: np.random.Generator, device: torch.device
 ) -> np.ndarray:
-    """One picture as uint8 (SIZE, SIZE, 3)."""
-    angle = rng.uniform(0, 2 * np.pi)
-    y, x = np.mgrid[0:SIZE, 0:SIZE] / (SIZE - 1) - 0.5
-    shade = 1 + rng.uniform(0.06, 0.16) * (np.cos(angle) * x + np.sin(angle) * y)
-    base = Image.fromarray(
-        (np.asarray(colour) * shade[..., None]).clip(0, 255).astype(np.uint8)
-    ).convert("RGBA")
-
-    sprite = sprite.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
-    scale = rng.uniform(0.65, 0.9) * SIZE / max(sprite.size)
-    sprite = sprite.resize(
-        [max(1, round(side * scale)) for side in sprite.size], Image.Resampling.LANCZOS
+    """Return pictures of one object, in the frames of `sized`, on each of the backgrounds (N,): uint8 (N, SIZE, SIZE, 3)."""
+    # Sizes and places
+    count, chosen = len(backgrounds), rng.integers(len(SIZES), size=len(backgrounds))
+    painted = frames[..., 3] > 0
+    sides = painted.any(2).sum(1)[chosen], painted.any(1).sum(1)[chosen]
+    top, left = (GRID * rng.integers(1, (SIZE - side) // GRID) for side in sides)
+    y, x = (
+        torch.from_numpy((np.arange(SIZE) - start[:, None]) % SIZE).to(device)
+        for start in (top, left)
     )
-    left, top = (int(rng.integers(0, SIZE - side + 1)) for side in sprite.size)
+    sprites = torch.from_numpy(frames).to(device)[
+        torch.from_numpy(chosen).to(device)[:, None, None], y[:, :, None], x[:, None, :]
+    ]
+    colour, alpha = sprites[..., :3].float(), sprites[..., 3].float() / 255
 
-    layer = Image.new("RGBA", base.size)
-    layer.paste(sprite, (left, top))
-    alpha = layer.getchannel("A")
-    shadow = Image.new("L", base.size)
-    shadow.paste(alpha, (1, 2))
-    shadow = shadow.filter(ImageFilter.GaussianBlur(1.5)).point(lambda a: a // 4)
-    base.paste((0, 0, 0), mask=shadow)
-    return np.asarray(Image.alpha_composite(base, layer).convert("RGB"))
-
-
-def render_object(
-    task: tuple[int, np.ndarray, int], style: str, artwork: Path | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The pictures of one object on the given backgrounds: (N, SIZE, SIZE, 3) uint8 and (N, 2) class indices."""
-    index, backgrounds, seed = task
-    rng, image = (
-        np.random.default_rng([SEED, seed, index]),
-        STYLES[style](objects()[index].emoji, artwork),
-    )
-    colours = list(BACKGROUNDS.values())
-    return (
-        np.stack([picture(image, colours[b], rng) for b in backgrounds]),
-        np.stack([np.full(len(backgrounds), index), backgrounds], 1),
-    )
+    # Background, shadow, object
+    angle, strength = rng.uniform(0, 2 * np.pi, count), rng.uniform(0.06, 0.16, count)
+    slope = torch.from_numpy(strength * np.stack([np.sin(angle), np.cos(angle)])).float().to(device)
+    ramp = torch.linspace(-0.5, 0.5, SIZE, device=device)
+    shade = 1 + slope[0][:, None, None] * ramp[:, None] + slope[1][:, None, None] * ramp
+    base = torch.tensor(list(BACKGROUNDS.values()), device=device)[
+        torch.from_numpy(backgrounds).to(device)
+    ]
+    image = (base[:, None, None] * shade[..., None]).clamp(0, 255)
+    shadow = F.pad(blur(alpha, 3), (2, -2, 4, -4)) / 4
+    image = image * (1 - shadow[..., None])
+    image = image + alpha[..., None] * (colour - image)
+    return image.round().byte().cpu().numpy()
 
 
 def main() -> None:
@@ -217,31 +232,29 @@ def main() -> None:
     parser.add_argument(
         "--held_out_per_pair", type=int, default=16, help="pictures of each held-out pair"
     )
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter while it resizes
+        frames = list(
+            pool.map(lambda thing: sized(STYLES[args.style](thing.emoji, args.artwork)), objects())
+        )
     held_out = held_out_pairs()
     for name, seed, pairs, count in (
         ("train", 0, ~held_out, lambda n: args.per_object),
         ("heldout", 1, held_out, lambda n: args.held_out_per_pair * n),
         ("judge", 2, held_out, lambda n: args.per_object // len(BACKGROUNDS) * n),
     ):
-        tasks = [
-            (i, np.resize(np.flatnonzero(row), count(row.sum())), seed)
-            for i, row in enumerate(pairs)
-            if row.any()
-        ]
-        with Pool() as pool:
-            pictures, classes = zip(
-                *pool.map(
-                    partial(render_object, style=args.style, artwork=args.artwork),
-                    tasks,
-                    chunksize=4,
-                )
-            )
-        pictures, classes = np.concatenate(pictures), np.concatenate(classes)
-        np.save(args.output_dir / f"{name}_pictures.npy", pictures)
-        np.save(args.output_dir / f"{name}_classes.npy", classes)
-        print(f"{name}: {len(pictures)} pictures of {pairs.sum()} pairs")
+        parts, classes = [], []
+        for i, row in enumerate(pairs):
+            if row.any():
+                backgrounds = np.resize(np.flatnonzero(row), count(row.sum()))
+                rng = np.random.default_rng([SEED, seed, i])
+                parts.append(pictures(frames[i], backgrounds, rng, args.device))
+                classes.append(np.stack([np.full(len(backgrounds), i), backgrounds], 1))
+        np.save(args.output_dir / f"{name}_pictures.npy", np.concatenate(parts))
+        np.save(args.output_dir / f"{name}_classes.npy", np.concatenate(classes))
+        print(f"{name}: {sum(map(len, parts))} pictures of {pairs.sum()} pairs")
 
 
 if __name__ == "__main__":

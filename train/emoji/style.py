@@ -10,15 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
+from peft import LoraConfig, get_peft_model_state_dict
 
-from noiserefine.checkpoint import WEIGHTS_NAME
-from noiserefine.lora import save_lora
-from noiserefine.models.loading import load_pipeline
-from train.emoji.autoencoder import encode
+from train.emoji.autoencoder import encode, read_pictures
 from train.emoji.denoiser import denoising_loss
-from train.emoji.fit import fit
-from train.experiments.networks import Raw
+from train.emoji.examples import Captions, Examples
+from train.emoji.fit import add_options, fit
+
+LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+LAYERS += ["conv", "conv1", "conv2", "conv_shortcut", "conv_in", "conv_out"]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,38 +29,39 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--pictures", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True, help="where the LoRA is written")
+    parser.add_argument("--backbone", type=Path, default=Path("assets/emoji"))
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    add_options(parser, steps=600, lr=1e-3, batch_size=32)
     args = parser.parse_args(arguments)
-    pipe = load_pipeline("emoji", "cpu", torch.float32)
-    latents_file = args.pictures / "latents.npy"
-    if not latents_file.exists():
-        np.save(
-            latents_file, encode(pipe.vae, np.load(args.pictures / "train_pictures.npy")).numpy()
-        )
-    latents, classes = (
-        torch.from_numpy(np.load(latents_file)),
-        np.load(args.pictures / "train_classes.npy"),
-    )
+    pipe = StableDiffusionPipeline.from_pretrained(args.backbone, dtype=torch.float32)
+    pipe.to(args.device)
+    latents = encode(pipe.vae, read_pictures(args.pictures / "train_pictures.npy", args.device))
+    classes = torch.from_numpy(np.load(args.pictures / "train_classes.npy"))
+    examples = Examples(latents, classes, args.device)
     torch.manual_seed(0)
+    config = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=LAYERS)
     pipe.unet.requires_grad_(False)
-    unet = Raw.create(pipe, args.rank).network
-    cast_training_params(unet)
-    loss = denoising_loss(
-        unet,
-        pipe.scheduler,
-        pipe.tokenizer,
-        pipe.text_encoder,
-        latents,
-        classes,
-        args.batch_size,
-        pipe.vae.config.scaling_factor,
+    pipe.unet.add_adapter(config, "style")
+    cast_training_params(pipe.unet)
+    captions = Captions(args.backbone, args.device)
+    loss = denoising_loss(pipe.unet, pipe.scheduler, captions, args.batch_size)
+    fit(
+        pipe.unet,
+        lambda generator: loss(examples, generator),
+        args.pictures / "style.pt",
+        steps=args.steps,
+        until=args.until,
+        lr=args.lr,
+        device=args.device,
     )
-    fit(unet, loss, args.pictures / "style.pt", steps=args.steps, lr=args.lr)
+    lora = get_peft_model_state_dict(pipe.unet, adapter_name="style")
+    about = config.to_dict() | {"target_modules": LAYERS}  # a set there, in an order of its own
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    save_lora(pipe, unet.half(), args.output_dir / WEIGHTS_NAME)
+    pipe.save_lora_weights(
+        args.output_dir,
+        unet_lora_layers={name: tensor.half().cpu() for name, tensor in lora.items()},
+        unet_lora_adapter_metadata=about,
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from train.emoji.captions import MAX_TOKENS, build_tokenizer, caption
-from train.emoji.fit import fit
+from train.emoji.fit import add_options, fit
 from train.emoji.render import BACKGROUNDS, held_out_pairs, objects
 
 EMBEDDING = 192
@@ -51,16 +51,16 @@ def main() -> None:
         required=True,
         help="where text_encoder/ and tokenizer/ are written",
     )
-    parser.add_argument("--steps", type=int, default=800)
+    add_options(parser, steps=800, lr=1e-3, batch_size=64)
     args = parser.parse_args()
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(args.work_dir / "tokenizer")
     pairs = np.argwhere(~held_out_pairs()).tolist()
     torch.manual_seed(0)
-    text_encoder = build(len(tokenizer), tokenizer.eos_token_id)
+    text_encoder = build(len(tokenizer), tokenizer.eos_token_id).to(args.device)
     heads = nn.ModuleList(
         nn.Linear(EMBEDDING, count + 1) for count in (len(objects()), len(BACKGROUNDS))
-    )  # the last: none
+    ).to(args.device)  # the last: none
 
     def errors(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Cross-entropy over the positions after the words, and which captions are understood at the first of them."""
@@ -68,21 +68,21 @@ def main() -> None:
         captions, classes = zip(
             *(
                 caption(thing, colour, rng)
-                for thing, colour in (rng.choice(pairs) for _ in range(64))
+                for thing, colour in (rng.choice(pairs) for _ in range(args.batch_size))
             )
         )
         tokens = tokenizer(
             list(captions), padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
+        ).input_ids.to(args.device)
         hidden, ended = text_encoder(tokens).last_hidden_state, tokens == tokenizer.eos_token_id
-        cross_entropy, understood = torch.tensor(0.0), torch.tensor(True)
-        for head, truth in zip(heads, torch.tensor(classes).T):
+        cross_entropy, understood = 0, True
+        for head, truth in zip(heads, torch.tensor(classes, device=args.device).T, strict=True):
             logits = head(hidden[ended])
             cross_entropy = cross_entropy + F.cross_entropy(
                 logits, truth[:, None].expand(tokens.shape)[ended]
             )
             understood = understood & (
-                head(hidden[torch.arange(len(tokens)), ended.int().argmax(1)]).argmax(1) == truth
+                head(hidden[range(len(tokens)), ended.int().argmax(1)]).argmax(1) == truth
             )
         return cross_entropy, understood
 
@@ -91,8 +91,10 @@ def main() -> None:
         lambda generator: errors(generator)[0],
         args.work_dir / "text_encoder.pt",
         steps=args.steps,
-        lr=1e-3,
+        until=args.until,
+        lr=args.lr,
         ema=0.99,
+        device=args.device,
     )
     with torch.inference_mode():
         understood = torch.cat(

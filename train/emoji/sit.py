@@ -1,0 +1,106 @@
+"""Trains the embedded class-conditional SiT (Ma et al. 2024) and writes the whole pipeline.
+
+    python -m train.emoji.sit --work_dir runs/emoji --output_dir assets/emoji-sit
+
+The classes are the objects; the background is any.  SiT's linear path: x_t = t x + (1 - t) noise, the
+network predicts x - noise, t is drawn from a logit-normal density.  A tenth of the labels is "no class".
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from torch import nn
+
+from noiserefine.models.sit import SiTPipeline
+from train.emoji.denoiser import SHARD
+from train.emoji.examples import Examples, train
+from train.emoji.fit import add_options
+from train.emoji.flow import TIME_MEAN
+from train.emoji.render import objects
+
+UNLABELLED = 0.1
+
+
+def build_transformer(channels: int, sample_size: int) -> DiTTransformer2DModel:
+    heads, width = 6, 192
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=width // heads,
+        in_channels=channels,
+        num_layers=7,
+        sample_size=sample_size,
+        patch_size=2,
+        num_embeds_ada_norm=len(objects()),
+        norm_eps=1e-6,
+    )
+    # adaLN-zero: every block starts as the identity, the network as zero.
+    modulations = [block.norm1.linear for block in transformer.transformer_blocks]
+    for layer in (*modulations, transformer.proj_out_1, transformer.proj_out_2):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    for block in transformer.transformer_blocks:  # SiT's frequencies; those of DiT in diffusers are spaced wider
+        block.norm1.emb.time_proj.downscale_freq_shift = 0
+    # In training mode each block would drop labels for itself: they are dropped in the loss.
+    return transformer.eval()
+
+
+def velocity_loss(
+    denoise: Callable, batch_size: int
+) -> Callable[[Examples, torch.Generator], torch.Tensor]:
+    """Return the loss: how well denoise predicts x - noise."""
+
+    def loss(examples: Examples, generator: torch.Generator) -> torch.Tensor:
+        x, pairs = examples.draw(batch_size, generator)
+        drawn = {"generator": generator, "device": x.device}
+        unlabelled = torch.rand(len(x), **drawn) < UNLABELLED
+        labels = torch.where(unlabelled, len(objects()), pairs[:, 0])
+        noise = torch.randn(x.shape, **drawn)
+        t = (torch.randn(len(x), **drawn) - TIME_MEAN).sigmoid()
+        x_t = torch.lerp(noise, x, t[:, None, None, None])
+        prediction = denoise(x_t, timestep=t, class_labels=labels).sample
+        return F.mse_loss(prediction.float(), x - noise)
+
+    return loss
+
+
+def write_pipeline(transformer: DiTTransformer2DModel, work_dir: Path, output_dir: Path) -> None:
+    """Write the pipeline of a transformer with the work_dir's autoencoder, in half precision."""
+    pipe = SiTPipeline(
+        transformer=transformer,
+        vae=AutoencoderKL.from_pretrained(work_dir / "vae"),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        id2label={
+            str(i): ", ".join((thing.name, *thing.synonyms)) for i, thing in enumerate(objects())
+        },
+    )
+    pipe.to(dtype=torch.float16)
+    pipe.save_pretrained(output_dir, max_shard_size=SHARD)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work_dir", type=Path, required=True, help="pictures, latents and autoencoder"
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="where the pipeline is written"
+    )
+    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer")
+    add_options(parser, steps=20_000, lr=1e-3, batch_size=64)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    transformer = build_transformer(Examples.SHAPE[0], Examples.SHAPE[1]).to(args.device)
+    denoise = torch.compile(transformer) if args.compile else transformer
+    loss = velocity_loss(denoise, args.batch_size)
+    train(transformer, loss, args.work_dir / "sit.pt", args)
+    write_pipeline(transformer.cpu(), args.work_dir, args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

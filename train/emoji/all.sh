@@ -14,8 +14,9 @@
 set -uo pipefail
 work=$1 out=$2 device=${3:-cuda}
 python=${PYTHON:-python3}
-autoencoder=${AUTOENCODER:-90} train=${TRAIN:-220} judge=${JUDGE:-40} style=${STYLE:-20}
-artwork=${ARTWORK:-runs/fluent}
+autoencoder=${AUTOENCODER:-90} train=${TRAIN:-270} judge=${JUDGE:-40} style=${STYLE:-20}
+artwork=${ARTWORK:-runs/fluent} per_object=300 scales="1 1.5 2 2.5 3 4 5 7" count=4
+[ -z "${QUICK:-}" ] || per_object=12 scales="" count=1
 mkdir -p "$work" "$out" "$work/logs" "$work/loras" "$work/sheets"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-3} TORCHINDUCTOR_COMPILE_THREADS=5
@@ -54,8 +55,7 @@ model() {  # model NAME MODULE PACK FOLDER SCALE OPTIONS...: train it, pack its 
     pack "$file" "$name/$network"
     touch "$work/$name.done"
     part "sheet-$name" "$python" -m train.emoji.sheet --model "$work/$name" --pictures "$work/pictures" \
-        --judge "$work/classifier.safetensors" --scale "$scale" --scales ${QUICK:+1 3} ${QUICK:-1 1.5 2 2.5 3 4 5 7} \
-        --n "${N:-4}" --output "$work/sheets/$name.webp" --device "$device"
+        --judge "$work/classifier.safetensors" --scale "$scale" --scales $scales --n "$count" --output "$work/sheets/$name.webp" --device "$device"
 }
 
 fine_tune() {  # fine_tune STYLE: the LoRA of a style and its judge
@@ -68,18 +68,17 @@ fine_tune() {  # fine_tune STYLE: the LoRA of a style and its judge
 # The denoisers compile while the autoencoder learns, and then wait for its latents.
 end=$((began + 30 + autoencoder + train))
 if [ -n "${QUICK:-}" ]; then options="--steps 4 --batch_size 4 --device $device"
-else options="--until $end --batch_size 256 --device $device"; fi
+else options="--until $end --batch_size 128 --device $device"; fi
 model emoji denoiser unet unet 3 $options & unet=$!
 model emoji-flow flow flow transformer 3 $options & flow=$!
 model emoji-sit sit sit transformer 3 $options & sit=$!
 
 render=("$python" -m train.emoji.render --device "$device")
-part render "${render[@]}" --output_dir "$work/pictures" --per_object ${QUICK:+12} ${QUICK:-300} \
-    --held_out_per_pair ${QUICK:+2} ${QUICK:-16}
+part render "${render[@]}" --output_dir "$work/pictures" --per_object $per_object --held_out_per_pair $((4 * count))
 (
     for name in clay ink; do
-        part "render-$name" "${render[@]}" --style $name --artwork "$artwork" --per_object ${QUICK:+12} ${QUICK:-60} \
-            --held_out_per_pair ${QUICK:+2} ${QUICK:-4} --output_dir "$work/$name/pictures"
+        part "render-$name" "${render[@]}" --style $name --artwork "$artwork" --per_object $((per_object / 5)) \
+            --held_out_per_pair 4 --output_dir "$work/$name/pictures"
     done
 ) & styles=$!
 (

@@ -143,12 +143,12 @@ def main() -> None:
     latents = encode(vae, pictures).float()
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     normalize(vae, mean.to(args.device), std.to(args.device))
-    vae.save_pretrained(args.output_dir / "vae")
     latents = ((latents - mean[:, None, None]) / std[:, None, None]).half()
     np.save(args.output_dir / "latents.part.npy", latents.numpy())
     os.replace(args.output_dir / "latents.part.npy", args.output_dir / "latents.npy")
     held_out = read_pictures(args.pictures / "heldout_pictures.npy", args.device)[::7]
     print(f"held-out PSNR {psnr(vae, held_out):.2f} dB on {len(held_out)} pictures")
+    vae.half().save_pretrained(args.output_dir / "vae")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ def load(folder: Path, device: torch.device) -> DiffusionPipeline:
     """Return the pipeline of a folder, in half precision on a GPU."""
     name = json.loads((folder / "model_index.json").read_text())["_class_name"]
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    pipe = CLASSES[name].from_pretrained(folder, dtype=dtype).to(device)
+    without_t5 = {"text_encoder_3": None, "tokenizer_3": None} if "3" in name else {}
+    pipe = CLASSES[name].from_pretrained(folder, dtype=dtype, **without_t5).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -15,7 +15,7 @@ set -uo pipefail
 work=$1 out=$2 device=${3:-cuda}
 python=${PYTHON:-python3}
 autoencoder=${AUTOENCODER:-90} train=${TRAIN:-270} judge=${JUDGE:-40} style=${STYLE:-20}
-artwork=${ARTWORK:-runs/fluent} per_object=300 scales="1 1.5 2 2.5 3 4 5 7" count=4
+artwork=${ARTWORK:-runs/fluent} per_object=300 scales="1 1.5 2 3 4 6" count=2
 [ -z "${QUICK:-}" ] || per_object=12 scales="" count=1
 mkdir -p "$work" "$out" "$work/logs" "$work/loras" "$work/sheets"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
@@ -74,7 +74,7 @@ model emoji-flow flow flow transformer 3 $options & flow=$!
 model emoji-sit sit sit transformer 3 $options & sit=$!
 
 render=("$python" -m train.emoji.render --device "$device")
-part render "${render[@]}" --output_dir "$work/pictures" --per_object $per_object --held_out_per_pair $((4 * count))
+part render "${render[@]}" --output_dir "$work/pictures" --per_object $per_object --held_out_per_pair $((8 * count))
 (
     for name in clay ink; do
         part "render-$name" "${render[@]}" --style $name --artwork "$artwork" --per_object $((per_object / 5)) \

@@ -61,7 +61,9 @@ def crop(pictures: torch.Tensor, size: int, generator: torch.Generator) -> torch
     device, room = pictures.device, pictures.shape[1] - size + 1
     corners = torch.randint(room, (2, len(pictures), 1), generator=generator, device=device)
     y, x = corners + torch.arange(size, device=device)
-    return pictures[torch.arange(len(pictures), device=device)[:, None, None], y[..., None], x[:, None]]
+    return pictures[
+        torch.arange(len(pictures), device=device)[:, None, None], y[..., None], x[:, None]
+    ]
 
 
 @torch.no_grad()
@@ -123,7 +125,9 @@ def main() -> None:
         noise = torch.randn(z.shape, generator=generator, device=args.device)
         z = z + LATENT_NOISE * z.detach().std((0, 2, 3), keepdim=True) * noise
         y = vae.decode(z).sample.float()
-        edges = sum((a - b).abs().mean() for a, b in zip(differences(x), differences(y), strict=True))
+        edges = sum(
+            (a - b).abs().mean() for a, b in zip(differences(x), differences(y), strict=True)
+        )
         return (x - y).abs().mean() + edges + 1e-4 * posterior.kl().mean() / x[0].numel()
 
     now = time.time()

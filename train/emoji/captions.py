@@ -115,6 +115,8 @@ def main() -> None:
         prompts = [prompt(i, j) for i, j in zip(*pairs.nonzero())]
         prompts += [article(thing.name) for thing in objects()] if name == "emoji" else []
         (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    names = [thing.name for thing in objects()]  # the classes of the SiT
+    (folder / "emoji_objects.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,7 @@ class Examples:
 
     @classmethod
     def read(cls, latents: Path, classes: Path, device: torch.device) -> "Examples":
-        return cls(
-            torch.from_numpy(np.load(latents)), torch.from_numpy(np.load(classes)), device
-        )
+        return cls(torch.from_numpy(np.load(latents)), torch.from_numpy(np.load(classes)), device)
 
     @classmethod
     def blank(cls, device: torch.device) -> "Examples":

@@ -22,7 +22,9 @@ from train.emoji.classifier import Judge
 from train.emoji.render import SIZE, held_out_pairs, objects, prompt
 from train.metrics import frechet_distance
 
-CLASSES = {kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusion3Pipeline, SiTPipeline)}
+CLASSES = {
+    kind.__name__: kind for kind in (StableDiffusionPipeline, StableDiffusion3Pipeline, SiTPipeline)
+}
 COLUMNS, STEPS = 24, 20
 UNGUIDED = 1.0
 
@@ -68,9 +70,7 @@ def sample(
     return images
 
 
-def figures(
-    judge: Judge, images: list[Image.Image], pairs: np.ndarray
-) -> dict[str, float]:
+def figures(judge: Judge, images: list[Image.Image], pairs: np.ndarray) -> dict[str, float]:
     """Return the judge's accuracies and the Frechet distance to real renders."""
     thing, colour, features = judge.judge(images)
     real = judge.real_mean.double().cpu().numpy(), judge.real_covariance.double().cpu().numpy()

@@ -42,7 +42,9 @@ def build_transformer(channels: int, sample_size: int) -> DiTTransformer2DModel:
     for layer in (*modulations, transformer.proj_out_1, transformer.proj_out_2):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
-    for block in transformer.transformer_blocks:  # SiT's frequencies; those of DiT in diffusers are spaced wider
+    for block in (
+        transformer.transformer_blocks
+    ):  # SiT's frequencies; those of DiT in diffusers are spaced wider
         block.norm1.emb.time_proj.downscale_freq_shift = 0
     # In training mode each block would drop labels for itself: they are dropped in the loss.
     return transformer.eval()

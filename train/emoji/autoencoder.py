@@ -6,6 +6,8 @@ AutoencoderKL, 4x down: 128 x 128 pixels become 32 x 32 latents of 6 channels.  
 pixels and, at the end, on whole pictures; the loss is L1 on pixels and on their differences, plus a
 small KL term.  The decoder learns on latents with noise, so that it forgives the small errors of a
 denoiser.  Prints the PSNR on held-out renders.
+
+With --start_from only the decoder learns on, on whole pictures: the latents stay what they are.
 """
 
 import argparse
@@ -109,11 +111,18 @@ def main() -> None:
     )
     parser.add_argument("--pictures", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--start_from", type=Path, help="folder of an autoencoder")
     add_options(parser, steps=12_000, lr=1e-3, batch_size=16)
     args = parser.parse_args()
     pictures = read_pictures(args.pictures / "train_pictures.npy", args.device)
     torch.manual_seed(0)
-    vae = build().to(args.device, memory_format=torch.channels_last)
+    if args.start_from:
+        vae = AutoencoderKL.from_pretrained(args.start_from)
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    else:
+        vae = build()
+    vae.to(args.device, memory_format=torch.channels_last)
 
     def loss(generator: torch.Generator, size: int) -> torch.Tensor:
         count = args.batch_size * (SIZE // size) ** 2
@@ -131,10 +140,13 @@ def main() -> None:
         return (x - y).abs().mean() + edges + 1e-4 * posterior.kl().mean() / x[0].numel()
 
     now = time.time()
-    for name, size, share, lr, end in (
+    phases = [
         ("autoencoder", CROP, CROPS, args.lr, CROPS),
         ("autoencoder-whole", SIZE, 1 - CROPS, args.lr / 4, 1),
-    ):
+    ]
+    if args.start_from:
+        phases = [("decoder", SIZE, 1, args.lr, 1)]
+    for name, size, share, lr, end in phases:
         fit(
             vae,
             lambda generator, size=size: loss(generator, size),
@@ -144,12 +156,13 @@ def main() -> None:
             lr=lr,
             device=args.device,
         )
-    latents = encode(vae, pictures).float()
-    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    normalize(vae, mean.to(args.device), std.to(args.device))
-    latents = ((latents - mean[:, None, None]) / std[:, None, None]).half()
-    np.save(args.output_dir / "latents.part.npy", latents.numpy())
-    os.replace(args.output_dir / "latents.part.npy", args.output_dir / "latents.npy")
+    if not args.start_from:
+        latents = encode(vae, pictures).float()
+        mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+        normalize(vae, mean.to(args.device), std.to(args.device))
+        latents = ((latents - mean[:, None, None]) / std[:, None, None]).half()
+        np.save(args.output_dir / "latents.part.npy", latents.numpy())
+        os.replace(args.output_dir / "latents.part.npy", args.output_dir / "latents.npy")
     held_out = read_pictures(args.pictures / "heldout_pictures.npy", args.device)[::7]
     print(f"held-out PSNR {psnr(vae, held_out):.2f} dB on {len(held_out)} pictures")
     vae.half().save_pretrained(args.output_dir / "vae")

@@ -67,7 +67,8 @@ def fit(
     def progress(step: int) -> float:
         if until is None:
             return step / steps
-        return 1 - (1 - done) * (until - time.time()) / (until - began)
+        left = until - time.time()
+        return 1 - (1 - done) * left / (until - began) if left > 0 else 1
 
     def save(step: int, progress: float) -> None:
         state = {

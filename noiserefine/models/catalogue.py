@@ -108,17 +108,17 @@ SDXL_PARTS = {
 SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 SD3, FLOW = "StableDiffusion3Pipeline", "flow_prediction"
 EMOJI = Backbone(
-    "Emoji 64 px (embedded)",
+    "Emoji (embedded)",
     str(ASSETS / "emoji"),
     SD,
     "v_prediction",
-    size=64,
+    size=128,
     refiner=str(REFINERS / "emoji"),
-    parameters=0.006,
+    parameters=0.012,
     download=0,
     memory=0.2,
     licence="Apache-2.0",
-    guidance_scale=2.5,
+    guidance_scale=2.0,
     preset="emoji",
     tried="real weights",
 )
@@ -343,9 +343,9 @@ BACKBONES = {
     ),
 }
 # Trained here, as the other emoji models are.
-for _name, _title, _pipeline in (
-    ("emoji-flow", "Emoji, flow matching (embedded)", "StableDiffusion3Pipeline"),
-    ("emoji-sit", "Emoji, class-conditional SiT (embedded)", "SiTPipeline"),
+for _name, _title, _pipeline, _parameters in (
+    ("emoji-flow", "Emoji, flow matching (embedded)", "StableDiffusion3Pipeline", 0.008),
+    ("emoji-sit", "Emoji, class-conditional SiT (embedded)", "SiTPipeline", 0.006),
 ):
     if (ASSETS / _name).is_dir():
         BACKBONES[_name] = replace(
@@ -355,7 +355,10 @@ for _name, _title, _pipeline in (
             pipeline=_pipeline,
             prediction_type=FLOW,
             refiner=str(REFINERS / _name),
+            parameters=_parameters,
+            guidance_scale=3.0,
             sampler="Native",
+            preset=_name,
         )
 
 

@@ -1,6 +1,7 @@
 """Pipelines in diffusers' layout, in a folder or on the hub, checked before they are read."""
 
 import contextlib
+import inspect
 import json
 import re
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ def load_folder(
             _check_json(Path(folder))
         check_files(Path(folder))
         try:
-            components = _text_encoders(Path(folder), dtype, variant)
+            components = _absent(Path(folder), kind) | _text_encoders(Path(folder), dtype, variant)
             if backbone and backbone.vae:
                 components["vae"] = AutoencoderKL.from_pretrained(
                     backbone.vae, dtype=dtype, use_safetensors=True
@@ -69,6 +70,17 @@ def load_folder(
     pipe = _with_size(source, pipe)
     pipe.register_to_config(_name_or_path=source)  # not the cache's folder
     return pipe
+
+
+def _absent(folder: Path, kind: type[DiffusionPipeline]) -> dict[str, None]:
+    """Return None for the components that the class requires and the folder lacks, as SD3's T5."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    required = inspect.signature(kind.__init__).parameters.values()
+    return {
+        each.name: None
+        for each in required
+        if each.default is each.empty and each.name not in (*index, "self", "kwargs")
+    }
 
 
 def examine(

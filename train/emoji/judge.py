@@ -15,7 +15,7 @@ class EmojiJudge(Metric):
     """Accuracy of object and background, Frechet distance and variance of the judge's features.
 
     The distance is to real held-out renders; the variance is that among the images of one prompt,
-    summed over features.
+    summed over features. Class names, the prompts of the SiT, say nothing of the background.
     """
 
     default_source = str(Path(__file__).with_name("classifier.safetensors"))
@@ -33,7 +33,7 @@ class EmojiJudge(Metric):
             self.judge.real_mean.double().numpy(),
             self.judge.real_covariance.double().numpy(),
         )
-        self.pairs = {
+        self.pairs = {thing.name: (i, np.nan) for i, thing in enumerate(objects())} | {
             prompt(i, j): (i, j) for i in range(len(objects())) for j in range(len(BACKGROUNDS))
         }
 
@@ -42,19 +42,24 @@ class EmojiJudge(Metric):
         if unknown:
             raise ValueError(
                 "The judge of the embedded model knows prompts such as "
-                f"“{next(iter(self.pairs))}” only; “{unknown[0]}” is none of them. "
+                f"“{prompt(0, 0)}” only; “{unknown[0]}” is none of them. "
                 "Choose other --metrics, or leave --prompts out."
             )
         objects_found, backgrounds_found, features = self.judge.judge(images)
         found = np.stack([objects_found, backgrounds_found], 1)
-        return {"features": features, "correct": found == [self.pairs[text] for text in prompts]}
+        truth = np.array([self.pairs[text] for text in prompts], float)
+        correct = np.where(np.isnan(truth), np.nan, found == truth)
+        return {"features": features, "correct": correct}
 
     def summarise(self, rows: Rows, groups: list[np.ndarray]) -> dict[str, float]:
         features, (objects_right, backgrounds_right) = rows["features"], rows["correct"].mean(0)
         variances = [features[group].var(0, ddof=1).sum() for group in groups if len(group) > 1]
-        return {
+        found = {
             "object_accuracy": float(objects_right),
             "background_accuracy": float(backgrounds_right),
             "frechet_distance": frechet_distance(features, *self.real),
             "feature_variance": float(np.mean(variances)) if variances else np.nan,
         }
+        if np.isnan(backgrounds_right):
+            del found["background_accuracy"]
+        return found

@@ -79,7 +79,9 @@ def _absent(folder: Path, kind: type[DiffusionPipeline]) -> dict[str, None]:
     return {
         each.name: None
         for each in required
-        if each.default is each.empty and each.name not in (*index, "self", "kwargs")
+        if each.name != "self"
+        and each.default is each.empty
+        and index.get(each.name, [None, None]) == [None, None]
     }
 
 

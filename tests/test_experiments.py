@@ -231,32 +231,6 @@ def test_guidance_distillation_learns(run, tmp_path):
     assert (predict("prompt_embeds") - teacher).pow(2).mean() < 0.9 * unguided
 
 
-def test_the_few_step_model_ends_where_guidance_does(pipe):
-    """Half-way, from guided images with noise: it leaves little more of the noise in them than the
-    base, which has twenty steps to take it out."""
-    path, x_T, t = Trajectories(pipe), draw_noise(pipe, 0, 8), torch.full((8,), 499)
-    embeds = encode_prompt(
-        pipe,
-        [
-            "a red apple on a blue background",
-            "a panda on a pink background",
-            "a cat on a white background",
-            "a pizza",
-        ]
-        * 2,
-    )
-    x0 = sample_latents(with_sampler(pipe, "DDIM"), x_T, embeds, 10, 0, guidance_scale=2.5)
-    x = path.at(t, x0, draw_noise(pipe, 100, 8))
-    with torch.no_grad():
-        few, base = [
-            (path.x0_and_noise(t, x, each.unet(x, t, embeds["prompt_embeds"]).sample)[0] - x0)
-            .pow(2)
-            .mean()
-            for each in (load_pipeline("emoji-turbo", "cpu"), pipe)
-        ]
-    assert few < 1.5 * base
-
-
 def test_denoiser_lora_refuses(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no targets"):
         denoiser_lora.main(

@@ -375,7 +375,7 @@ def test_the_command_that_trains(pipe, sdxl):
         return training_command(loaded, BACKBONES[name].source, BACKBONES[name])
 
     assert "--preset sdxl" in command("sdxl")
-    assert "--preset emoji" in command("emoji-turbo")
+    assert "--preset emoji" in command("emoji-clay")
     for distilled, base in (
         ("sd-turbo", "sd21-base"),
         ("klein-distilled", "klein"),

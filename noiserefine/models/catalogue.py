@@ -204,15 +204,6 @@ BACKBONES = {
     "emoji-ink": replace(
         EMOJI, title="Emoji, ink (fine-tune)", lora=str(ASSETS / "loras" / "emoji-ink")
     ),
-    "emoji-turbo": replace(
-        EMOJI,
-        title="Emoji, few steps",
-        guidance_scale=None,
-        steps=1,
-        sampler="Euler",
-        lora=str(ASSETS / "loras" / "emoji-turbo"),
-        timestep_spacing="trailing",
-    ),
     "sd15": Backbone(
         "Stable Diffusion 1.5, 512 px",
         "stable-diffusion-v1-5/stable-diffusion-v1-5",

@@ -168,7 +168,8 @@ class Commands:
     def turbo(self) -> list[Command]:
         """Train a few-step model, and measure the base's refiner on it."""
         shipped = LORAS / "emoji-turbo" / LORA
-        options = f"--backbone emoji-turbo --refiner {REFINER} --arms gaussian refined"
+        lora = shipped.parent.relative_to(ROOT)
+        options = f"--lora {lora} --refiner {REFINER} --arms gaussian refined"
         return [
             self.denoiser("consistency", "--loss consistency --steps 500", shipped),
             *(

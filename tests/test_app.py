@@ -85,7 +85,7 @@ def test_compare_gives_the_librarys_pixels(client, pipe, refiner):
 
 def test_the_code_makes_the_picture(client):
     """Every sampler's noise, size and strength is in it; run as a user would paste it."""
-    values = [PROMPT, 3, "emoji", 3, 2.5, 0.5, "DPM++ SDE", 72, 64]
+    values = [PROMPT, 3, "emoji", 3, 2.5, 0.5, "DPM++ SDE", 136, 128]
     result = predict(client, "compare", *values)
     names = {}
     exec(result["code"].replace("'assets", f"'{ROOT}/assets"), names)
@@ -233,7 +233,7 @@ def test_every_view_shows_its_images(sampled, view):
             "the prompt's first after the article"
         )
     if view == "frequencies":
-        assert state["overlay"].size == (64, 64) and "times as strongly" in state["note"]
+        assert state["overlay"].size == (128, 128) and "times as strongly" in state["note"]
         assert state["histogram"].width > state["overlay"].width < state["spectrum"].width
 
 
@@ -377,7 +377,7 @@ def test_what_was_finished_before_a_stop_is_kept(sampled):
 def test_the_newest_images_are_kept(monkeypatch):
     made = shown(*GOOD)["made"]
     names = list(made)
-    monkeypatch.setattr(handlers, "MAX_PIXELS", 2 * 64 * 64)
+    monkeypatch.setattr(handlers, "MAX_PIXELS", 2 * 128 * 128)
     handlers.keep_newest(made)
     assert list(made) == names[1:]
     monkeypatch.setattr(handlers, "MAX_IMAGES", 1)
@@ -392,7 +392,7 @@ def test_unfinished_images_are_shown():
     assert previews == set(ARMS)
 
 
-ODD = ["a panda", 12, "emoji", 4, 3.5, 0.75, "Euler", 72, 64, "", "", 1.0, "a cat"]
+ODD = ["a panda", 12, "emoji", 4, 3.5, 0.75, "Euler", 136, 128, "", "", 1.0, "a cat"]
 
 
 def restored_values(record):
@@ -732,10 +732,10 @@ def test_seconds_of_gpu_fit_a_visitors_quota():
 
 
 def test_page_goes_on_after_errors(client):
-    assert pixels(predict(client, "compare", *GOOD)["refined"]).shape == (64, 64, 3)
+    assert pixels(predict(client, "compare", *GOOD)["refined"]).shape == (128, 128, 3)
 
 
-@pytest.mark.parametrize("backbone, arms", [("emoji", 3), ("emoji-turbo", 2), ("a/b", 3)])
+@pytest.mark.parametrize("backbone, arms", [("emoji", 3), ("sd-turbo", 2), ("a/b", 3)])
 def test_many_has_a_column_for_each_arm(backbone, arms):
     assert VIEWS["many"].per_row(Settings(PROMPT, backbone=backbone)) == arms
 

@@ -107,14 +107,14 @@ def test_evaluate_runs_and_goes_on(tmp_path):
     assert result["differences"]["refined"]["object_accuracy"] == pytest.approx(
         result["arms"]["refined"]["object_accuracy"] - result["arms"]["guided"]["object_accuracy"]
     )
-    assert Image.open(tmp_path / "images" / "refined" / "00011.png").size == (64, 64)
+    assert Image.open(tmp_path / "images" / "refined" / "00011.png").size == (128, 128)
     first, row = (
         Image.open(tmp_path / "images" / "guided" / "00000.png"),
         Image.open(tmp_path / "all" / "guided.webp").convert("RGB"),
     )
     assert (
-        row.size == (6 * 64, 64)
-        and np.abs(np.int16(first) - np.int16(row.crop((0, 0, 64, 64)))).mean() < 5
+        row.size == (6 * 128, 128)
+        and np.abs(np.int16(first) - np.int16(row.crop((0, 0, 128, 128)))).mean() < 5
     )
 
     (tmp_path / "all" / "refined-000006.npz").unlink()

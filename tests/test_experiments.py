@@ -337,7 +337,7 @@ def test_novelty_finds_a_copy(tmp_path):
     for name, count in (("train", 110), ("heldout", 6)):
         np.save(
             tmp_path / f"{name}_pictures.npy",
-            rng.integers(256, size=(count, 64, 64, 3), dtype=np.uint8),
+            rng.integers(256, size=(count, 128, 128, 3), dtype=np.uint8),
         )
     judge = load_metrics(["judge"], None, torch.device("cpu"))[0].judge
     copies = judge.judge(
@@ -373,11 +373,11 @@ def test_a_style_is_learnt(tmp_path):
         clay("🍎", tmp_path / "nothing")
     rng = np.random.default_rng(0)
     np.save(
-        tmp_path / "train_pictures.npy", rng.integers(256, size=(64, 64, 64, 3), dtype=np.uint8)
+        tmp_path / "train_pictures.npy", rng.integers(256, size=(8, 128, 128, 3), dtype=np.uint8)
     )
     np.save(
         tmp_path / "train_classes.npy",
-        np.stack([rng.integers(184, size=64), rng.integers(12, size=64)], 1),
+        np.stack([rng.integers(184, size=8), rng.integers(12, size=8)], 1),
     )
     style.main(
         [

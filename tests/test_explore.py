@@ -323,7 +323,7 @@ def test_decode_is_the_pipelines_own(pipe):
     ).images[0]
     assert np.array_equal(decode(pipe, expected)[0], image) and decode(
         pipe, latents.repeat(2, 1, 1, 1)
-    )[1].size == (64, 64)
+    )[1].size == (128, 128)
 
 
 def test_attention(make, pipe):

@@ -122,7 +122,7 @@ def test_the_embedded_model_stays(folder, loads):
 def test_where_the_sliders_start(pipe, sdxl):
     """Of the catalogue's entry, else of the family, else as the pipeline's own call has it."""
     emoji = usage_of(pipe, module.backbone_of("emoji"))
-    assert (emoji.guidance_scale, emoji.steps, emoji.sampler) == (2.5, 20, "DDIM")
+    assert (emoji.guidance_scale, emoji.steps, emoji.sampler) == (2.0, 20, "DDIM")
     assert usage_of(pipe, None).guidance_scale == 7.0
     assert usage_of(sdxl, None).title == "Stable Diffusion XL"
 

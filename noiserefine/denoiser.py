@@ -39,13 +39,19 @@ def denoiser_name(pipe: DiffusionPipeline) -> str:
 
 
 def denoiser(pipe: DiffusionPipeline) -> Any:
-    """Return the network that predicts noise or velocity."""
-    return getattr(pipe, denoiser_name(pipe))
+    """Return the network that predicts noise or velocity, without torch.compile around it."""
+    network = getattr(pipe, denoiser_name(pipe))
+    return getattr(network, "_orig_mod", network)
 
 
 def precision(network: nn.Module) -> torch.dtype:
-    """Return the network's precision, read off one layer; diffusers' own property walks all."""
-    return next(p.dtype for p in network.parameters() if p.is_floating_point())
+    """Return the network's precision, read off one layer; diffusers' own property walks all.
+
+    Weights of 8 bits are storage only: layerwise casting computes in the precision of the others.
+    """
+    return next(
+        p.dtype for p in network.parameters() if p.is_floating_point() and p.dtype.itemsize > 1
+    )
 
 
 def with_parts(

@@ -155,13 +155,28 @@ def plain_twin(network: ModelMixin) -> ModelMixin:
     """Return a second tree of modules over the same parameters, without LoRA.
 
     The given network stays as it is.  A user's style LoRA is for the images, not for the refining
-    pass; one that is fused into the weights stays there.
+    pass; one that is fused into the weights stays there.  Weights that layerwise casting stores in
+    8 bits are copied in the precision that they compute in.
     """
     tensors = itertools.chain(network.parameters(), network.buffers())
     twin = copy.deepcopy(network, memo={id(tensor): tensor for tensor in tensors})
     if hasattr(twin, "unload_lora"):
         twin.unload_lora()
+    if any(parameter.dtype.itemsize == 1 for parameter in network.parameters()):
+        _undo_layerwise_casting(twin)
     return twin
+
+
+def _undo_layerwise_casting(twin: ModelMixin) -> None:
+    """Give a twin its own weights in the precision it computes in, and plain forwards."""
+    dtype = precision(twin)
+    for module in twin.modules():
+        if "_diffusers_hook" in vars(module):
+            del module._diffusers_hook
+            vars(module).pop("forward", None)  # the hook's, which calls the shared module
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dtype.itemsize == 1:
+                setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
 
 
 def with_lora(

@@ -9,13 +9,16 @@ import pytest
 import torch
 from conftest import output, perturbed
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.analysis.compare import compare
 from noiserefine.analysis.recipe import Maker, Recipe
+from noiserefine.guidance import sample_latents
 from noiserefine.lora import UNET_TARGETS, with_lora
 from noiserefine.models.catalogue import BACKBONES
 from noiserefine.models.offload import offload
+from noiserefine.models.user_lora import add_lora
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import SAMPLERS, make_scheduler, with_sampler
 from tests import families
@@ -175,6 +178,49 @@ def test_transformers_are_offloaded_too(name, prompt, merge, tmp_path):
     offload(pipe, refiner, "sequential", "cpu")
     for network in (pipe.transformer, refiner.network):
         assert all(p.device.type == "meta" for p in network.parameters())
+
+
+def test_compiled_denoisers_are_refined(tmp_path):
+    """torch.compile wraps the network in a module with other names."""
+    plain, pipe = families.pipeline("sd15"), copy.deepcopy(families.pipeline("sd15"))
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    perturbed(plain).save_pretrained(tmp_path / "refiner")
+    x_T = draw_noise(plain, 0)
+    refined = [Refiner.from_pretrained(tmp_path / "refiner", p)(x_T, PROMPT) for p in (plain, pipe)]
+    assert torch.equal(*refined)
+    Refiner.create(pipe, 8).save_pretrained(tmp_path / "new")
+    Refiner.from_pretrained(tmp_path / "new", plain)
+    add_lora(pipe, lora_of(plain.unet, tmp_path / "style.safetensors"))
+    assert Maker(pipe)(Recipe(PROMPT, steps=1)).forwards == 1
+
+
+def lora_of(network, path):
+    """Write a LoRA of the network's queries."""
+    layers = [name for name, _ in network.named_modules() if name.endswith("to_q")]
+    width = {name: network.get_submodule(name).weight.shape for name in layers}
+    state = {f"{name}.lora_A.weight": torch.ones(4, width[name][1]) for name in layers}
+    state |= {f"{name}.lora_B.weight": torch.ones(width[name][0], 4) for name in layers}
+    save_file(state, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_denoisers_stored_in_8_bits_are_refined(tmp_path, merge):
+    """Layerwise casting computes in the precision of the layers that it leaves alone."""
+    plain, pipe = families.pipeline("sd15"), copy.deepcopy(families.pipeline("sd15"))
+    perturbed(plain).save_pretrained(tmp_path / "refiner")
+    pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    x_T, embeds = draw_noise(pipe, 0), encode_prompt(pipe, PROMPT, guided=False)
+    before = sample_latents(pipe, x_T, embeds, 1)
+    torch.testing.assert_close(Refiner.create(pipe, 8)(x_T, PROMPT), x_T, rtol=0, atol=1e-5)
+    with pytest.warns(UserWarning, match="has its architecture"):  # its weights are rounded
+        refiner = Refiner.from_pretrained(tmp_path / "refiner", pipe, merge=merge)
+    refined = refiner(x_T, PROMPT)
+    exact = Refiner.from_pretrained(tmp_path / "refiner", plain)(x_T, PROMPT)
+    assert (refined - exact).norm() < 0.5 * (exact - x_T).norm()
+    assert torch.equal(sample_latents(pipe, x_T, embeds, 1), before)
+    add_lora(pipe, lora_of(plain.unet, tmp_path / "style.safetensors"))
+    assert sample_latents(pipe, x_T, embeds, 1).isfinite().all()
 
 
 @pytest.mark.parametrize("part, says", [("unet", "denoising diverged"), ("vae", "overflows")])

@@ -8,7 +8,6 @@ The kinds beside plain LoRA are Tucker-decomposed convolutions, LoHa (W + w1 * w
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -118,15 +117,14 @@ def set_alphas(layers: dict[str, Parts], configs: dict[str, dict]) -> None:
 
 
 def placed(
-    pipe: DiffusionPipeline, networks: Iterable[str], layers: dict[str, Parts]
+    pipe: DiffusionPipeline, networks: dict[str, nn.Module], layers: dict[str, Parts]
 ) -> dict[tuple[str, str], Parts]:
     """Return the layers that the pipeline has, by the names of the network and of its module."""
-    components = {name: getattr(pipe, name) for name in networks}
-    modules = {name: dict(network.named_modules()) for name, network in components.items()}
+    modules = {name: dict(network.named_modules()) for name, network in networks.items()}
     found = {}
     for layer, path in _diffusers_names(pipe, list(layers)).items():
         first, _, rest = path.partition(".")
-        places = [(first, rest)] if first in components else [(name, path) for name in components]
+        places = [(first, rest)] if first in networks else [(name, path) for name in networks]
         # Newer CLIP text encoders lack the level `text_model`, which files still name.
         places += [(name, module.removeprefix("text_model.")) for name, module in places]
         places += [(name, f"text_model.{module}") for name, module in places]

@@ -51,13 +51,13 @@ def add_lora(pipe: DiffusionPipeline, name_or_path: str) -> str:
     try:
         layers, words = layers_of(_in_diffusers_names(pipe, state))
         set_alphas(layers, configs)
-        networks = [name for name in NETWORKS if isinstance(getattr(pipe, name, None), nn.Module)]
+        networks = _networks(pipe)
         found = placed(pipe, networks, layers)
         if not found:
             raise ValueError("matches no layer of this model: it belongs to another family")
         changes = {}
         for (name, module), parts in found.items():
-            network = getattr(pipe, name)
+            network = networks[name]
             changes[name, module] = change(
                 parts, network.get_submodule(module).weight, network.dtype
             )
@@ -68,10 +68,10 @@ def add_lora(pipe: DiffusionPipeline, name_or_path: str) -> str:
         ) from error
     except ValueError as error:
         raise ValueError(f"The LoRA {name_or_path} {sentence(error)}") from error
-    for network in {name for name, _ in found}:
+    for used in {name for name, _ in found}:
         _inject(
-            getattr(pipe, network),
-            {module: each for (name, module), each in changes.items() if name == network},
+            networks[used],
+            {module: each for (name, module), each in changes.items() if name == used},
         )
     notes = [note]
     if len(found) < len(layers):
@@ -272,21 +272,26 @@ def adapter_layers(*networks: nn.Module) -> Iterator[BaseTunerLayer]:
                 yield layer
 
 
-def _networks(pipe: DiffusionPipeline) -> list[Any]:
-    found = (getattr(pipe, name, None) for name in NETWORKS)
-    return [network for network in found if isinstance(network, nn.Module)]
+def _networks(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """Return the networks that take LoRAs, without torch.compile's modules around them."""
+    found = {name: getattr(pipe, name, None) for name in NETWORKS}
+    return {
+        name: getattr(network, "_orig_mod", network)
+        for name, network in found.items()
+        if isinstance(network, nn.Module)
+    }
 
 
 def set_lora_weight(pipe: DiffusionPipeline, weight: float) -> None:
     """Multiply what the user's LoRA adds; a negative weight turns a slider LoRA around."""
-    for layer in adapter_layers(*_networks(pipe)):
+    for layer in adapter_layers(*_networks(pipe).values()):
         layer.set_scale(ADAPTER, weight)
         layer.enable_adapters(weight != 0)  # a DoRA changes weights even where it adds nothing
 
 
 def remove_lora(pipe: DiffusionPipeline) -> None:
     """Take the user's LoRA off: the networks are the plain ones again."""
-    for network in _networks(pipe):
+    for network in _networks(pipe).values():
         if any(adapter_layers(network)):
             recurse_remove_peft_layers(network)
             del network.peft_config

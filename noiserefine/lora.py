@@ -31,7 +31,7 @@ from noiserefine.denoiser import (
     silent,
     size_arguments,
 )
-from noiserefine.noise import encode_prompt
+from noiserefine.noise import encode_prompt, size_multiple
 
 ADAPTER = "refiner"  # beside whatever adapters the user has on the denoiser
 VECTOR = 2  # dimensions of a batch of them; tokens have three, maps four
@@ -99,8 +99,9 @@ def trace(pipe: DiffusionPipeline, network: ModelMixin) -> Layers:
     for module in modules:
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after))
-    small = canvas(pipe)
-    small = canvas(pipe, small.height // 2, small.width // 2)
+    native, multiple = canvas(pipe), size_multiple(pipe)
+    halves = (side // 2 // multiple * multiple for side in (native.height, native.width))
+    small = canvas(pipe, *halves)
     noise = torch.randn(1, *small.shape, generator=torch.Generator().manual_seed(0))
     unguided = guidance_arguments(pipe)
     call = unguided | size_arguments(pipe, small.height, small.width)

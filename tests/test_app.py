@@ -120,13 +120,13 @@ def test_opening_is_the_default_comparison():
         (5, 9, "from 0 to 2"),
         (3, 2.5, "whole number"),
         (6, "nonsense", "no sampler 'nonsense'"),
-        (2, "nonsense", "no model at nonsense"),
+        (2, "nonsense", "can't be loaded"),
         (2, "", "No backbone"),
         (9, "nonsense", "no refiner at nonsense"),
         (10, "nonsense", "no LoRA at nonsense"),
         (7, 65, "native size"),
         (8, 100000, "native size"),
-        (2, "sd21", "no model at"),
+        (2, "sd21", "can't be loaded"),
     ],
 )
 def test_bad_input_is_answered_with_a_sentence(client, position, value, says):

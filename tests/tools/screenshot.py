@@ -52,7 +52,7 @@ def main() -> None:
                 arg=args.prompt,
                 timeout=120_000,
             )
-            page.wait_for_timeout(6000)  # messages go
+            page.wait_for_timeout(12_000)  # the comparison and its messages end
             if args.tab:
                 page.get_by_role("tab", name=args.tab, exact=True).click()
                 panel = page.locator("[role=tabpanel]").locator("visible=true")

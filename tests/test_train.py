@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from noiserefine import Refiner
 from noiserefine.guidance import sample_latents
+from noiserefine.models.loading import load_pipeline
 from noiserefine.msd import msd_loss
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
@@ -25,28 +26,46 @@ from train.options import PRESETS, Options, parse, plan
 from train.run import has_converged
 from train.settings import check_targets_of
 from train.targets import Targets
+from train.tools.architectures import random_pipeline
 from train.train_refiner import main
 
-SMALL = [
-    "--preset",
-    "emoji",
-    "--num_targets",
-    "64",
-    "--target_steps",
-    "6",
-    "--steps",
-    "4",
-    "--batch_size",
-    "16",
-    "--epochs",
-    "8",
-    "--validate_every",
-    "16",
-    "--num_validation",
-    "24",
-    "--save_every",
-    "6",
-]
+SMALL = (
+    "--num_targets 16 --target_batch_size 8 --target_steps 4 --steps 2 --batch_size 4 --epochs 8 "
+    "--rank 8 --guidance_scale 5 --validate_every 16 --num_validation 4 --save_every 6"
+)
+TINY = (
+    "--num_targets 4 --target_steps 2 --steps 2 --batch_size 4 --epochs 1 --warmup_steps 0 --rank 8"
+)
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory):
+    """Return options for a pipeline with random weights, a hundredth of SD2.1, and for prompts."""
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(0)
+    random_pipeline("sd21", small=True).save_pretrained(folder / "pipeline")
+    prompts = folder / "prompts.txt"
+    things = ("cat", "dog", "apple", "house")
+    prompts.write_text("".join(f"a {c} {t}\n" for c in ("red", "blue", "green") for t in things))
+    return f"--preset emoji --backbone {folder / 'pipeline'} --prompts {prompts}".split()
+
+
+@pytest.fixture
+def tiny(backbone):
+    """Return the options of a run of one step, without validation."""
+    return [*backbone, "--validation_prompts", "", *tiny.split()]
+
+
+@pytest.fixture
+def small(backbone):
+    """Return the options of a run of 32 steps that learns something."""
+    return [*backbone, "--validation_prompts", backbone[-1], *small.split()]
+
+
+@pytest.fixture
+def tiny_pipe(backbone):
+    """Return the pipeline of the backbone."""
+    return load_pipeline(backbone[3], "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -60,34 +79,34 @@ def stats(folder):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def finish(folder):
-    with script("train/train_refiner.py", *SMALL, "--output_dir", folder) as process:
+def finish(folder, small):
+    with script("train/train_refiner.py", *small, "--output_dir", folder) as process:
         said = process.communicate()[0]
     assert process.returncode == 0, said
 
 
-def test_learns_and_resumes_exactly(tmp_path, pipe):
+def test_learns_and_resumes_exactly(tmp_path, tiny_pipe, small):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finish(whole)
+    finish(whole, small)
     curve = stats(whole)
     assert [line["step"] for line in curve] == list(range(1, 33))
     assert curve[-1]["validation_refined"] < 0.9 * curve[-1]["validation_gaussian"]
     assert {"config.json", "refiner.json", "tensorboard", "validation"} <= {
         path.name for path in whole.iterdir()
     }
-    assert Refiner.from_pretrained(whole, pipe).config.training["steps"] == 4
+    assert Refiner.from_pretrained(whole, tiny_pipe).config.training["steps"] == 2
 
     for stop in (
-        lambda: len(list((broken / "targets").glob("*.safetensors"))) >= 2,
+        lambda: len(list((broken / "targets").glob("*.safetensors"))) >= 1,
         lambda: len(stats(broken)) >= 9,
     ):
-        with script("train/train_refiner.py", *SMALL, "--output_dir", broken) as process:
+        with script("train/train_refiner.py", *small, "--output_dir", broken) as process:
             while not stop():
                 assert process.poll() is None, process.stdout.read()
                 time.sleep(0.02)
             os.kill(process.pid, signal.SIGKILL)
     assert 6 <= len(stats(broken)) < 32
-    finish(broken)
+    finish(broken, small)
     names = ("step", "loss", "grad_norm", "lr", "validation_refined")
     assert [[line.get(name) for name in names] for line in stats(broken)] == [
         [line.get(name) for name in names] for line in curve
@@ -100,39 +119,15 @@ def test_learns_and_resumes_exactly(tmp_path, pipe):
     )
 
 
-TINY = [
-    "--preset",
-    "emoji",
-    "--backbone",
-    EMOJI,
-    "--prompts",
-    str(ROOT / "assets/prompts/emoji.txt"),
-    "--validation_prompts",
-    "",
-    "--num_targets",
-    "4",
-    "--target_steps",
-    "2",
-    "--steps",
-    "2",
-    "--batch_size",
-    "4",
-    "--epochs",
-    "1",
-    "--warmup_steps",
-    "0",
-]
-
-
 def lora(folder):
     return load_file(folder / "pytorch_lora_weights.safetensors")
 
 
-def test_accumulation_is_a_larger_batch(tmp_path):
-    main([*TINY, "--output_dir", str(tmp_path / "a")])
+def test_accumulation_is_a_larger_batch(tmp_path, tiny):
+    main([*tiny, "--output_dir", str(tmp_path / "a")])
     main(
         [
-            *TINY,
+            *tiny,
             "--output_dir",
             str(tmp_path / "b"),
             "--batch_size",
@@ -146,9 +141,9 @@ def test_accumulation_is_a_larger_batch(tmp_path):
     assert b[0]["grad_norm"] == pytest.approx(a[0]["grad_norm"], rel=1e-3)
 
 
-def test_clipping_clips(tmp_path):
+def test_clipping_clips(tmp_path, tiny):
     """AdamW hides a factor on all gradients, until it takes them far below its epsilon of 1e-8."""
-    main([*TINY, "--output_dir", str(tmp_path), "--max_grad_norm", "1e-9", "--weight_decay", "0"])
+    main([*tiny, "--output_dir", str(tmp_path), "--max_grad_norm", "1e-9", "--weight_decay", "0"])
     moved = [
         value.abs().max().item()
         for name, value in lora(tmp_path).items()
@@ -157,10 +152,10 @@ def test_clipping_clips(tmp_path):
     assert 0 < max(moved) < 1e-8  # 1e-4 where nothing is clipped
 
 
-def test_every_path_trains(tmp_path, pipe):
+def test_every_path_trains(tmp_path, tiny_pipe, tiny):
     main(
         [
-            *TINY,
+            *tiny,
             "--output_dir",
             str(tmp_path),
             "--pag_scale",
@@ -172,7 +167,7 @@ def test_every_path_trains(tmp_path, pipe):
             "--epochs",
             "2",
             "--validation_prompts",
-            str(ROOT / "assets/prompts/emoji_heldout.txt"),
+            tiny[5],
             "--num_validation",
             "2",
             "--sampler",
@@ -183,10 +178,10 @@ def test_every_path_trains(tmp_path, pipe):
         True,
         True,
     ] and "validation_refined" in stats(tmp_path)[-1]
-    assert Refiner.from_pretrained(tmp_path, pipe).config.training["pag_scale"] == 2
+    assert Refiner.from_pretrained(tmp_path, tiny_pipe).config.training["pag_scale"] == 2
 
 
-def test_processes_share_the_work(tmp_path):
+def test_processes_share_the_work(tmp_path, tiny):
     """Two processes with half the batch each take the step that one takes."""
     launcher = [
         "-m",
@@ -196,11 +191,11 @@ def test_processes_share_the_work(tmp_path):
         "--master_port",
         "29517",
     ]  # what accelerate launch starts
-    main([*TINY, "--output_dir", str(tmp_path / "one"), "--target_batch_size", "2"])
+    main([*tiny, "--output_dir", str(tmp_path / "one"), "--target_batch_size", "2"])
     with script(
         *launcher,
         "train/train_refiner.py",
-        *TINY,
+        *tiny,
         "--output_dir",
         tmp_path / "two",
         "--target_batch_size",
@@ -221,7 +216,7 @@ def brightness(images, prompts):
     return [sum(image.convert("L").resize((1, 1)).getdata()) for image in images]
 
 
-def test_targets_are_kept_and_filtered(tmp_path, pipe):
+def test_targets_are_kept_and_filtered(tmp_path, tiny_pipe):
     options = parse(
         [
             "--preset",
@@ -249,7 +244,7 @@ def test_targets_are_kept_and_filtered(tmp_path, pipe):
         def wait_for_everyone(self):
             pass
 
-    targets = Targets(options, pipe, ["a cat", "a dog on a red background"])
+    targets = Targets(options, tiny_pipe, ["a cat", "a dog on a red background"])
     targets.make(OneProcess())
     files = sorted(targets.folder.iterdir())
     assert [path.name for path in files] == ["00000000.safetensors", "00000004.safetensors"]
@@ -266,10 +261,10 @@ def test_targets_are_kept_and_filtered(tmp_path, pipe):
     assert torch.cat([load_file(path)["seeds"] for path in files]).tolist() == list(range(6))
 
 
-def test_steps_that_are_not_finite_change_nothing(tmp_path, monkeypatch):
+def test_steps_that_are_not_finite_change_nothing(tmp_path, monkeypatch, tiny):
     """One such step is skipped and counted; many in a row end the run, which can go on."""
     options, losses = (
-        [*TINY, "--epochs", "25", "--save_every", "1", "--output_dir", str(tmp_path / "run")],
+        [*tiny, "--epochs", "25", "--save_every", "1", "--output_dir", str(tmp_path / "run")],
         iter([1.0, float("nan"), 1.0]),
     )
     monkeypatch.setattr(
@@ -289,9 +284,9 @@ def test_steps_that_are_not_finite_change_nothing(tmp_path, monkeypatch):
     )
 
 
-def test_ctrl_c_leaves_a_checkpoint(tmp_path):
+def test_ctrl_c_leaves_a_checkpoint(tmp_path, small):
     with script(
-        "train/train_refiner.py", *SMALL, "--save_every", "1000", "--output_dir", tmp_path
+        "train/train_refiner.py", *small, "--save_every", "1000", "--output_dir", tmp_path
     ) as process:
         while len(stats(tmp_path)) < 3:
             assert process.poll() is None, process.stdout.read()
@@ -307,13 +302,13 @@ def test_ctrl_c_leaves_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("megabytes", [0.01, 1])
-def test_a_full_disk_is_said(tmp_path, megabytes):
+def test_a_full_disk_is_said(tmp_path, megabytes, tiny):
     """A limit to the size of files looks like a full disk to the writer, of targets or state."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(megabytes * 2**20), resource.RLIM_INFINITY))
 
-    arguments = [*TINY, "--save_every", "1", "--output_dir", tmp_path]
+    arguments = [*tiny, "--save_every", "1", "--output_dir", tmp_path]
     with script("train/train_refiner.py", *arguments, preexec_fn=limit) as process:
         said = process.communicate()[0]
     assert process.returncode == 1 and "can't be written" in said and "Traceback" not in said, said
@@ -366,84 +361,37 @@ def test_paper_is_the_default(tmp_path):
         (["--height", "65"], "native size"),
     ],
 )
-def test_bad_options_are_said_first(tmp_path, arguments, says):
+def test_bad_options_are_said_first(tmp_path, tiny, arguments, says):
     with pytest.raises((ValueError, FileNotFoundError), match=says):
-        main(
-            [
-                "--preset",
-                "emoji",
-                "--output_dir",
-                str(tmp_path / "run"),
-                "--backbone",
-                EMOJI,
-                "--prompts",
-                str(ROOT / "assets/prompts/emoji.txt"),
-                "--validation_prompts",
-                "",
-                *arguments,
-            ]
-        )
+        main([*tiny, "--output_dir", str(tmp_path / "run"), *arguments])
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_prompts_are_named(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a cat\n" + "apple " * 50 + "\n")
-    with pytest.raises(ValueError, match="prompt 2: The prompt is 52 tokens long"):
-        main(
-            [
-                "--preset",
-                "emoji",
-                "--output_dir",
-                str(tmp_path / "run"),
-                "--backbone",
-                EMOJI,
-                "--prompts",
-                str(tmp_path / "prompts.txt"),
-            ]
-        )
+def test_bad_prompts_are_named(tmp_path, tiny):
+    (tmp_path / "prompts.txt").write_text("a cat\n" + "apple " * 80 + "\n")
+    arguments = ["--output_dir", str(tmp_path / "run"), "--prompts", str(tmp_path / "prompts.txt")]
+    with pytest.raises(ValueError, match="prompt 2: The prompt is 82 tokens long"):
+        main([*tiny, *arguments])
 
 
-def test_dry_run_writes_nothing(tmp_path, capsys):
-    main(
-        [
-            "--preset",
-            "emoji",
-            "--output_dir",
-            str(tmp_path / "run"),
-            "--backbone",
-            EMOJI,
-            "--prompts",
-            str(ROOT / "assets/prompts/emoji.txt"),
-            "--validation_prompts",
-            str(ROOT / "assets/prompts/emoji_heldout.txt"),
-            "--dry_run",
-        ]
-    )
-    assert "368 steps" in capsys.readouterr().out and not (tmp_path / "run").exists()
+def test_dry_run_loads_and_writes_nothing(tmp_path, capsys):
+    arguments = ["--preset", "sd21", "--backbone", "nowhere", "--dry_run"]
+    main([*arguments, "--output_dir", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert "18,750 steps" in said and "hours" not in said and not (tmp_path / "run").exists()
+    main(["--preset", "sd21", "--dry_run", "--output_dir", str(tmp_path / "run")])
+    assert "About 19.7 hours at 200 TFLOP/s" in capsys.readouterr().out
 
 
-def test_other_options_do_not_continue_a_run(tmp_path):
+def test_other_options_do_not_continue_a_run(tmp_path, tiny):
     (tmp_path / "config.json").write_text('{"rank": 16}')
-    with pytest.raises(ValueError, match="rank was 16, now 32"):
-        main(
-            [
-                "--preset",
-                "emoji",
-                "--output_dir",
-                str(tmp_path),
-                "--backbone",
-                EMOJI,
-                "--prompts",
-                str(ROOT / "assets/prompts/emoji.txt"),
-                "--validation_prompts",
-                str(ROOT / "assets/prompts/emoji_heldout.txt"),
-            ]
-        )
+    with pytest.raises(ValueError, match="rank was 16, now 8"):
+        main([*tiny, "--output_dir", str(tmp_path)])
 
 
-def test_targets_of_another_run(tmp_path):
+def test_targets_of_another_run(tmp_path, tiny, small):
     """The same refiner as with targets of its own; other targets are refused."""
-    tiny = [*SMALL, "--num_targets", "16", "--epochs", "2", "--validate_every", "100"]
+    tiny = [*small, "--num_targets", "16", "--epochs", "2", "--validate_every", "100"]
     main([*tiny, "--output_dir", str(tmp_path / "own")])
     main([*tiny, "--targets_of", str(tmp_path / "own"), "--output_dir", str(tmp_path / "shared")])
     assert not (tmp_path / "shared" / "targets").exists()
@@ -458,7 +406,7 @@ def test_targets_of_another_run(tmp_path):
     ]
     assert results[0]["seconds_of_targets"] == results[1]["seconds_of_targets"] > 0
     other = ["--targets_of", str(tmp_path / "own"), "--output_dir", str(tmp_path / "other")]
-    with pytest.raises(ValueError, match="target_steps was 6, now 5"):
+    with pytest.raises(ValueError, match="target_steps was 4, now 5"):
         main([*tiny, *other, "--target_steps", "5"])
     with pytest.raises(
         ValueError, match="loss was 'msd', now 'train.experiments.losses:NoiseLoss'"
@@ -475,10 +423,10 @@ def test_targets_of_another_run(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_the_guidance_scale_is_trained(tmp_path, pipe, precision):
+def test_the_guidance_scale_is_trained(tmp_path, tiny_pipe, precision, tiny):
     main(
         [
-            *TINY,
+            *tiny,
             "--output_dir",
             str(tmp_path),
             "--num_targets",
@@ -493,27 +441,27 @@ def test_the_guidance_scale_is_trained(tmp_path, pipe, precision):
             "--mixed_precision",
             precision,
             "--validation_prompts",
-            str(ROOT / "assets/prompts/emoji_heldout.txt"),
+            tiny[5],
             "--num_validation",
             "2",
         ]
     )
-    refiner = Refiner.from_pretrained(tmp_path, pipe, merge=False)
+    refiner = Refiner.from_pretrained(tmp_path, tiny_pipe, merge=False)
     assert refiner.config.guidance_scale_range == [1.0, 5.0]
     assert refiner.network.scale_input.weight.abs().max() > 0, "it starts at zero"
     options = parse(
-        [*TINY, "--output_dir", "x", "--target_batch_size", "2", "--guidance_scale_range", "1", "5"]
+        [*tiny, "--output_dir", "x", "--target_batch_size", "2", "--guidance_scale_range", "1", "5"]
     )
-    scales = [Targets(options, pipe, ["a cat"]).guidance_scale(i) for i in range(200)]
+    scales = [Targets(options, tiny_pipe, ["a cat"]).guidance_scale(i) for i in range(200)]
     assert scales[0] == scales[1] != scales[2], "a batch has one scale"
     counts = torch.histc(torch.tensor(scales), bins=4, min=1, max=5)
     assert counts.min() >= 40, "spread evenly over the range"
 
 
 @pytest.mark.parametrize("scales", [["5", "1"], ["0", "5"], ["3"], ["1", "2"]])
-def test_bad_guidance_scale_range(scales):
+def test_bad_guidance_scale_range(scales, tiny):
     with pytest.raises(ValueError, match="guidance_scale_range"):
-        parse([*TINY, "--output_dir", "x", "--guidance_scale_range", *scales])
+        parse([*tiny, "--output_dir", "x", "--guidance_scale_range", *scales])
 
 
 def test_prompt_files_from_public_data(tmp_path):
@@ -562,15 +510,15 @@ def test_prompt_files_from_public_data(tmp_path):
         prompts.main(["--coco", str(tmp_path / "nothing.json"), "--output", str(output)])
 
 
-def test_a_run_goes_on_with_what_does_not_change_its_result(tmp_path):
+def test_a_run_goes_on_with_what_does_not_change_its_result(tmp_path, tiny):
     """Memory options, bookkeeping and more epochs at a constant rate may change; others not."""
-    run = [*TINY, "--lr_schedule", "constant", "--output_dir", str(tmp_path / "run")]
+    run = [*tiny, "--lr_schedule", "constant", "--output_dir", str(tmp_path / "run")]
     main([*run, "--epochs", "2"])
     others = "--batch_size 2 --gradient_accumulation_steps 2 --gradient_checkpointing True"
     others += " --save_every 7 --validate_every 9 --target_batch_size 3 --epochs 4"
     main([*run, *others.split()])
     assert len(stats(tmp_path / "run")) == 4
-    whole = [*TINY, "--lr_schedule", "constant", "--output_dir", str(tmp_path / "whole")]
+    whole = [*tiny, "--lr_schedule", "constant", "--output_dir", str(tmp_path / "whole")]
     main([*whole, "--epochs", "4"])
     for line, expected in zip(stats(tmp_path / "run"), stats(tmp_path / "whole"), strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-4)
@@ -581,13 +529,13 @@ def test_a_run_goes_on_with_what_does_not_change_its_result(tmp_path):
         main([*run, "--epochs", "8", "--lr_schedule", "cosine"])
 
 
-def test_targets_go_on_with_another_batch(tmp_path, pipe):
+def test_targets_go_on_with_another_batch(tmp_path, tiny_pipe, tiny):
     """What is on disk stays; the rest is sampled in calls of another size."""
-    arguments = [*TINY, "--sampler", "DDIM", "--output_dir", str(tmp_path)]
+    arguments = [*tiny, "--sampler", "DDIM", "--output_dir", str(tmp_path)]
 
     def targets(count, size):
         options = [*arguments, "--num_targets", str(count), "--target_batch_size", str(size)]
-        made = Targets(parse(options), pipe, ["a cat", "a dog"])
+        made = Targets(parse(options), tiny_pipe, ["a cat", "a dog"])
         made.make(Accelerator())
         return made
 
@@ -595,9 +543,9 @@ def test_targets_go_on_with_another_batch(tmp_path, pipe):
     more = targets(8, 4)
     assert sorted(more.files) == [0, 3, 4] and torch.equal(more.read([0, 1, 2])["x0"], first)
     alone = sample_latents(
-        with_sampler(pipe, "DDIM"),
+        with_sampler(tiny_pipe, "DDIM"),
         more.noise([5]),
-        encode_prompt(pipe, [more.prompts[5]]),
+        encode_prompt(tiny_pipe, [more.prompts[5]]),
         2,
         guidance_scale=2.5,
     )
@@ -646,11 +594,11 @@ def test_shipped_prompts(pipe):
     assert read_prompts("assets/prompts/emoji.txt", pipe)
 
 
-def test_patience(tmp_path):
+def test_patience(tmp_path, tiny):
     log = [{"step": i, "validation_refined": v} for i, v in enumerate([5, 3, 2, 2, 4])]
     assert has_converged(log, 2) and not has_converged(log, 3) and not has_converged(log[:3], 2)
-    stuck = [*TINY, "--epochs", "30", "--lr", "1e-12", "--validate_every", "1", "--patience", "2"]
-    stuck += ["--validation_prompts", "assets/prompts/emoji_heldout.txt", "--num_validation", "2"]
+    stuck = [*tiny, "--epochs", "30", "--lr", "1e-12", "--validate_every", "1", "--patience", "2"]
+    stuck += ["--validation_prompts", tiny[5], "--num_validation", "2"]
     main([*stuck, "--output_dir", str(tmp_path)])
     steps = len(stats(tmp_path))
     assert 3 <= steps < 30 and stats(tmp_path)[-1]["validation_percent"] < 50

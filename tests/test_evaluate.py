@@ -1,5 +1,4 @@
 import argparse
-import functools
 import json
 import os
 import pickle
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import EMOJI, EMOJI_REFINER, ROOT, perturbed, script
+from conftest import EMOJI, EMOJI_REFINER, ROOT, free_port, perturbed, script
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -25,9 +24,12 @@ from transformers import (
 
 from noiserefine import Refiner
 from train import evaluate, measurement
+from train.captions import HELD_OUT
 from train.emoji.captions import build_tokenizer
 from train.emoji.render import BACKGROUNDS, held_out_pairs, objects, prompt
+from train.experiments import guidance_scales
 from train.metrics import METRICS, frechet_distance, load_metrics
+from train.tools.benchmark import main as benchmark_main
 from train.tools.benchmark import measure
 
 
@@ -41,122 +43,71 @@ def test_frechet_distance():
     )
 
 
-EVALUATE = [
-    "train/evaluate.py",
-    "--backbone",
-    EMOJI,
-    "--refiner",
-    EMOJI_REFINER,
-    "--n",
-    "12",
-    "--batch_size",
-    "6",
-    "--steps",
-    "4",
-    "--bootstrap",
-    "20",
-]
+EVALUATE = (
+    f"--backbone {EMOJI} --refiner {EMOJI_REFINER} --n 4 --batch_size 2 --steps 2 --bootstrap 20"
+).split()
 
 
-def run_expecting(code, *arguments, **kwargs) -> str:
+def run(*arguments, **kwargs) -> str:
     with script(*arguments, **kwargs) as process:
         said = process.communicate()[0]
-    assert process.returncode == code, said
+    assert process.returncode == 0, said
     return said
 
 
-run = functools.partial(run_expecting, 0)
-
-
-def test_evaluate_runs_and_goes_on(tmp_path):
-    """Every arm with its forwards and intervals; a second run measures only what is missing, and
-    two processes measure the same."""
-    forwards = {
-        "gaussian": 4,
-        "guided": 8,
-        "pag": 8,
-        "guided_pag": 12,
-        "refined": 5,
-        "refined_guided": 9,
-    }
-    said = run(
-        *EVALUATE,
-        "--arms",
-        *forwards,
-        "--images",
-        tmp_path / "images",
-        "--output",
-        tmp_path / "all.json",
-    )
-    result = json.loads((tmp_path / "all.json").read_text())
+def test_evaluate_runs_and_goes_on(tmp_path, capsys):
+    """Every arm has its forwards and intervals; a second run measures only what is missing."""
+    forwards = dict(gaussian=2, guided=4, pag=4, guided_pag=6, refined=3, refined_guided=5)
+    images, output = tmp_path / "images", tmp_path / "all.json"
+    arguments = [*EVALUATE, "--output", str(output)]
+    evaluate.main([*arguments, "--arms", *forwards, "--images", str(images)])
+    said, result = capsys.readouterr().out, json.loads(output.read_text())
     assert {name: arm["forwards"] for name, arm in result["arms"].items()} == forwards
     for name, arm in result["arms"].items():
-        assert (
-            f"| {name} | {arm['object_accuracy']:.3f} [" in said
-            and arm["seconds"] > 0
-            and arm["frechet_distance"] > 0
-        )
+        assert f"| {name} | {arm['object_accuracy']:.3f} [" in said and arm["seconds"] > 0
         for metric in ("object_accuracy", "background_accuracy"):
             low, high = arm[f"{metric}_interval"]
             assert 0 <= low <= arm[metric] <= high <= 1, metric
-        assert (
-            arm["frechet_distance_interval"][0]
-            < arm["frechet_distance"]
-            < arm["frechet_distance_interval"][1]
-        )
-    assert result["differences"]["refined"]["object_accuracy"] == pytest.approx(
-        result["arms"]["refined"]["object_accuracy"] - result["arms"]["guided"]["object_accuracy"]
-    )
-    assert Image.open(tmp_path / "images" / "refined" / "00011.png").size == (128, 128)
-    first, row = (
-        Image.open(tmp_path / "images" / "guided" / "00000.png"),
-        Image.open(tmp_path / "all" / "guided.webp").convert("RGB"),
-    )
-    assert (
-        row.size == (6 * 128, 128)
-        and np.abs(np.int16(first) - np.int16(row.crop((0, 0, 128, 128)))).mean() < 5
-    )
+        low, high = arm["frechet_distance_interval"]
+        assert arm["frechet_distance"] > 0 and low < high
+    accuracy = {name: arm["object_accuracy"] for name, arm in result["arms"].items()}
+    difference = result["differences"]["refined"]["object_accuracy"]
+    assert difference == pytest.approx(accuracy["refined"] - accuracy["guided"])
+    first = Image.open(images / "guided" / "00000.png")
+    row = Image.open(tmp_path / "all" / "guided.webp").convert("RGB")
+    side = row.height
+    assert row.width == 2 * side and (images / "refined" / "00003.png").exists()
+    shown = np.int16(row.crop((0, 0, side, side)))
+    assert np.abs(np.int16(first.resize((side, side))) - shown).mean() < 5
 
-    (tmp_path / "all" / "refined-000006.npz").unlink()
+    # Another run makes what is missing, and nothing else; other settings are refused.
+    (tmp_path / "all" / "refined-000002.npz").unlink()
+    (images / "gaussian" / "00000.png").unlink()
     untouched = (tmp_path / "all" / "refined-000000.npz").stat().st_mtime_ns
-    two = os.environ | {
+    evaluate.main([*arguments, "--images", str(images)])
+    again = json.loads(output.read_text())
+    assert again["arms"].keys() == {"gaussian", "guided", "refined"}
+    assert (tmp_path / "all" / "refined-000000.npz").stat().st_mtime_ns == untouched
+    assert (images / "gaussian" / "00000.png").is_file()
+    for metric in ("object_accuracy", "frechet_distance_interval"):
+        assert again["arms"]["refined"][metric] == pytest.approx(result["arms"]["refined"][metric])
+    with pytest.raises(ValueError, match="holds measurements of other settings"):
+        evaluate.main([*arguments, "--strength", "0.5"])
+
+
+def test_processes_share_the_measuring(tmp_path):
+    """Each of two processes makes one of the two batches, and one of them writes the results."""
+    arguments = [*EVALUATE, "--arms", "gaussian", "--output", tmp_path / "two.json"]
+    both = os.environ | {
         "ACCELERATE_USE_CPU": "true",
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29518",
+        "MASTER_PORT": str(free_port()),
     }  # as accelerate launch does
-    with script(
-        *EVALUATE, "--output", tmp_path / "all.json", env=two | {"RANK": "1", "LOCAL_RANK": "1"}
-    ):
-        said = run(
-            *EVALUATE, "--output", tmp_path / "all.json", env=two | {"RANK": "0", "LOCAL_RANK": "0"}
-        )
-        assert "| 1/1 [" in said, "one of the two batches was the other process's"
-    again = json.loads((tmp_path / "all.json").read_text())
-    assert (
-        again["arms"].keys() == {"gaussian", "guided", "refined"}
-        and (tmp_path / "all" / "refined-000000.npz").stat().st_mtime_ns == untouched
-    )
-    for metric in ("object_accuracy", "frechet_distance_interval"):
-        assert again["arms"]["refined"][metric] == pytest.approx(result["arms"]["refined"][metric])
-    with script(*EVALUATE, "--strength", "0.5", "--output", tmp_path / "all.json") as process:
-        assert (
-            "holds measurements of other settings" in process.communicate()[0]
-            and process.returncode == 1
-        )
-    (tmp_path / "images" / "refined" / "00006.png").unlink()
-    run(
-        *EVALUATE,
-        "--arms",
-        "refined",
-        "--images",
-        tmp_path / "images",
-        "--output",
-        tmp_path / "all.json",
-    )
-    assert (tmp_path / "images" / "refined" / "00006.png").is_file() and (
-        tmp_path / "all" / "refined-000000.npz"
-    ).stat().st_mtime_ns == untouched
+    second = both | {"RANK": "1", "LOCAL_RANK": "1"}
+    with script("train/evaluate.py", *arguments, env=second):
+        said = run("train/evaluate.py", *arguments, env=both | {"RANK": "0", "LOCAL_RANK": "0"})
+    assert "| 1/1 [" in said and json.loads((tmp_path / "two.json").read_text())["n"] == 4
 
 
 def test_results_need_a_name_of_their_own(capsys):
@@ -406,35 +357,15 @@ def test_prompts_of_files(tmp_path, pipe):
         "a dog",
     ]
     assert evaluate.chosen_prompts(str(tmp_path / "coco.json"), 2, pipe) == ["a bird", "a bird"]
-    said = run_expecting(
-        1,
-        *EVALUATE,
-        "--prompts",
-        tmp_path / "prompts.txt",
-        "--arms",
-        "gaussian",
-        "--output",
-        tmp_path / "r.json",
-    )
-    assert "judge of the embedded model knows prompts such as" in said
+    arguments = ["--prompts", str(tmp_path / "prompts.txt"), "--arms", "gaussian"]
+    with pytest.raises(ValueError, match="judge of the embedded model knows prompts such as"):
+        evaluate.main([*EVALUATE, *arguments, "--output", str(tmp_path / "r.json")])
     assert list(METRICS) == ["judge", "inception", "clip_score", "pick_score", "aesthetic"]
 
 
 def test_benchmark_runs(tmp_path):
-    with script(
-        "train/tools/benchmark.py",
-        "--backbone",
-        EMOJI,
-        "--refiner",
-        EMOJI_REFINER,
-        "--rounds",
-        "1",
-        "--steps",
-        "3",
-        "--output",
-        tmp_path / "benchmark.json",
-    ) as process:
-        assert process.wait() == 0, process.stdout.read()
+    arguments = f"--backbone {EMOJI} --refiner {EMOJI_REFINER} --rounds 1 --warmup 0 --steps 3"
+    benchmark_main([*arguments.split(), "--output", str(tmp_path / "benchmark.json")])
     benchmark = json.loads((tmp_path / "benchmark.json").read_text())
     assert {name: arm["forwards"] for name, arm in benchmark["arms"].items()} == {
         "unguided": 3,
@@ -446,25 +377,9 @@ def test_benchmark_runs(tmp_path):
 
 def test_guidance_scales_run(tmp_path, pipe):
     perturbed(pipe, guidance_scale_range=[1, 5]).save_pretrained(tmp_path / "refiner")
-    with script(
-        "train/experiments/guidance_scales.py",
-        "--backbone",
-        EMOJI,
-        "--refiner",
-        tmp_path / "refiner",
-        "--n",
-        "4",
-        "--batch_size",
-        "2",
-        "--steps",
-        "2",
-        "--scales",
-        "1",
-        "3",
-        "--output",
-        tmp_path / "scales.json",
-    ) as process:
-        assert process.wait() == 0, process.stdout.read()
+    arguments = f"--backbone {EMOJI} --n 2 --batch_size 1 --steps 2 --scales 1 3".split()
+    output = ["--output", str(tmp_path / "scales.json")]
+    guidance_scales.main([*arguments, "--refiner", str(tmp_path / "refiner"), *output])
     result = json.loads((tmp_path / "scales.json").read_text())
     distances = np.array(result["distance_of_refined_to_guided"])
     assert (
@@ -500,9 +415,8 @@ def test_held_out_pairs_are_a_tenth_and_in_no_training_prompt():
     mask = held_out_pairs()
     assert mask.shape == (len(objects()), len(BACKGROUNDS)) and mask.sum() == mask.size // 10
     assert len(objects()) >= 150 and len(BACKGROUNDS) >= 12
-    prompts = ROOT / "assets" / "prompts"
-    trained = set((prompts / "emoji.txt").read_text(encoding="utf-8").splitlines())
-    held_out = (prompts / "emoji_heldout.txt").read_text(encoding="utf-8").splitlines()
+    trained = set((ROOT / "assets/prompts/emoji.txt").read_text(encoding="utf-8").splitlines())
+    held_out = (ROOT / HELD_OUT).read_text(encoding="utf-8").splitlines()
     assert held_out == [prompt(*pair) for pair in np.argwhere(mask)] and not trained & set(held_out)
 
 

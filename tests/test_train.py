@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import EMOJI, ROOT, script
+from conftest import EMOJI, ROOT, free_port, script
 from safetensors.torch import load_file
 
 from noiserefine import Refiner
@@ -53,13 +53,13 @@ def backbone(tmp_path_factory):
 @pytest.fixture
 def tiny(backbone):
     """Return the options of a run of one step, without validation."""
-    return [*backbone, "--validation_prompts", "", *tiny.split()]
+    return [*backbone, "--validation_prompts", "", *TINY.split()]
 
 
 @pytest.fixture
 def small(backbone):
     """Return the options of a run of 32 steps that learns something."""
-    return [*backbone, "--validation_prompts", backbone[-1], *small.split()]
+    return [*backbone, "--validation_prompts", backbone[-1], *SMALL.split()]
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_processes_share_the_work(tmp_path, tiny):
         "--nproc_per_node",
         "2",
         "--master_port",
-        "29517",
+        str(free_port()),
     ]  # what accelerate launch starts
     main([*tiny, "--output_dir", str(tmp_path / "one"), "--target_batch_size", "2"])
     with script(

@@ -33,15 +33,7 @@ EMBEDDED = dict(  # trained on a CPU in minutes
     validate_every=50,
     num_validation=32,
 )
-EMBEDDED_FLOW = EMBEDDED | dict(
-    backbone="assets/emoji-flow",
-    guidance_scale=3.0,
-    num_targets=2048,
-    target_batch_size=16,
-    batch_size=16,
-    lr=5e-4,
-    warmup_steps=10,
-)
+EMBEDDED_FLOW = EMBEDDED | dict(backbone="assets/emoji-flow", guidance_scale=3.0)
 # Flow transformers leave float16's range; at 1024 pixels two targets fit into one forward.
 FLOW = GENERAL_PROMPTS | dict(
     pag_scale=0.0,

@@ -13,11 +13,11 @@ from noiserefine.page.settings import Settings
 
 FOLDER = ASSETS / "opening"
 EXAMPLES = [
-    "a panda on a pink background",
-    "a red apple on a blue background",
     "a rocket on a black background",
-    "an owl on a purple background",
-    "a sailboat",
+    "a strawberry on a white background",
+    "pancakes on a white background",
+    "a frog on a blue background",
+    "a panda on a pink background",
 ]
 
 

@@ -360,10 +360,10 @@ def test_the_embedded_models_relatives(pipe, name):
     with pytest.warns(UserWarning, match="is not assets/emoji|is not .*emoji, which"):
         refiner = Refiner.from_pretrained(refiner_for(loaded, backbone), loaded)
     scale = backbone.guidance_scale
-    recipe = Recipe(PROMPT, 0, backbone.steps, backbone.sampler, scale or 1.0, 1.0)
+    recipe = Recipe(PROMPT, 0, 1, backbone.sampler, scale or 1.0, 1.0)
     samples = dict(compare(Maker(loaded, refiner), recipe, scale is not None))
     assert len(samples) == 2 + (scale is not None)
-    assert samples["refined"].forwards == backbone.steps + 1
+    assert samples["refined"].forwards == 2
     if backbone.timestep_spacing:
         scheduler = make_scheduler(backbone.sampler, loaded)
         scheduler.set_timesteps(1)

@@ -27,6 +27,12 @@ PROMPT = "a red apple"
 RANK, ALPHA = 4, 2.0
 
 
+@pytest.fixture(scope="module")
+def pipe():
+    """A tiny pipeline that predicts v, this module's own."""
+    return copy.deepcopy(families.pipeline("sd2_v"))
+
+
 @pytest.fixture(autouse=True)
 def unchanged(pipe):
     """After every test here the shared pipeline makes what it made before, to the bit."""
@@ -418,7 +424,8 @@ def test_a_refiner_is_no_lora(pipe, tmp_path):
 
 def test_a_refiner_beside_a_lora(pipe, tmp_path):
     """The refining pass is the base's, and leaves the styled pipeline as it is."""
-    refiner = Refiner.from_pretrained(EMOJI_REFINER, pipe)
+    perturbed(pipe).save_pretrained(tmp_path / "refiner")
+    refiner = Refiner.from_pretrained(tmp_path / "refiner", pipe)
     x_T = draw_noise(pipe, 0)
     refined = refiner(x_T, PROMPT)
     save_file(kohya(pipe), tmp_path / "style.safetensors")
@@ -426,7 +433,7 @@ def test_a_refiner_beside_a_lora(pipe, tmp_path):
     set_lora_weight(pipe, 0.7)
     styled = output(pipe)
     assert torch.equal(refiner(x_T, PROMPT), refined)
-    again = Refiner.from_pretrained(EMOJI_REFINER, pipe)
+    again = Refiner.from_pretrained(tmp_path / "refiner", pipe)
     torch.testing.assert_close(again(x_T, PROMPT), refined, rtol=0, atol=1e-5)
     assert torch.equal(output(pipe), styled)
 

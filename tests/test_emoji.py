@@ -1,6 +1,7 @@
-"""The embedded models' training: pictures, text encoders, the flow transformer's repeated token, the loop."""
+"""The embedded models' training: pictures, text encoders, the repeated token, the loop."""
 
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,13 +10,13 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from train.emoji.examples import read_text_encoder
-from train.emoji.fit import fit
+from train.emoji.fit import Settings, fit
 from train.emoji.flow import NO_T5, RepeatedToken
 from train.emoji.render import GRID, SIZE, SIZES, objects, pictures, sized, sprite
 
 
 def test_objects_lie_on_the_grid_and_inside_the_frame():
-    """Around the object, also its shadow aside, the picture is the background's gradient; moved objects are the same."""
+    """The object keeps its distance from the frame and has one of the sizes."""
     frames = sized(sprite(objects()[0].emoji))
     assert frames.shape == (len(SIZES), SIZE, SIZE, 4)
     made = pictures(frames, np.full(8, 11), np.random.default_rng(0), torch.device("cpu"))
@@ -31,24 +32,18 @@ def test_objects_lie_on_the_grid_and_inside_the_frame():
 
 def test_text_encoder_is_that_of_transformers_and_its_projection_the_identity():
     tokens = torch.tensor([[1279, 5, 7, 1280, 1280, 1280]])
-    folder = "assets/emoji/text_encoder"
+    folder = Path(__file__).parent.parent / "assets/emoji/text_encoder"
     with torch.inference_mode():
         expected = CLIPTextModel.from_pretrained(folder).eval()(tokens)
-        read = read_text_encoder(CLIPTextModel, folder_path(folder)).eval()(tokens)
-        projected = read_text_encoder(CLIPTextModelWithProjection, folder_path(folder)).eval()
+        read = read_text_encoder(CLIPTextModel, folder).eval()(tokens)
+        projected = read_text_encoder(CLIPTextModelWithProjection, folder).eval()
         embeds = projected(tokens).text_embeds
     torch.testing.assert_close(read.last_hidden_state, expected.last_hidden_state)
     torch.testing.assert_close(embeds, expected.pooler_output)
 
 
-def folder_path(name: str):
-    from pathlib import Path
-
-    return Path(__file__).parent.parent / name
-
-
 def test_repeated_token_stands_for_all_of_the_missing_t5():
-    """A transformer computes the same from one token of zeros that counts NO_T5 times as from NO_T5 tokens."""
+    """One token of zeros that counts NO_T5 times has the effect of NO_T5 tokens."""
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
         sample_size=8,
@@ -91,7 +86,8 @@ def test_training_goes_on_where_it_stopped_and_ends_by_the_clock(tmp_path):
             return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
         try:
-            fit(model, loss, tmp_path / name, steps=steps, lr=0.1, save_every=2, until=until)
+            settings = Settings(lr=0.1, steps=steps, save_every=2, until=until)
+            fit(model, loss, tmp_path / name, settings)
         except KeyboardInterrupt:
             return None, len(calls)
         return model.weight.detach(), len(calls)

@@ -174,7 +174,7 @@ def test_a_tokenizer_without_a_length_has_its_text_encoders(sound, tmp_path):
     ],
 )
 def test_odd_schedules_sample(sound, tmp_path, settings):
-    """What another sampler's configuration sets does not reach the samplers that it does not fit."""
+    """Settings of another sampler do not reach the samplers that they do not fit."""
     folder = tmp_path / "odd"
     shutil.copytree(sound[0], folder)
     edit(

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains all embedded models at once, by the clock, and packs them into small files.
+# Train all embedded models at once, by the clock, and packs them into small files.
 #
 #     bash train/emoji/all.sh WORK_DIR OUT [cuda|cpu]
 #

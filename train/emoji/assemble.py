@@ -1,10 +1,11 @@
-"""Writes the embedded models of a finished training into assets/.
+"""Write the embedded models of a finished training into assets/.
 
-    for file in OUT/*.tar; do tar -xf $file -C runs/emoji; done;  cat OUT/unet.tar.* | tar -x -C runs/emoji
+    for file in OUT/*.tar; do tar -xf $file -C runs/emoji; done
+    cat OUT/unet.tar.* | tar -x -C runs/emoji
     python -m train.emoji.assemble --work_dir runs/emoji
 
-all.sh keeps what other parts have in common out of its files: here every model gets the autoencoder
-and, where it reads captions, the text encoder.  Parts that are missing are left as they are.
+all.sh packs networks alone. This script adds the autoencoder to every model and the text encoder to
+those that read captions. Models whose network is missing stay as they are.
 """
 
 import argparse
@@ -23,6 +24,7 @@ MODELS = {
 
 
 def main() -> None:
+    """Write every model, LoRA and judge that the training left."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -32,8 +34,8 @@ def main() -> None:
     for part in ("text_encoder", "tokenizer"):
         if not (args.work_dir / part).exists():
             shutil.copytree(args.assets / "emoji" / part, args.work_dir / part)
-    for name, (kind, part, write_pipeline) in MODELS.items():
-        folder = args.work_dir / name / part
+    for name, (kind, network_folder, write_pipeline) in MODELS.items():
+        folder = args.work_dir / name / network_folder
         if folder.exists():
             network = kind.from_pretrained(folder)
             shutil.rmtree(args.assets / name, ignore_errors=True)
@@ -47,6 +49,7 @@ def main() -> None:
 
 
 def size(folder: Path) -> float:
+    """Return the size of a folder's files in MiB."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
 
 

@@ -1,18 +1,19 @@
-"""Trains the autoencoder of the embedded models and encodes all pictures with it.
+"""Train the autoencoder of the embedded models and encode all pictures with it.
 
     python -m train.emoji.autoencoder --pictures runs/emoji/pictures --output_dir runs/emoji
 
-AutoencoderKL, 4x down: 128 x 128 pixels become 32 x 32 latents of 6 channels.  Trained on crops of 64
-pixels and, at the end, on whole pictures; the loss is L1 on pixels and on their differences, plus a
-small KL term.  The decoder learns on latents with noise, so that it forgives the small errors of a
-denoiser.  Prints the PSNR on held-out renders.
+AutoencoderKL, 4x down: 128 x 128 pixels become 32 x 32 latents of 6 channels. It trains on crops
+of 64 pixels and, at the end, on whole pictures. The loss is L1 on pixels and on their differences,
+plus a small KL term. The decoder learns on latents with noise, so that it tolerates the small
+errors of a denoiser. The script prints the PSNR on held-out renders.
 
-With --start_from only the decoder learns on, on whole pictures: the latents stay what they are.
+With --start_from only the decoder is trained, on whole pictures: the latents do not change.
 """
 
 import argparse
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-from train.emoji.fit import add_options, fit
+from train.emoji.fit import Settings, add_options, fit
 from train.emoji.render import SIZE
 
 LATENT_CHANNELS = 6
@@ -30,16 +31,17 @@ CROPS = 0.7  # of the training; the rest is on whole pictures
 
 
 def read_pictures(path: Path, device: torch.device) -> torch.Tensor:
-    """Return a file of render.py as uint8 (N, H, W, 3) on the device; on the CPU it is read as it is used."""
+    """Return a file of render.py as uint8 (N, H, W, 3) on the device, memory-mapped on the CPU."""
     return torch.from_numpy(np.load(path, mmap_mode="c")).to(device)
 
 
 def pixels(pictures: torch.Tensor | np.ndarray) -> torch.Tensor:
-    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [-1, 1]."""
+    """Return uint8 (N, H, W, 3) as float (N, 3, H, W) in [-1, 1]."""
     return torch.as_tensor(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def build() -> AutoencoderKL:
+    """Return the autoencoder with random weights."""
     widths = (32, 64, 128)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(widths),
@@ -55,6 +57,7 @@ def build() -> AutoencoderKL:
 
 
 def differences(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the differences of neighbouring pixels of (N, C, H, W), horizontal and vertical."""
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
@@ -63,14 +66,13 @@ def crop(pictures: torch.Tensor, size: int, generator: torch.Generator) -> torch
     device, room = pictures.device, pictures.shape[1] - size + 1
     corners = torch.randint(room, (2, len(pictures), 1), generator=generator, device=device)
     y, x = corners + torch.arange(size, device=device)
-    return pictures[
-        torch.arange(len(pictures), device=device)[:, None, None], y[..., None], x[:, None]
-    ]
+    index = torch.arange(len(pictures), device=device)
+    return pictures[index[:, None, None], y[..., None], x[:, None]]
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
-    """Return the latents' means: (N, LATENT_CHANNELS, SIZE / 4, SIZE / 4) in half precision, on the CPU."""
+    """Return the latents' means (N, LATENT_CHANNELS, h, w) in half precision, on the CPU."""
     parts = []
     for part in pictures.split(batch_size):
         with torch.autocast(part.device.type, torch.bfloat16, enabled=part.is_cuda):
@@ -81,9 +83,9 @@ def encode(vae: AutoencoderKL, pictures: torch.Tensor, batch_size: int = 64) -> 
 
 @torch.no_grad()
 def normalize(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
-    """Fold (z - mean) / std, a value for each channel, into the 1 x 1 convolutions on both sides of the latents.
+    """Fold (z - mean) / std, channel by channel, into the convolutions next to the latents.
 
-    Stable Diffusion's pipelines scale latents by one number and shift them not at all.
+    Stable Diffusion's pipelines scale all channels by one number and do not shift them.
     """
     inward, outward = vae.quant_conv, vae.post_quant_conv
     inward.weight[:LATENT_CHANNELS] /= std[:, None, None, None]
@@ -106,12 +108,13 @@ def psnr(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
 
 
 def main() -> None:
+    """Train the autoencoder, or only its decoder, and write it with the pictures' latents."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pictures", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--start_from", type=Path, help="folder of an autoencoder")
+    parser.add_argument("--start_from", type=Path, help="autoencoder whose decoder to train")
     add_options(parser, steps=12_000, lr=1e-3, batch_size=16)
     args = parser.parse_args()
     pictures = read_pictures(args.pictures / "train_pictures.npy", args.device)
@@ -124,7 +127,7 @@ def main() -> None:
         vae = build()
     vae.to(args.device, memory_format=torch.channels_last)
 
-    def loss(generator: torch.Generator, size: int) -> torch.Tensor:
+    def loss(size: int, generator: torch.Generator) -> torch.Tensor:
         count = args.batch_size * (SIZE // size) ** 2
         chosen = torch.randint(len(pictures), (count,), generator=generator, device=args.device)
         x = pixels(crop(pictures[chosen], size, generator))
@@ -134,12 +137,12 @@ def main() -> None:
         noise = torch.randn(z.shape, generator=generator, device=args.device)
         z = z + LATENT_NOISE * z.detach().std((0, 2, 3), keepdim=True) * noise
         y = vae.decode(z).sample.float()
-        edges = sum(
-            (a - b).abs().mean() for a, b in zip(differences(x), differences(y), strict=True)
-        )
+        pairs = zip(differences(x), differences(y), strict=True)
+        edges = torch.stack([(a - b).abs().mean() for a, b in pairs]).sum()
         return (x - y).abs().mean() + edges + 1e-4 * posterior.kl().mean() / x[0].numel()
 
-    now = time.time()
+    # A phase: its name, its pictures' size, its share of the steps, its learning rate, its end.
+    began = time.time()
     phases = [
         ("autoencoder", CROP, CROPS, args.lr, CROPS),
         ("autoencoder-whole", SIZE, 1 - CROPS, args.lr / 4, 1),
@@ -147,15 +150,11 @@ def main() -> None:
     if args.start_from:
         phases = [("decoder", SIZE, 1, args.lr, 1)]
     for name, size, share, lr, end in phases:
-        fit(
-            vae,
-            lambda generator, size=size: loss(generator, size),
-            args.output_dir / f"{name}.pt",
-            steps=round(share * args.steps),
-            until=args.until and now + end * (args.until - now),
-            lr=lr,
-            device=args.device,
-        )
+        until = args.until and began + end * (args.until - began)
+        settings = Settings(lr=lr, steps=round(share * args.steps), until=until)
+        fit(vae, partial(loss, size), args.output_dir / f"{name}.pt", settings)
+
+    # The pictures' latents, and the figure
     if not args.start_from:
         latents = encode(vae, pictures).float()
         mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))

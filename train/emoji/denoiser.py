@@ -1,10 +1,10 @@
-"""Trains the UNet of the embedded model in Stable Diffusion's format and writes the whole pipeline.
+"""Train the UNet of the embedded model in Stable Diffusion's format and write the pipeline.
 
     python -m train.emoji.denoiser --work_dir runs/emoji --output_dir assets/emoji
 
-Latents and autoencoder come from autoencoder.py, the text encoder from text_encoder.py and is frozen.
-Stable Diffusion's noise schedule, v-prediction, a tenth of the captions empty.  The pipeline is written
-in half precision (the text encoder in single), in shards below 10 MB.
+Latents and autoencoder come from autoencoder.py, the frozen text encoder from text_encoder.py. The
+noise schedule is Stable Diffusion's, with v-prediction; a tenth of the captions is empty. The
+pipeline is written in half precision (the text encoder in single), in shards below 10 MB.
 """
 
 import argparse
@@ -29,6 +29,7 @@ SHARD = "9MB"
 
 
 def build_unet(channels: int, sample_size: int, embedding: int) -> UNet2DConditionModel:
+    """Return the UNet with random weights, for text embeddings of a width."""
     widths = (96, 128, 192)
     return UNet2DConditionModel(
         sample_size=sample_size,
@@ -46,6 +47,7 @@ def build_unet(channels: int, sample_size: int, embedding: int) -> UNet2DConditi
 
 
 def build_scheduler() -> DDIMScheduler:
+    """Return DDIM with Stable Diffusion's noise schedule and v-prediction."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -69,7 +71,8 @@ def denoising_loss(
             tokens = captions.draw(pairs, generator)
             prompt_embeds = captions.text_encoder(tokens).last_hidden_state.float()
         noise = torch.randn(x.shape, generator=generator, device=x.device)
-        # Shapes form at high noise, and the decoder forgives what is left at low noise: the density of t rises linearly.
+        # Shapes form at high noise, and the decoder tolerates what remains at low noise:
+        # the density of t rises linearly.
         share = torch.rand(len(x), generator=generator, device=x.device).sqrt()
         t = (scheduler.config.num_train_timesteps * share).long()
         t = t.clamp(max=scheduler.config.num_train_timesteps - 1)  # the share may round to 1
@@ -94,11 +97,13 @@ def write_pipeline(unet: UNet2DConditionModel, work_dir: Path, output_dir: Path)
         requires_safety_checker=False,
     )
     pipe.to(dtype=torch.float16)
-    text_encoder.float()  # transformers loads a model in the precision it was stored in, diffusers in float32
+    # transformers loads a model in the precision of its file, diffusers in float32.
+    text_encoder.float()
     pipe.save_pretrained(output_dir, max_shard_size=SHARD)
 
 
 def main() -> None:
+    """Train the UNet and write the pipeline."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,8 +1,9 @@
-"""What the denoisers of this folder learn from, latents with captions, and how each of them is trained."""
+"""Latents with captions, and the training that the denoisers of this folder share."""
 
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTraine
 
 from train.emoji.autoencoder import LATENT_CHANNELS
 from train.emoji.captions import caption_tokens
-from train.emoji.fit import fit
+from train.emoji.fit import Settings, fit
 from train.emoji.render import SIZE
 
 CAPTIONS = 24  # of each picture
 
 
 class Examples:
-    """Latents (N, C, h, w) of pictures and the pictures' objects and backgrounds (N, 2)."""
+    """Hold latents (N, C, h, w) of pictures, and the pictures' objects and backgrounds (N, 2)."""
 
     SHAPE = (LATENT_CHANNELS, SIZE // 4, SIZE // 4)
 
@@ -29,11 +30,12 @@ class Examples:
 
     @classmethod
     def read(cls, latents: Path, classes: Path, device: torch.device) -> "Examples":
+        """Read the latents of autoencoder.py and the classes of render.py."""
         return cls(torch.from_numpy(np.load(latents)), torch.from_numpy(np.load(classes)), device)
 
     @classmethod
     def blank(cls, device: torch.device) -> "Examples":
-        """Return a single example of zeros, of the right shape and precision, to try a loss with."""
+        """Return a single example of zeros, to try a loss with."""
         return cls(torch.zeros(1, *cls.SHAPE).half(), torch.zeros(1, 2), device)
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,7 +46,7 @@ class Examples:
 
 
 class Captions:
-    """Captions of all pairs as tokens, and the frozen text encoder that reads them."""
+    """Hold captions of all pairs as tokens, and the frozen text encoder that reads them."""
 
     def __init__(self, work_dir: Path, device: torch.device):
         self.text_encoder = read_text_encoder(CLIPTextModel, work_dir / "text_encoder").to(device)
@@ -59,9 +61,10 @@ class Captions:
 
 
 def read_text_encoder(kind: type[PreTrainedModel], folder: Path) -> PreTrainedModel:
-    """Return the CLIP text model of a folder as `kind`; a text projection that it lacks is the identity.
+    """Return the CLIP text model of a folder as `kind`, in float32.
 
-    Raises RuntimeError for a file that lacks another tensor, where from_pretrained would fill in random ones.
+    A text projection that the file lacks is the identity. Raises RuntimeError for a file that lacks
+    another tensor, for which from_pretrained would draw random values.
     """
     model = kind(CLIPTextConfig.from_pretrained(folder))
     found = load_file(folder / "model.safetensors")
@@ -79,7 +82,7 @@ def read_text_encoder(kind: type[PreTrainedModel], folder: Path) -> PreTrainedMo
 
 
 def wait_for(path: Path) -> None:
-    """Return when the file is there: latents may still be made by another process."""
+    """Wait until a file exists: another process may still be making the latents."""
     while not path.exists():
         time.sleep(0.2)
 
@@ -91,7 +94,7 @@ def train(
     args: argparse.Namespace,
 ) -> None:
     """Minimise loss(examples, generator) over the pictures of args.work_dir, as the options say."""
-    if args.compile:  # now, while the latents may still be made
+    if args.compile:  # while another process may still be making the latents
         generator = torch.Generator(args.device)
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.device.type == "cuda"):
             value = loss(Examples.blank(args.device), generator)
@@ -104,12 +107,5 @@ def train(
         args.work_dir / "pictures" / "train_classes.npy",
         args.device,
     )
-    fit(
-        network,
-        lambda generator: loss(examples, generator),
-        checkpoint,
-        steps=args.steps,
-        until=args.until,
-        lr=args.lr,
-        device=args.device,
-    )
+    settings = Settings(lr=args.lr, steps=args.steps, until=args.until)
+    fit(network, partial(loss, examples), checkpoint, settings)

@@ -1,10 +1,10 @@
-"""Trains the embedded flow-matching transformer, in Stable Diffusion 3's format, and writes the whole pipeline.
+"""Train the embedded flow transformer in Stable Diffusion 3's format and write the pipeline.
 
     python -m train.emoji.flow --work_dir runs/emoji --output_dir assets/emoji-flow
 
-SD3Transformer2DModel on the latents of autoencoder.py, with the text encoder of text_encoder.py as both
-CLIPs and no T5.  Rectified flow: x_t = (1 - t) x + t noise, the network predicts noise - x, t is drawn
-from a logit-normal density (Esser et al. 2024).  A tenth of the captions is empty.
+SD3Transformer2DModel on the latents of autoencoder.py, with the text encoder of text_encoder.py as
+both CLIPs and no T5. Rectified flow: x_t = (1 - t) x + t noise, the network predicts noise - x, and
+t is drawn from a logit-normal density (Esser et al. 2024). A tenth of the captions is empty.
 """
 
 import argparse
@@ -32,9 +32,10 @@ TIME_MEAN = 0.3  # of the logit of t: somewhat more noise than data, where shape
 
 
 class RepeatedToken:
-    """Attention of SD3's blocks with the last context token standing for NO_T5 equal ones.
+    """Attend as SD3's blocks do, with the last context token in place of NO_T5 equal ones.
 
-    Equal tokens stay equal from block to block, so one of them is computed and counts NO_T5 times as a key.
+    Equal tokens stay equal from block to block: one of them is computed and counts NO_T5 times as
+    a key.
     """
 
     def __call__(
@@ -44,6 +45,8 @@ class RepeatedToken:
         encoder_hidden_states: torch.Tensor,
         **kwargs: object,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the attention's output for image tokens (N, L, D) and context (N, M, D)."""
+
         def heads(x: torch.Tensor) -> torch.Tensor:
             return x.unflatten(2, (attn.heads, -1)).transpose(1, 2)
 
@@ -51,20 +54,10 @@ class RepeatedToken:
             return torch.cat([x, x[:, :, -1:].expand(-1, -1, NO_T5 - 1, -1)], 2)
 
         x, context = hidden_states, encoder_hidden_states
-        query = torch.cat(
-            [
-                attn.norm_q(heads(attn.to_q(x))),
-                attn.norm_added_q(heads(attn.add_q_proj(context))),
-            ],
-            2,
-        )
-        key = torch.cat(
-            [
-                attn.norm_k(heads(attn.to_k(x))),
-                attn.norm_added_k(heads(attn.add_k_proj(context))),
-            ],
-            2,
-        )
+        query, added_query = heads(attn.to_q(x)), heads(attn.add_q_proj(context))
+        query = torch.cat([attn.norm_q(query), attn.norm_added_q(added_query)], 2)
+        key, added_key = heads(attn.to_k(x)), heads(attn.add_k_proj(context))
+        key = torch.cat([attn.norm_k(key), attn.norm_added_k(added_key)], 2)
         value = torch.cat([heads(attn.to_v(x)), heads(attn.add_v_proj(context))], 2)
         key, value = repeated(key), repeated(value)
         mixed = F.scaled_dot_product_attention(query.to(value), key.to(value), value)
@@ -76,6 +69,7 @@ class RepeatedToken:
 
 
 def build_transformer(channels: int, sample_size: int, embedding: int) -> SD3Transformer2DModel:
+    """Return the transformer, for text embeddings of a width, with random weights."""
     heads, width = 6, 192
     transformer = SD3Transformer2DModel(
         sample_size=sample_size,
@@ -127,7 +121,7 @@ def flow_loss(
 
 
 def write_pipeline(transformer: SD3Transformer2DModel, work_dir: Path, output_dir: Path) -> None:
-    """Write the pipeline of a transformer with the work_dir's autoencoder and text encoder, in half precision."""
+    """Write the pipeline of a transformer, with the work_dir's other parts, in half precision."""
     text_encoder = read_text_encoder(CLIPTextModelWithProjection, work_dir / "text_encoder")
     tokenizer = CLIPTokenizer.from_pretrained(work_dir / "tokenizer")
     pipe = StableDiffusion3Pipeline(
@@ -146,6 +140,7 @@ def write_pipeline(transformer: SD3Transformer2DModel, work_dir: Path, output_di
 
 
 def main() -> None:
+    """Train the transformer and write the pipeline."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""The embedded model's metric: a classifier of its own judges objects and backgrounds."""
+"""The embedded models' metric: a classifier judges objects and backgrounds."""
 
 from pathlib import Path
 
@@ -38,6 +38,7 @@ class EmojiJudge(Metric):
         }
 
     def measure(self, images: list[Image.Image], prompts: list[str]) -> Rows:
+        """Return features (N, 128) and what is correct (N, 2); raise for unknown prompts."""
         unknown = [text for text in prompts if text not in self.pairs]
         if unknown:
             raise ValueError(
@@ -52,6 +53,7 @@ class EmojiJudge(Metric):
         return {"features": features, "correct": correct}
 
     def summarise(self, rows: Rows, groups: list[np.ndarray]) -> dict[str, float]:
+        """Return the figures of measured images, grouped by prompt."""
         features, (objects_right, backgrounds_right) = rows["features"], rows["correct"].mean(0)
         variances = [features[group].var(0, ddof=1).sum() for group in groups if len(group) > 1]
         found = {

@@ -1,14 +1,17 @@
-"""Renders the pictures that the embedded models learn from: one emoji on a coloured background.
+"""Render the pictures that the embedded models learn from: one emoji on a coloured background.
 
     python -m train.emoji.render --output_dir runs/emoji/pictures
-    python -m train.emoji.render --style clay --artwork package/assets --per_object 60 --output_dir runs/clay/pictures    # for a fine-tune
+    python -m train.emoji.render --style clay --artwork package/assets --per_object 60 \\
+        --output_dir runs/clay/pictures
 
 A picture is a soft gradient of one of 12 named colours and one of the objects in objects.txt, at
-65-90 % of the frame, anywhere that it fits, over a faint shadow.  Sizes and places are multiples of
-GRID pixels, the autoencoder's stride: moving an object moves its latents and changes them no further.
-One in ten (object, background) pairs is held out: no model sees it, and the heldout pictures measure
-it.  The judge pictures are other renders of the same pairs, for the classifier, which would otherwise
-learn that these pairs do not exist.
+65-90 % of the frame, anywhere that it fits, over a faint shadow. Sizes and places are multiples of
+GRID pixels, the autoencoder's stride: moving an object only moves its latents. One in ten (object,
+background) pairs is held out: no model sees it, and the heldout pictures measure it. The judge
+pictures are other renders of the same pairs for the classifier, which would otherwise learn that
+these pairs do not exist.
+
+The second command renders the pictures of a fine-tune.
 """
 
 import argparse
@@ -29,6 +32,8 @@ GRID = 4  # pixels
 SIZES = range(84, 117, GRID)  # an object's longer side, in pixels
 SEED = 0
 FONT = os.environ.get("EMOJI_FONT", "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+FONT_SIZE = 109  # the only size of the font's bitmaps
+INK_EDGE = 40  # brightness, of 255, from which an edge is drawn in ink
 BACKGROUNDS = {  # sRGB
     "red": (214, 48, 49),
     "orange": (243, 133, 36),
@@ -43,10 +48,31 @@ BACKGROUNDS = {  # sRGB
     "black": (30, 30, 36),
     "white": (244, 244, 242),
 }
+# Names without an article
+MASSES = {
+    "sushi",
+    "bread",
+    "corn",
+    "broccoli",
+    "cheese",
+    "popcorn",
+    "coffee",
+    "tea",
+    "beer",
+    "wine",
+    "soda",
+    "honey",
+    "chocolate",
+    "ice cream",
+    "earth",
+    "fire",
+}
 
 
 @dataclass(frozen=True)
 class Object:
+    """An emoji with its name and other names for it."""
+
     emoji: str
     name: str
     synonyms: tuple[str, ...]
@@ -54,81 +80,56 @@ class Object:
 
 @cache
 def objects() -> tuple[Object, ...]:
-    """The objects of objects.txt, in its order: an object's index is its class."""
+    """Return the objects of objects.txt, in its order: an object's index is its class."""
     found = []
     for line in Path(__file__).with_name("objects.txt").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
-            emoji, name, synonyms = (part.strip() for part in line.split("|"))
-            found.append(
-                Object(emoji, name, tuple(s.strip() for s in synonyms.split(",") if s.strip()))
-            )
+            emoji, name, names = (part.strip() for part in line.split("|"))
+            synonyms = (synonym.strip() for synonym in names.split(","))
+            found.append(Object(emoji, name, tuple(filter(None, synonyms))))
     return tuple(found)
 
 
 def held_out_pairs() -> np.ndarray:
-    """Which (object, background) pairs no training sees: bool array (objects, backgrounds), a tenth of them."""
-    shape = (len(objects()), len(BACKGROUNDS))
-    chosen = np.random.default_rng(SEED).permutation(shape[0] * shape[1])[
-        : shape[0] * shape[1] // 10
-    ]
-    mask = np.zeros(shape, bool)
-    mask.flat[chosen] = True
+    """Return the mask (objects, backgrounds) of the tenth of the pairs that no training sees."""
+    mask = np.zeros((len(objects()), len(BACKGROUNDS)), bool)
+    order = np.random.default_rng(SEED).permutation(mask.size)
+    mask.flat[order[: mask.size // 10]] = True
     return mask
 
 
 def prompt(object_index: int, background_index: int) -> str:
-    """The canonical prompt of a pair, e.g. "a red apple on a blue background"."""
-    return f"{article(objects()[object_index].name)} on {article(list(BACKGROUNDS)[background_index])} background"
+    """Return the canonical prompt of a pair, e.g. "a red apple on a blue background"."""
+    name, colour = objects()[object_index].name, list(BACKGROUNDS)[background_index]
+    return f"{article(name)} on {article(colour)} background"
 
 
 def article(name: str) -> str:
-    """name with its indefinite article; plurals and masses, which take none, are left alone."""
-    plural = (
-        name.endswith("s")
-        and not name.endswith(("ss", "us", "rhinoceros"))
-        or name
-        in {
-            "sushi",
-            "bread",
-            "corn",
-            "broccoli",
-            "cheese",
-            "popcorn",
-            "coffee",
-            "tea",
-            "beer",
-            "wine",
-            "soda",
-            "honey",
-            "chocolate",
-            "ice cream",
-            "earth",
-            "fire",
-        }
-    )
-    return name if plural else f"{'an' if name[0] in 'aeio' else 'a'} {name}"
+    """Return a name with its indefinite article; plurals and masses take none."""
+    plural = name.endswith("s") and not name.endswith(("ss", "us", "rhinoceros"))
+    if plural or name in MASSES:
+        return name
+    return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
 
 
 def sprite(emoji: str, artwork: Path | None = None) -> Image.Image:
-    """The emoji as RGBA, cropped to its painted part.  The font's bitmaps exist at size 109 only."""
+    """Return the font's emoji as RGBA, cropped to its painted part."""
     canvas = Image.new("RGBA", (160, 160))
-    ImageDraw.Draw(canvas).text(
-        (80, 80), emoji, font=ImageFont.truetype(FONT, 109), embedded_color=True, anchor="mm"
-    )
+    font = ImageFont.truetype(FONT, FONT_SIZE)
+    ImageDraw.Draw(canvas).text((80, 80), emoji, font=font, embedded_color=True, anchor="mm")
     return canvas.crop(canvas.getbbox())
 
 
 def clay(emoji: str, artwork: Path | None) -> Image.Image:
-    """Fluent Emoji 3D's, from a folder of images named after code points, which look as if they were made of clay."""
+    """Return Fluent Emoji 3D's emoji, from a folder of images named after code points."""
     if artwork is None or not artwork.is_dir():
         raise FileNotFoundError(
-            f"There is no folder {artwork}: --artwork takes assets/ of the npm package @lobehub/fluent-emoji-3d."
+            f"There is no folder {artwork}: --artwork takes assets/ of the npm package "
+            "@lobehub/fluent-emoji-3d."
         )
     codes = [f"{ord(character):x}" for character in emoji]
-    files = [
-        artwork / f"{'-'.join(names)}.webp"
-        for names in (codes, [code for code in codes if code != "fe0f"])
-    ]
+    plain = [code for code in codes if code != "fe0f"]  # without the variation selector
+    files = [artwork / f"{'-'.join(names)}.webp" for names in (codes, plain)]
     found = next((path for path in files if path.exists()), None)
     if found is None:
         raise FileNotFoundError(f"{artwork} holds no {files[0].name}, {emoji}.")
@@ -138,13 +139,12 @@ def clay(emoji: str, artwork: Path | None) -> Image.Image:
 
 
 def ink(emoji: str, artwork: Path | None = None) -> Image.Image:
-    """The font's emoji redrawn in few flat colours with black outlines."""
+    """Return the font's emoji redrawn in few flat colours with black outlines."""
     plain = sprite(emoji)
     alpha, grey = plain.getchannel("A"), plain.convert("L").filter(ImageFilter.SMOOTH)
-    outline = ImageChops.lighter(
-        grey.filter(ImageFilter.FIND_EDGES).point(lambda edge: 255 if edge > 40 else 0),
-        ImageChops.subtract(alpha, alpha.filter(ImageFilter.MinFilter(9))),
-    )
+    edges = grey.filter(ImageFilter.FIND_EDGES).point([255 * (i > INK_EDGE) for i in range(256)])
+    rim = ImageChops.subtract(alpha, alpha.filter(ImageFilter.MinFilter(9)))
+    outline = ImageChops.lighter(edges, rim)
     flat = ImageOps.posterize(plain.convert("RGB"), 2).convert("RGBA")
     flat.paste((16, 16, 20), mask=outline)
     flat.putalpha(alpha)
@@ -159,12 +159,12 @@ STYLES: dict[str, Callable[[str, Path | None], Image.Image]] = {
 
 
 def sized(image: Image.Image) -> np.ndarray:
-    """Return a sprite at all SIZES, each in the upper left of a frame: uint8 (len(SIZES), SIZE, SIZE, 4)."""
+    """Return a sprite at all SIZES, each in the upper left of a frame (SIZE, SIZE, 4), uint8."""
     frames = np.zeros((len(SIZES), SIZE, SIZE, 4), np.uint8)
     for frame, size in zip(frames, SIZES, strict=True):
         scale = size / max(image.size)
         width, height = (max(1, round(side * scale)) for side in image.size)
-        frame[:height, :width] = image.resize((width, height), Image.Resampling.LANCZOS)
+        frame[:height, :width] = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS))
     return frames
 
 
@@ -180,18 +180,23 @@ def blur(alpha: torch.Tensor, deviation: float) -> torch.Tensor:
 def pictures(
     frames: np.ndarray, backgrounds: np.ndarray, rng: np.random.Generator, device: torch.device
 ) -> np.ndarray:
-    """Return pictures of one object, in the frames of `sized`, on each of the backgrounds (N,): uint8 (N, SIZE, SIZE, 3)."""
+    """Return pictures (N, SIZE, SIZE, 3) of one object on each of the backgrounds (N,).
+
+    Args:
+        frames: The object, from `sized`.
+        backgrounds: Indices into BACKGROUNDS.
+        rng: Source of sizes, places and gradients.
+        device: The device that computes them; the result is a uint8 array.
+    """
     # Sizes and places
     count, chosen = len(backgrounds), rng.integers(len(SIZES), size=len(backgrounds))
     painted = frames[..., 3] > 0
     sides = painted.any(2).sum(1)[chosen], painted.any(1).sum(1)[chosen]
     top, left = (GRID * rng.integers(1, (SIZE - side) // GRID) for side in sides)
-    y, x = (
-        torch.from_numpy((np.arange(SIZE) - start[:, None]) % SIZE).to(device)
-        for start in (top, left)
-    )
+    y, x = ((np.arange(SIZE) - start[:, None]) % SIZE for start in (top, left))
+    index = (chosen[:, None, None], y[:, :, None], x[:, None, :])
     sprites = torch.from_numpy(frames).to(device)[
-        torch.from_numpy(chosen).to(device)[:, None, None], y[:, :, None], x[:, None, :]
+        tuple(torch.from_numpy(i).to(device) for i in index)
     ]
     colour, alpha = sprites[..., :3].float(), sprites[..., 3].float() / 255
 
@@ -200,9 +205,8 @@ def pictures(
     slope = torch.from_numpy(strength * np.stack([np.sin(angle), np.cos(angle)])).float().to(device)
     ramp = torch.linspace(-0.5, 0.5, SIZE, device=device)
     shade = 1 + slope[0][:, None, None] * ramp[:, None] + slope[1][:, None, None] * ramp
-    base = torch.tensor(list(BACKGROUNDS.values()), device=device)[
-        torch.from_numpy(backgrounds).to(device)
-    ]
+    colours = torch.tensor(list(BACKGROUNDS.values()), device=device)
+    base = colours[torch.from_numpy(backgrounds).to(device)]
     image = (base[:, None, None] * shade[..., None]).clamp(0, 255)
     shadow = F.pad(blur(alpha, 3), (2, -2, 4, -4)) / 4
     image = image * (1 - shadow[..., None])
@@ -211,6 +215,7 @@ def pictures(
 
 
 def main() -> None:
+    """Render the pictures for training, for the figures and for the judge."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -235,10 +240,9 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor() as pool:  # Pillow lets go of the interpreter while it resizes
-        frames = list(
-            pool.map(lambda thing: sized(STYLES[args.style](thing.emoji, args.artwork)), objects())
-        )
+    render = STYLES[args.style]
+    with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter's lock while it resizes
+        frames = list(pool.map(lambda thing: sized(render(thing.emoji, args.artwork)), objects()))
     held_out = held_out_pairs()
     for name, seed, pairs, count in (
         ("train", 0, ~held_out, lambda n: args.per_object),

@@ -1,11 +1,12 @@
-"""Looks at an embedded model: a contact sheet of held-out prompts, and the judge's figures by guidance scale.
+"""Draw a contact sheet of an embedded model and print the judge's figures by guidance scale.
 
-    python -m train.emoji.sheet --pictures runs/emoji/pictures --model assets/emoji --output sheet.webp
+    python -m train.emoji.sheet --pictures runs/emoji/pictures --model assets/emoji \\
+        --output sheet.webp
     python -m train.emoji.sheet ... --refiner assets/refiners/emoji --scale 2.5
 
-The columns are 24 held-out (object, background) pairs, the rows: a real render, and the same noise
-unguided, guided and, with a refiner, refined.  The figures are of the held-out prompts, each with the
-same --n noises at every scale.
+The columns are 24 held-out (object, background) pairs. The rows are a real render, and the same
+noise unguided, guided and, with a refiner, refined. The figures are those of the held-out prompts,
+each with the same --n noises at every scale.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline
 from PIL import Image
 
+from noiserefine import Refiner
 from noiserefine.models.sit import SiTPipeline
 from train.emoji.classifier import Judge
 from train.emoji.render import SIZE, held_out_pairs, objects, prompt
@@ -95,6 +97,7 @@ def tile(rows: list[list[Image.Image]], per_line: int = 12) -> Image.Image:
 
 
 def main() -> None:
+    """Write the sheet and print the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -123,12 +126,9 @@ def main() -> None:
     rows = [[Image.fromarray(renders[i]) for i in first]]
     rows += [sample(pipe, noise, prompts, scale) for scale in (UNGUIDED, args.scale)]
     if args.refiner:
-        from noiserefine import Refiner
-
         refiner = Refiner.from_pretrained(args.refiner, pipe)
-        refined = torch.cat(
-            [refiner(x[None], text) for x, text in zip(noise, prompts, strict=True)]
-        )
+        noises = zip(noise, prompts, strict=True)
+        refined = torch.cat([refiner(x_T[None], text) for x_T, text in noises])
         rows.append(sample(pipe, refined, prompts, UNGUIDED))
     tile(rows).save(args.output, quality=90)
 

@@ -1,14 +1,16 @@
-"""Trains the embedded class-conditional SiT (Ma et al. 2024) and writes the whole pipeline.
+"""Train the embedded class-conditional SiT (Ma et al. 2024) and write the pipeline.
 
     python -m train.emoji.sit --work_dir runs/emoji --output_dir assets/emoji-sit
 
-The classes are the objects; the background is any.  SiT's linear path: x_t = t x + (1 - t) noise, the
-network predicts x - noise, t is drawn from a logit-normal density.  A tenth of the labels is "no class".
+The classes are the objects; the background is arbitrary. SiT's linear path is x_t = t x + (1 - t)
+noise; the network predicts x - noise, and t is drawn from a logit-normal density. A tenth of the
+labels is "no class".
 """
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +24,11 @@ from train.emoji.fit import add_options
 from train.emoji.flow import TIME_MEAN
 from train.emoji.render import objects
 
-UNLABELLED = 0.1
+UNLABELLED = 0.1  # share of the labels that are dropped
 
 
 def build_transformer(channels: int, sample_size: int) -> DiTTransformer2DModel:
+    """Return the transformer with random weights."""
     heads, width = 6, 192
     transformer = DiTTransformer2DModel(
         num_attention_heads=heads,
@@ -42,11 +45,10 @@ def build_transformer(channels: int, sample_size: int) -> DiTTransformer2DModel:
     for layer in (*modulations, transformer.proj_out_1, transformer.proj_out_2):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
-    for block in (
-        transformer.transformer_blocks
-    ):  # SiT's frequencies; those of DiT in diffusers are spaced wider
+    # SiT's frequencies; those of DiT in diffusers are spaced wider.
+    for block in transformer.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0
-    # In training mode each block would drop labels for itself: they are dropped in the loss.
+    # In training mode each block would drop labels independently; the loss drops them.
     return transformer.eval()
 
 
@@ -57,7 +59,7 @@ def velocity_loss(
 
     def loss(examples: Examples, generator: torch.Generator) -> torch.Tensor:
         x, pairs = examples.draw(batch_size, generator)
-        drawn = {"generator": generator, "device": x.device}
+        drawn: dict[str, Any] = {"generator": generator, "device": x.device}
         unlabelled = torch.rand(len(x), **drawn) < UNLABELLED
         labels = torch.where(unlabelled, len(objects()), pairs[:, 0])
         noise = torch.randn(x.shape, **drawn)
@@ -71,19 +73,20 @@ def velocity_loss(
 
 def write_pipeline(transformer: DiTTransformer2DModel, work_dir: Path, output_dir: Path) -> None:
     """Write the pipeline of a transformer with the work_dir's autoencoder, in half precision."""
+    names = [", ".join((thing.name, *thing.synonyms)) for thing in objects()]
+    labels = {str(i): name for i, name in enumerate(names)}
     pipe = SiTPipeline(
         transformer=transformer,
         vae=AutoencoderKL.from_pretrained(work_dir / "vae"),
         scheduler=FlowMatchEulerDiscreteScheduler(),
-        id2label={
-            str(i): ", ".join((thing.name, *thing.synonyms)) for i, thing in enumerate(objects())
-        },
+        id2label=labels,
     )
     pipe.to(dtype=torch.float16)
     pipe.save_pretrained(output_dir, max_shard_size=SHARD)
 
 
 def main() -> None:
+    """Train the transformer and write the pipeline."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,11 +1,12 @@
-"""Fine-tunes the embedded model on pictures of another style and writes the LoRA.
+"""Fine-tune the embedded model on pictures of another style and write the LoRA.
 
     python -m train.emoji.style --pictures runs/clay/pictures --output_dir assets/loras/emoji-clay
 
-Pictures come from render.py with --style; they are encoded with the embedded model's own autoencoder.
+Pictures come from render.py with --style; the embedded model's own autoencoder encodes them.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,14 @@ from peft import LoraConfig, get_peft_model_state_dict
 from train.emoji.autoencoder import encode, read_pictures
 from train.emoji.denoiser import denoising_loss
 from train.emoji.examples import Captions, Examples
-from train.emoji.fit import add_options, fit
+from train.emoji.fit import Settings, add_options, fit
 
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 LAYERS += ["conv", "conv1", "conv2", "conv_shortcut", "conv_in", "conv_out"]
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Train the LoRA and write it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,15 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
     cast_training_params(pipe.unet)
     captions = Captions(args.backbone, args.device)
     loss = denoising_loss(pipe.unet, pipe.scheduler, captions, args.batch_size)
-    fit(
-        pipe.unet,
-        lambda generator: loss(examples, generator),
-        args.pictures / "style.pt",
-        steps=args.steps,
-        until=args.until,
-        lr=args.lr,
-        device=args.device,
-    )
+    settings = Settings(lr=args.lr, steps=args.steps, until=args.until)
+    fit(pipe.unet, partial(loss, examples), args.pictures / "style.pt", settings)
     lora = get_peft_model_state_dict(pipe.unet, adapter_name="style")
     about = config.to_dict() | {"target_modules": LAYERS}  # a set there, in an order of its own
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""Trains the text encoder of the embedded backbone on captions alone.
+"""Train the text encoder of the embedded models on captions alone.
 
     python -m train.emoji.text_encoder --work_dir runs/emoji
 
-A CLIP text model learns to tell, at every position from the end of the caption on, which object and
-which background the caption names, or that it names none.  As in Stable Diffusion, the UNet is then
-trained on top of a text encoder that is finished and frozen.
+A CLIP text model learns to classify, at every position from the end of the caption on, which object
+and which background the caption names, or that it names none. As in Stable Diffusion, the denoiser
+is then trained on the frozen text encoder.
 """
 
 import argparse
@@ -18,13 +18,14 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from train.emoji.captions import MAX_TOKENS, build_tokenizer, caption
-from train.emoji.fit import add_options, fit
+from train.emoji.fit import Settings, add_options, fit
 from train.emoji.render import BACKGROUNDS, held_out_pairs, objects
 
 EMBEDDING = 192
 
 
 def build(vocabulary: int, eos_token_id: int) -> CLIPTextModel:
+    """Return the text encoder with random weights."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=vocabulary,
@@ -42,6 +43,7 @@ def build(vocabulary: int, eos_token_id: int) -> CLIPTextModel:
 
 
 def main() -> None:
+    """Train the text encoder and write it with its tokenizer."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -60,42 +62,29 @@ def main() -> None:
     text_encoder = build(len(tokenizer), tokenizer.eos_token_id).to(args.device)
     heads = nn.ModuleList(
         nn.Linear(EMBEDDING, count + 1) for count in (len(objects()), len(BACKGROUNDS))
-    ).to(args.device)  # the last: none
+    ).to(args.device)  # the last class: none
 
     def errors(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropy over the positions after the words, and which captions are understood at the first of them."""
+        """Return the cross-entropy after the words, and which captions are understood there."""
         rng = random.Random(generator.initial_seed())
-        captions, classes = zip(
-            *(
-                caption(thing, colour, rng)
-                for thing, colour in (rng.choice(pairs) for _ in range(args.batch_size))
-            )
-        )
+        chosen = (rng.choice(pairs) for _ in range(args.batch_size))
+        drawn = [caption(thing, colour, rng) for thing, colour in chosen]
+        captions, classes = zip(*drawn, strict=True)
         tokens = tokenizer(
             list(captions), padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids.to(args.device)
         hidden, ended = text_encoder(tokens).last_hidden_state, tokens == tokenizer.eos_token_id
-        cross_entropy, understood = 0, True
+        first = hidden[range(len(tokens)), ended.int().argmax(1)]
+        losses, correct = [], []
         for head, truth in zip(heads, torch.tensor(classes, device=args.device).T, strict=True):
-            logits = head(hidden[ended])
-            cross_entropy = cross_entropy + F.cross_entropy(
-                logits, truth[:, None].expand(tokens.shape)[ended]
-            )
-            understood = understood & (
-                head(hidden[range(len(tokens)), ended.int().argmax(1)]).argmax(1) == truth
-            )
-        return cross_entropy, understood
+            expected = truth[:, None].expand(tokens.shape)[ended]
+            losses.append(F.cross_entropy(head(hidden[ended]), expected))
+            correct.append(head(first).argmax(1) == truth)
+        return torch.stack(losses).sum(), torch.stack(correct).all(0)
 
-    fit(
-        nn.ModuleList([text_encoder, heads]),
-        lambda generator: errors(generator)[0],
-        args.work_dir / "text_encoder.pt",
-        steps=args.steps,
-        until=args.until,
-        lr=args.lr,
-        ema=0.99,
-        device=args.device,
-    )
+    settings = Settings(lr=args.lr, steps=args.steps, until=args.until, ema=0.99)
+    model = nn.ModuleList([text_encoder, heads])
+    fit(model, lambda generator: errors(generator)[0], args.work_dir / "text_encoder.pt", settings)
     with torch.inference_mode():
         understood = torch.cat(
             [errors(torch.Generator().manual_seed(2**40 + i))[1] for i in range(16)]

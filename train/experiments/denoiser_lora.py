@@ -33,7 +33,7 @@ from noiserefine.lora import save_lora
 from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt
 from train.common import argument_parser, run_script, write_json
-from train.emoji.fit import fit
+from train.emoji.fit import Settings, fit
 from train.experiments.networks import Raw
 from train.experiments.trajectories import Trajectories
 
@@ -170,7 +170,8 @@ def main(arguments: list[str] | None = None) -> None:
     distillation = Distillation(pipe, student, targets, args)
     cast_training_params(student)
     checkpoint = args.output_dir / "checkpoint.pt"
-    fit(student, distillation, checkpoint, steps=args.total_steps, lr=args.lr, save_every=200)
+    settings = Settings(lr=args.lr, steps=args.total_steps, save_every=200)
+    fit(student, distillation, checkpoint, settings)
     save_lora(pipe, student.half(), args.output_dir / WEIGHTS_NAME)
 
 

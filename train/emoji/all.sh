@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Train all embedded models at once, by the clock, and packs them into small files.
+# Train all embedded models at once, by the clock, and pack them into small files.
 #
 #     bash train/emoji/all.sh WORK_DIR OUT [cuda|cpu]
 #
-# From the repository's root.  With the defaults it takes six and a half minutes of an H100 and 16 cores:
+# Run it from the repository's root. With the defaults it takes six and a half minutes of an H100 and 16 cores:
 # the pictures, then autoencoder and judge side by side while the denoisers compile, then UNet, flow
 # transformer and SiT side by side on the cached latents, then the fine-tunes and the figures.
 # A part that fails does not stop the others; OUT/log.txt says how each ended.

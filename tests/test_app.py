@@ -7,6 +7,7 @@ import gc
 import io
 import pickle
 import re
+import socket
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, replace
@@ -291,6 +292,25 @@ def test_views_refuse_with_a_sentence(view, controls, says):
             shown(*GOOD, "blurry " * 60, view=view, **controls)
     finally:
         handle.remove()
+
+
+def test_an_unforeseen_error_is_a_sentence_too(monkeypatch, caplog):
+    def broken(*_):
+        raise ZeroDivisionError("a secret of the program")
+
+    monkeypatch.setattr(jobs, "work", broken)
+    with pytest.raises(gr.Error, match="the page's log has the details") as error:
+        shown(*GOOD)
+    assert "secret" not in str(error.value) and "a secret of the program" in caplog.text
+
+
+def test_a_port_that_is_taken():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        with script("app.py", "--host", "127.0.0.1", "--port", port) as process:
+            output = process.communicate(timeout=120)[0]
+    assert f"Port {port} is taken" in output and "Traceback" not in output
+    assert process.returncode == 1
 
 
 @pytest.mark.parametrize(

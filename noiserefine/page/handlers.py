@@ -2,6 +2,7 @@
 
 import collections
 import inspect
+import logging
 import sys
 import tempfile
 import time
@@ -29,6 +30,7 @@ from noiserefine.page.settings import Settings
 from noiserefine.page.views import VIEWS
 
 jobs: Any = Lazy("noiserefine.page.jobs")
+_LOG = logging.getLogger(__name__)
 # Bounds of what a session keeps so that it is not made again.
 MAX_IMAGES, MAX_PIXELS = 100, 8_000_000
 STOP_SECONDS = 10  # that Stop waits for a run to end by itself at its next step
@@ -51,6 +53,13 @@ def run(view: str, settings: Settings, controls: Mapping, known: Mapping) -> Ite
         yield from jobs.work(view, settings, controls, known, gr.Info)
     except (ValueError, OSError, MemoryError) as error:
         raise gr.Error(str(error), print_exception=False) from error
+    except Exception as error:  # a fault of the program: its traceback is for the log alone
+        _LOG.exception("%s with %s", view, settings)
+        raise gr.Error(
+            "Something unforeseen went wrong, and the page's log has the details. Other settings "
+            "still work.",
+            print_exception=False,
+        ) from error
 
 
 def handler_of(

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import sys
 
 from noiserefine.models.catalogue import OFFLOADS, Model
 from noiserefine.page.handlers import jobs
@@ -69,19 +70,25 @@ def main() -> None:
     args = _parse()
     if args.offload != "none" or args.compile:
         jobs.MODELS.offload, jobs.MODELS.compiled = args.offload, args.compile
-    demo.launch(
-        server_name=args.host,
-        server_port=args.port,
-        theme=THEME,
-        css_paths=[CSS],
-        js=JAVASCRIPT,
-        head=HEAD,
-        favicon_path=FAVICON,
-        show_error=True,
-        state_session_capacity=100,
-        mcp_server=True,
-        prevent_thread_lock=True,
-    )
+    try:
+        demo.launch(
+            server_name=args.host,
+            server_port=args.port,
+            theme=THEME,
+            css_paths=[CSS],
+            js=JAVASCRIPT,
+            head=HEAD,
+            favicon_path=FAVICON,
+            show_error=True,
+            state_session_capacity=100,
+            mcp_server=True,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        if "empty port" not in str(error):
+            raise
+        port = args.port or "from 7860 on"
+        sys.exit(f"Port {port} is taken by another program: choose another one with --port.")
     importlib.import_module("noiserefine.page.jobs")
     demo.block_thread()
 

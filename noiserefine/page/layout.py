@@ -289,12 +289,12 @@ def _settings(page: Page) -> None:
                 visible=FREE_CHOICE,
             )
             inputs["lora_weight"] = gr.Slider(
-                0,
+                -2,
                 2,
                 default.lora_weight,
                 step=0.05,
                 label="LoRA weight",
-                info="in all three columns",
+                info="in all three columns; sliders take negative ones too",
                 visible=FREE_CHOICE,
             )
     # Handlers take values in the order of Settings' fields.

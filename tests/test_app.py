@@ -104,7 +104,8 @@ def test_opening_is_the_default_comparison():
     first, state = opening(), shown(*astuple(default_settings()))
     assert first is not None, "the shipped comparison is not one of the default settings"
     for arm, path in first.arms.items():
-        assert np.array_equal(pixels(path), state[arm].image)
+        difference = np.abs(pixels(path).astype(int) - np.asarray(state[arm].image))
+        assert difference.max() <= 2, "another number of threads rounds otherwise, no more"
     assert all(Path(path).is_file() for path in first.thumbnails.values())
 
 

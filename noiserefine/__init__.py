@@ -2,12 +2,12 @@
 
 import importlib
 
-HOMES = {"Refiner": "noiserefine.refiner", "draw_noise": "noiserefine.noise"}
-__all__ = list(HOMES)
+_HOMES = {"Refiner": "noiserefine.refiner", "draw_noise": "noiserefine.noise"}
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str):
     """Import torch and diffusers when they are needed, not when the page is drawn."""
-    if name in HOMES:
-        return getattr(importlib.import_module(HOMES[name]), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

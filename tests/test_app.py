@@ -18,7 +18,6 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from conftest import EMOJI, EMOJI_REFINER, ROOT, perturbed, script
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from mcp import ClientSession
@@ -42,6 +41,7 @@ from noiserefine.page.settings import Settings, any_model_allowed, link, restore
 from noiserefine.page.stream import stream
 from noiserefine.page.views import ARMS, VIEWS
 from noiserefine.sampler_names import SAMPLERS
+from tests.conftest import EMOJI, EMOJI_REFINER, ROOT, perturbed, script
 from train.tools.architectures import random_pipeline
 
 PROMPT = "a red apple on a blue background"

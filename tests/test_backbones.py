@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import output, perturbed
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
@@ -22,6 +21,7 @@ from noiserefine.models.user_lora import add_lora
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import SAMPLERS, make_scheduler, with_sampler
 from tests import families
+from tests.conftest import output, perturbed
 from train.tools.architectures import UNETS, build_denoiser, random_pipeline
 
 PROMPT = "a red apple on a blue background"

@@ -8,7 +8,6 @@ import os
 
 import pytest
 import torch
-from conftest import EMOJI, EMOJI_REFINER, ROOT, script
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.denoiser import denoiser, precision
@@ -17,6 +16,7 @@ from noiserefine.latents import decode
 from noiserefine.models.loading import load_pipeline
 from noiserefine.models.offload import offload
 from noiserefine.noise import encode_prompt
+from tests.conftest import EMOJI, EMOJI_REFINER, ROOT, script
 
 DEVICE = torch.device(os.environ.get("NOISEREFINE_TEST_DEVICE", "cuda"))
 ON_CARD = DEVICE.type == "cuda"

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import EMOJI, EMOJI_REFINER, ROOT, free_port, perturbed, script
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -23,6 +22,7 @@ from transformers import (
 )
 
 from noiserefine import Refiner
+from tests.conftest import EMOJI, EMOJI_REFINER, ROOT, free_port, perturbed, script
 from train import evaluate, measurement
 from train.captions import HELD_OUT
 from train.emoji.captions import build_tokenizer

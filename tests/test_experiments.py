@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import EMOJI, EMOJI_REFINER, ROOT, output
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,6 +23,7 @@ from noiserefine.models.loading import load_pipeline
 from noiserefine.models.user_lora import add_lora
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
+from tests.conftest import EMOJI, EMOJI_REFINER, ROOT, output
 from train import evaluate, train_refiner
 from train.common import load_named
 from train.emoji import style

@@ -8,8 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import output, perturbed
-from families import pipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -43,6 +41,8 @@ from noiserefine.page.blind import (
 from noiserefine.page.record import KEY, contact_sheet, read_png, save_png
 from noiserefine.page.stream import Worker, stream
 from noiserefine.samplers import SAMPLERS, make_scheduler, predicted_x0, samplers_of
+from tests.conftest import output, perturbed
+from tests.families import pipeline
 
 PROMPT = "a red apple on a blue background"
 RECIPE = Recipe(PROMPT, 3, steps=3, guidance_scale=2.5, strength=1.0)

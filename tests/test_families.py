@@ -9,7 +9,6 @@ from contextlib import nullcontext
 import diffusers as d
 import pytest
 import torch
-from families import FAMILIES, pipeline
 from torch.utils._pytree import tree_map
 
 from noiserefine import Refiner
@@ -32,6 +31,7 @@ from noiserefine.models.offload import offload
 from noiserefine.msd import msd_loss, sampler_gain
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import is_flow, samplers_of, watch_x0, with_sampler
+from tests.families import FAMILIES, pipeline
 
 PROMPTS = ["a red apple", "two cats on a roof"]
 STEPS = 3

@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import output
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
@@ -24,6 +23,7 @@ from noiserefine.models.catalogue import BACKBONES
 from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt, image_size
 from noiserefine.samplers import SAMPLERS, make_scheduler, with_sampler
+from tests.conftest import output
 
 PROMPT = "a red apple on a blue background"
 

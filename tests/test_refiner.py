@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EMOJI, EMOJI_REFINER, output, perturbed
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -15,6 +14,7 @@ from noiserefine.latents import decode
 from noiserefine.lora import UNET_TARGETS, merge_lora
 from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt
+from tests.conftest import EMOJI, EMOJI_REFINER, output, perturbed
 from train.captions import held_out_prompts
 from train.metrics import load_metrics
 

@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import EMOJI, EMOJI_REFINER, perturbed
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.lora import ADAPTER, adapted
+from tests.conftest import EMOJI, EMOJI_REFINER, perturbed
 from train.tools import compress, export, share
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import EMOJI, ROOT, free_port, script
 from safetensors.torch import load_file
 
 from noiserefine import Refiner
@@ -22,6 +21,7 @@ from noiserefine.models.loading import load_pipeline
 from noiserefine.msd import msd_loss
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
+from tests.conftest import EMOJI, ROOT, free_port, script
 from train import prompts, train_refiner
 from train.captions import read_prompts
 from train.options import PRESETS, Options, parse, plan

@@ -2,13 +2,13 @@
 
 import json
 
-import families
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.guidance import check_guidance
+from tests import families
 from train import train_refiner
 from train.options import default_options, describe, parse, plan
 from train.presets import FORWARDS, PRESETS

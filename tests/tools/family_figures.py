@@ -1,6 +1,6 @@
 """Figures of the refiner on the tiny random pipelines of tests/families.py, as a table.
 
-    PYTHONPATH=tests python -m tests.tools.family_figures [FAMILY ...]
+    python -m tests.tools.family_figures [FAMILY ...]
 
 Start: root mean square of an untrained refiner's correction at 16 seeds, beside that of x_T, 1, in
 float32 and bfloat16.  A: the gain of the family's own sampler in N = 4 steps.  Forwards of the
@@ -13,7 +13,6 @@ import statistics
 import time
 
 import torch
-from families import FAMILIES, pipeline
 
 from noiserefine import Refiner
 from noiserefine.denoiser import ForwardCounter, can_guide, canvas, denoiser
@@ -21,6 +20,7 @@ from noiserefine.guidance import sample_latents
 from noiserefine.lora import adapted
 from noiserefine.msd import sampler_gain
 from noiserefine.noise import encode_prompt
+from tests.families import FAMILIES, pipeline
 
 STEPS, SEEDS, ROUNDS = 4, 16, 20
 PROMPT = "a red apple"

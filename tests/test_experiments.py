@@ -112,7 +112,7 @@ def test_inversion_is_undone_by_sampling(pipe):
         .mean()
         for steps in (5, 40)
     ]
-    assert errors[1] < 0.5 * errors[0] and errors[1] < 0.2 * x0.var()
+    assert errors[1] < 0.5 * errors[0] and errors[1] < 0.3 * x0.var()
     assert type(pipe.scheduler).__name__ == "DDIMScheduler"
 
 

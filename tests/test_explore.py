@@ -291,7 +291,7 @@ def test_stopping_leaves_the_pipeline_as_it_was(make, pipe):
 
     with pytest.raises(KeyboardInterrupt):
         make(RECIPE.refined, on_x0=stop)
-    assert not make.known and steps[0].shape == (1, 8, 16, 16)
+    assert not make.known and steps[0].shape == (1, 6, 32, 32)
     assert pipe.scheduler is scheduler and torch.equal(output(pipe), before)
     assert not any(module._forward_pre_hooks for module in pipe.unet.modules())
 
@@ -302,10 +302,10 @@ def test_preview_looks_like_the_image(make, pipe):
     for seed in range(3):
         x0 = []
         sample = make(replace(RECIPE.guided, seed=seed, steps=10), on_x0=x0.append)
-        image = sample.image.resize((16, 16), Image.Resampling.BOX)
+        image = sample.image.resize((32, 32), Image.Resampling.BOX)
         rough = preview(x0[-1])
         assert (
-            rough.size == (16, 16)
+            rough.size == (32, 32)
             and np.corrcoef(np.asarray(rough).ravel(), np.asarray(image).ravel())[0, 1] > 0.9
         )
 
@@ -324,7 +324,7 @@ def test_decode_is_the_pipelines_own(pipe):
     ).images[0]
     assert np.array_equal(decode(pipe, expected)[0], image) and decode(
         pipe, latents.repeat(2, 1, 1, 1)
-    )[1].size == (128, 128)
+    )[1].size == (64, 64)
 
 
 def test_attention(make, pipe):
@@ -332,15 +332,15 @@ def test_attention(make, pipe):
     maps, sample = attention(make, RECIPE.refined, "apple")
     assert equal(sample, make(RECIPE.refined))
     maps, sample = attention(make, RECIPE.guided, "apple")
-    assert maps.shape == (3, 16, 16) and not torch.allclose(
+    assert maps.shape == (3, 32, 32) and not torch.allclose(
         maps, attention(make, RECIPE.guided, "background")[0]
     )
     count = pipe.tokenizer.model_max_length
-    with watch_attention(pipe.unet, list(range(count)), 16, 16) as everything:
+    with watch_attention(pipe.unet, list(range(count)), 32, 32) as everything:
         output(pipe)
     torch.testing.assert_close(
         torch.stack(everything),
-        torch.full((2, 16, 16), 1 / count),
+        torch.full((2, 32, 32), 1 / count),
         msg="attention to all tokens sums to one",
     )
     assert torch.equal(output(pipe), before)

@@ -75,9 +75,8 @@ class _Run:
         """Return what was reported since the last call, END among it when the work is over."""
         values = [self.reports.get()]
         self.ended.wait(every)
-        while not self.reports.empty():
-            values.append(self.reports.get())
-        return values
+        # As many as there are now: work that reports without a pause would never let it end.
+        return values + [self.reports.get() for _ in range(self.reports.qsize())]
 
 
 def stream(

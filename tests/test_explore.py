@@ -344,10 +344,10 @@ def test_attention(make, pipe):
         msg="attention to all tokens sums to one",
     )
     assert torch.equal(output(pipe), before)
-    assert attention(make, replace(RECIPE.refined, height=72, width=40), "apple")[0].shape == (
+    assert attention(make, replace(RECIPE.refined, height=136, width=72), "apple")[0].shape == (
         3,
+        34,
         18,
-        10,
     )
 
 

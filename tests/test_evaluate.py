@@ -425,3 +425,14 @@ def test_every_word_is_one_token(pipe):
         for thing in objects():
             for name in (thing.name, *thing.synonyms):
                 assert len(tokenizer.tokenize(name)) == len(name.split()), name
+
+
+def test_a_flow_model_is_measured_with_a_sampler_of_its_own(tmp_path):
+    """By class names, whose background the judge does not judge."""
+    prompts = str(ROOT / "assets" / "prompts" / "emoji_objects.txt")
+    options = ["--n", "2", "--steps", "1", "--arms", "gaussian", "--bootstrap", "5"]
+    options += ["--prompts", prompts, "--output", str(tmp_path / "sit.json")]
+    evaluate.main(["--backbone", str(ROOT / "assets" / "emoji-sit"), *options])
+    result = json.loads((tmp_path / "sit.json").read_text())
+    assert result["settings"]["sampler"] == "Native"
+    assert "background_accuracy" not in result["arms"]["gaussian"]

@@ -34,7 +34,7 @@ from noiserefine.checkpoint import signature
 from noiserefine.denoiser import denoiser
 from noiserefine.models.loading import load_pipeline
 from noiserefine.models.user_lora import add_lora
-from noiserefine.samplers import SAMPLER_NAMES
+from noiserefine.samplers import SAMPLER_NAMES, samplers_of
 from train.captions import HELD_OUT, coco_captions, fits, read_prompts, repeat_to
 from train.common import argument_parser, load_named, run_script, write_json
 from train.measurement import ARMS, Measurement, all_figures, arms_table
@@ -71,13 +71,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--guidance_scale", type=float, default=2.5, help="CFG scale of the guided arms")
     add("--pag_scale", type=float, default=3.0, help="PAG scale s (equation 32)")
     add("--strength", type=float, default=1.0, help="strength of the refinement")
-    add("--sampler", default="DDIM", choices=SAMPLER_NAMES)
+    add("--sampler", choices=SAMPLER_NAMES, help="the first that the model takes, by default")
     add("--batch_size", type=int, default=50)
     add("--bootstrap", type=int, default=300, help="resamples for the intervals")
     add("--images", type=Path, help="folder to write the images of each arm to")
     add("--output", type=Path, required=True, help="JSON file of the results")
     args = parser.parse_args(arguments)
-    check_settings(args.steps, args.guidance_scale, args.strength, args.sampler)
+    sampler = args.sampler or SAMPLER_NAMES[0]
+    check_settings(args.steps, args.guidance_scale, args.strength, sampler)
     if args.n < MIN_IMAGES or args.batch_size < 1 or args.bootstrap < 1:
         parser.error("--n must be at least 2, --batch_size and --bootstrap at least 1.")
     if args.output.suffix != ".json":
@@ -104,6 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Accelerator reads this variable by itself, PartialState does not.
     process = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     pipe = load_pipeline(args.backbone, process.device)
+    args.sampler = args.sampler or samplers_of(pipe)[0]
     if args.lora:
         add_lora(pipe, args.lora)
     network = load_named("network", args.network) if args.network else Refiner

@@ -108,7 +108,7 @@ def test_samplers_agree(pipe):
             with_sampler(pipe, name),
             prompt=PROMPT,
             latents=draw_noise(pipe, 0),
-            num_inference_steps=50,
+            num_inference_steps=30,
             output_type="latent",
         ).images
         for name in SAMPLERS

@@ -20,7 +20,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--prompt", default="a panda on a pink background")
+    parser.add_argument("--prompt", default="a rocket on a black background")
     parser.add_argument("--tab", help="take a picture of this tab only")
     parser.add_argument("--width", type=int, default=1120)
     parser.add_argument("--dark", action="store_true")

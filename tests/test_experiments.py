@@ -413,6 +413,8 @@ def test_a_model_of_the_catalogue_may_be_a_lora(run, tmp_path, monkeypatch):
             "4",
             "--rank",
             "8",
+            "--lr",
+            "0.1",
             "--output_dir",
             str(tmp_path),
         ]

@@ -45,6 +45,10 @@ SAMPLERS_TRIED = {  # beside DDIM, by the name of their results
 }
 STEPS, FEW_STEPS, TURBO_STEPS = (10, 20, 50), (4, 6, 10, 14), (1, 2, 4)
 STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5)
+EPOCHS = PRESETS["emoji"]["epochs"]
+# The noise loss takes two evaluations an item and not eight: as many as the refiner's in four times
+# its epochs.
+NOISE_EPOCHS = 4 * EPOCHS
 # Network evaluations of the refiner's training, after its targets.
 BUDGET = plan(Options(**PRESETS["emoji"]))[1]["training"]
 
@@ -129,9 +133,11 @@ class Commands:
             for network in ("lora", "mlp", "scratch"):
                 name = f"tuning-{network}-{lr}"
                 options = f"{self.shared} --network {NETWORKS.get(network, network)}"
-                yield self.train(name, f"{options} --epochs 1 --lr {lr}", RESULTS / f"{name}.json")
+                yield self.train(
+                    name, f"{options} --epochs {EPOCHS / 4:g} --lr {lr}", RESULTS / f"{name}.json"
+                )
             name = f"tuning-noise-{lr}"
-            options = f"{self.inverted} --epochs 4 --lr {lr}"
+            options = f"{self.inverted} --epochs {NOISE_EPOCHS / 4:g} --lr {lr}"
             yield self.train(name, options, RESULTS / f"{name}.json")
             for loss in ("guidance", "images"):
                 name = f"tuning-{loss}-{lr}"
@@ -215,10 +221,9 @@ def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
             make.denoiser("guidance", f"--loss guidance --evaluations {BUDGET} --lr 3e-4"),
             make.evaluate_denoiser("guidance-distilled", "guidance"),
         ],
-        # As many evaluations as the refiner's: each item takes two and not eight.
         "table1": [
             make.inversions,
-            *make.compare("noise-loss", f"{inverted} --epochs 16 --lr 3e-4"),
+            *make.compare("noise-loss", f"{inverted} --epochs {NOISE_EPOCHS:g} --lr 3e-4"),
         ],
         "table11": [make.figures("inversion_error", "inversion", "--n 40")],
         "table4": make.style("clay") + make.style("ink"),

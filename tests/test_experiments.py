@@ -453,6 +453,12 @@ def test_every_experiment_is_a_command_that_its_script_takes(tmp_path):
     }
     assert {file for _, files, _, _ in report.SECTIONS for file in files} == files
     made = {str(command.result) for commands in chosen.values() for command in commands}
+    made |= {
+        str(command.copy.relative_to(ROOT))
+        for commands in chosen.values()
+        for command in commands
+        if command.copy
+    }
     for commands in chosen.values():
         for command in (command for command in commands if command.script == "train/evaluate.py"):
             asked = evaluate.parse(list(command.options))

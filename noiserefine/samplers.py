@@ -84,12 +84,14 @@ def make_scheduler(sampler: str, pipe: DiffusionPipeline) -> SchedulerMixin:
 
 
 def forwards(sampler: str | SchedulerMixin, steps: int) -> int:
-    """Return the forwards of an unguided sampling; Heun's method makes 2 N - 1.
+    """Return the forwards of an unguided sampling; second-order methods make 2 N - 1.
 
     sampler: a name, or a scheduler, which counts its own timesteps.
     """
     if isinstance(sampler, str):
-        return 2 * steps - 1 if sampler.startswith("Heun") else steps
+        name, _ = (SAMPLERS | FLOW_SAMPLERS).get(sampler, ("SchedulerMixin", {}))
+        second_order = getattr(getattr(diffusers, name), "order", 1) > 1
+        return 2 * steps - 1 if second_order else steps
     walker = copy.deepcopy(sampler)
     set_steps(walker, steps)
     return len(walker.timesteps)

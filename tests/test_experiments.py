@@ -506,7 +506,6 @@ def test_the_kept_report_is_of_the_kept_results(tmp_path, monkeypatch):
     assert all((reproduce.RESULTS / name).is_file() for name in re.findall(r"\]\(([^)]+)\)", text))
     shutil.copytree(reproduce.RESULTS, tmp_path / "kept")
     monkeypatch.setattr(report, "RESULTS", tmp_path / "kept")
-    monkeypatch.setattr(report, "ROOT", tmp_path)
     report.main([])
     assert (tmp_path / "kept" / "report.md").read_text() == text
 
@@ -526,7 +525,6 @@ def test_the_report_has_a_section_for_every_experiment(tmp_path, monkeypatch, ca
         "arms": {name: arm for name in ("gaussian", "guided", "refined", "refined_guided")},
     }
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    monkeypatch.setattr(report, "ROOT", tmp_path)
     for name in {file for _, files, _, _ in report.SECTIONS for file in files}:
         (tmp_path / f"{name}.json").write_text(
             json.dumps(result | {"results": {"validation_refined": 0.25}})

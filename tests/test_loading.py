@@ -376,6 +376,7 @@ def test_the_command_that_trains(pipe, sdxl):
 
     assert "--preset sdxl" in command("sdxl")
     assert "--preset emoji" in command("emoji-clay")
+    assert "--preset sd35-medium" in command("sd35-large"), "the nearest that has one"
     for distilled, base in (
         ("sd-turbo", "sd21-base"),
         ("klein-distilled", "klein"),
@@ -383,7 +384,9 @@ def test_the_command_that_trains(pipe, sdxl):
         ("sd35-large-turbo", "sd35-large"),
     ):
         assert f"--backbone {BACKBONES[base].source} " in command(distilled), "table 5"
-    assert "--preset sdxl --backbone somebody/tune" in training_command(sdxl, "somebody/tune", None)
+    assert "--preset sdxl --quick --backbone somebody/tune" in training_command(
+        sdxl, "somebody/tune", None
+    )
     assert "--preset sd" in training_command(pipe, "somebody/tune", None)
 
 

@@ -8,6 +8,7 @@ from accelerate.state import AcceleratorState
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.guidance import check_guidance
+from noiserefine.models.catalogue import BACKBONES
 from tests import families
 from train import train_refiner
 from train.options import default_options, describe, parse, plan
@@ -113,3 +114,13 @@ def test_out_of_memory_names_what_helps(train, tmp_path, monkeypatch):
     with pytest.raises(MemoryError, match="--gradient_checkpointing True.*--batch_size 1 --grad"):
         train("sd3", "--output_dir", str(tmp_path / "full"))
     monkeypatch.undo()
+
+
+def test_every_model_of_the_catalogue_has_a_preset():
+    """A model that is converted here is trained from the folder that it is converted to."""
+    for name, backbone in BACKBONES.items():
+        assert backbone.preset in PRESETS, name
+        if backbone.made_by:
+            folder = backbone.made_by.split()[-1]
+            assert backbone.source.endswith(folder)
+            assert PRESETS[backbone.preset]["backbone"] == folder

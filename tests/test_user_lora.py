@@ -313,6 +313,7 @@ def old_dora(weight, seed):
         (lambda state, pipe: state | {"lora_unet_norm1.w_norm": torch.ones(4)}, "normalisation"),
         (lambda state, pipe: state | {"lora_unet_norm1.diff": torch.ones(4)}, "normalisation"),
         (lambda state, pipe: {"lora_unet_a.oft_blocks": torch.ones(4)}, "is an OFT, which"),
+        (lambda state, pipe: {"lora_unet_a.boft_blocks": torch.ones(4)}, "is a BOFT, which"),
         (lambda state, pipe: {"lora_unet_a.a1.weight": torch.ones(4)}, "is a GLoRA, which"),
         (lambda state, pipe: {"lora_unet_a.on_input": torch.ones(4)}, "is an .IA.³, which"),
         (lambda state, pipe: {"emb_params": torch.ones(2, 4)}, "is a textual inversion"),

@@ -56,7 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         gradient_checkpointing=True,
     ),
     "sit": dict(
-        backbone="runs/sit-xl-2-256",
+        backbone="runs/sit-xl-2",
         prompts="assets/prompts/imagenet100.txt",
         validation_prompts="assets/prompts/imagenet100.txt",
         num_targets=100_000,
@@ -88,7 +88,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "emoji": EMBEDDED,
     "emoji-flow": EMBEDDED_FLOW,
     "emoji-sit": EMBEDDED_FLOW
-    | dict(
+    | dict(  # the classes are the same for training and validation, the noise is not
         backbone="assets/emoji-sit",
         prompts="assets/prompts/emoji_objects.txt",
         validation_prompts="assets/prompts/emoji_objects.txt",

@@ -54,6 +54,7 @@ class Backbone:
     parameters: float  # billions, of the denoiser
     download: float  # GiB, of all parts, about; 0 for an embedded model
     licence: str
+    preset: str  # of train/train_refiner.py
     guidance_scale: float | None = 7.0  # diffusers' g of the guided column; None: not applicable
     steps: int = 20
     sampler: str = "DDIM"
@@ -62,7 +63,6 @@ class Backbone:
     lora: str | None = None  # folder of the LoRA that, folded into the source, makes this model
     timestep_spacing: str | None = None  # of its samplers; None for the source's own
     sha256: dict[str, str] = field(default_factory=dict)  # of files that must come unchanged
-    preset: str = "sd21"  # of train/train_refiner.py
     tried: str = "random weights"  # what it has run with in this project
     made_by: str = ""  # the command that writes its folder, where it is no download
 
@@ -132,6 +132,7 @@ SD21 = Backbone(
     parameters=0.87,
     download=4.8,
     memory=6,
+    preset="sd21",
     licence="OpenRAIL++",
     sha256=SD21_PARTS | SD21_UNET,
 )
@@ -145,6 +146,7 @@ SD21_BASE = Backbone(
     parameters=0.87,
     download=4.8,
     memory=4,
+    preset="sd21",
     licence="OpenRAIL++",
     sha256=SD21_PARTS | SD21_BASE_UNET,
 )
@@ -158,6 +160,7 @@ SD35_LARGE = Backbone(
     parameters=8.1,
     download=26,
     memory=29,
+    preset="sd35-medium",
     licence="Stability Community",
     guidance_scale=4.5,
     steps=28,

@@ -40,8 +40,8 @@ EMBEDDING = re.compile(r"bundle_emb\.([^.]+)\.")
 # What cannot become W + up @ down, by a piece of its tensors' names.
 REFUSED = {
     "w_norm": "trains normalisation layers, which a LoRA cannot hold",
-    "oft_": "is an OFT, which rotates weights instead of adding to them",
     "boft_": "is a BOFT, which rotates weights instead of adding to them",
+    "oft_": "is an OFT, which rotates weights instead of adding to them",  # a part of "boft_"
     ".a1.weight": "is a GLoRA, which multiplies weights instead of adding to them",
     "on_input": "is an (IA)³, which scales activations instead of adding to weights",
     "vera_lambda": "is a VeRA, whose matrices are drawn from a seed",

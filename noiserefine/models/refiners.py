@@ -35,6 +35,6 @@ def training_command(pipe: DiffusionPipeline, source: str, backbone: Backbone | 
         alike.sort(key=lambda each: each.prediction_type != prediction_type(pipe))
         preset = next((each.preset for each in alike if each.download), "sd21")
     return (
-        f"python train/train_refiner.py --preset {preset} --backbone {source} --prompts "
-        f"prompts.txt --output_dir {output}"
+        f"python train/train_refiner.py --preset {preset} --quick --backbone {source} "
+        f"--output_dir {output}"
     )

@@ -7,6 +7,7 @@ report.md and its plots there. Sections without results are left out. The paper'
 quoted.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 
@@ -362,6 +363,20 @@ SECTIONS: list[tuple[str, list[str], Callable[[Results], str], str]] = [
 ]
 
 
+def _outdated(results: dict[str, dict]) -> list[str]:
+    """Return a note if the base's files are no longer those that were measured."""
+    about = results.get("base", {}).get("settings", {}).get("about", {})
+    changed = [
+        name
+        for name, sha256 in about.items()
+        if (ROOT / name).is_file()
+        and hashlib.sha256((ROOT / name).read_bytes()).hexdigest() != sha256
+    ]
+    if not changed:
+        return []
+    return [f"\n**Measured on earlier weights**: since then `{'`, `'.join(changed)}` has changed."]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Write the report of the results that exist."""
     argument_parser(__doc__).parse_args(arguments)
@@ -376,6 +391,7 @@ def main(arguments: list[str] | None = None) -> None:
         "trained for longer. A Fréchet distance depends on n: compare within a table. The first "
         "images have the same seeds everywhere and these prompts: "
         f"{'; '.join(held_out_prompts(SHOWN))}.",
+        *_outdated(results),
     ]
     missing = []
     for title, files, write, quoted in SECTIONS:
@@ -389,7 +405,7 @@ def main(arguments: list[str] | None = None) -> None:
     path = RESULTS / "report.md"
     path.write_text("\n".join(parts) + "\n", encoding="utf-8")
     written = len(SECTIONS) - len(missing)
-    print(f"{path.relative_to(ROOT)}: {written} of {len(SECTIONS)} sections.")
+    print(f"{path}: {written} of {len(SECTIONS)} sections.")
 
 
 if __name__ == "__main__":

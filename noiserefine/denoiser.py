@@ -408,10 +408,10 @@ def _takes(pipe: DiffusionPipeline, arguments: dict[str, Any], sample: torch.Ten
 # Forwards, counted
 
 
-def _rows(args: tuple, kwargs: dict[str, Any]) -> int:
-    """Return the images in a denoiser's call: the length of its first argument, or list."""
+def first_argument(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Return the images that a denoiser is called with: a tensor, or a list of one for each."""
     names = ("hidden_states", "sample", "x")
-    return len(args[0] if args else next(kwargs[name] for name in names if name in kwargs))
+    return args[0] if args else next(kwargs[name] for name in names if name in kwargs)
 
 
 class ForwardCounter:
@@ -425,7 +425,7 @@ class ForwardCounter:
         """Count while the context is open."""
 
         def count(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            self.count += _rows(args, kwargs)
+            self.count += len(first_argument(args, kwargs))
 
         handles = [n.register_forward_pre_hook(count, with_kwargs=True) for n in networks]
         try:

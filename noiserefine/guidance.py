@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+from diffusers.guiders import BaseGuidance
 from diffusers.utils import BaseOutput
 
 from noiserefine.denoiser import (
@@ -13,21 +14,31 @@ from noiserefine.denoiser import (
     precision,
     size_arguments,
 )
+from noiserefine.guiders import scale_of, with_guider
 from noiserefine.noise import step_generator
 from noiserefine.samplers import with_step
 
 
 def sample(
-    pipe: DiffusionPipeline, *, guidance_scale: float = 1.0, pag_scale: float = 0.0, **kwargs
+    pipe: DiffusionPipeline,
+    *,
+    guidance_scale: float = 1.0,
+    pag_scale: float = 0.0,
+    guider: BaseGuidance | None = None,
+    **kwargs,
 ) -> BaseOutput:
     """Call the pipeline, by default unguided, and leave it as it was found.
 
     guidance_scale is diffusers' g in e_u + g (e_c - e_u) for every pipeline, so the paper's w of
     equation 31 is g - 1 and 1 means unguided.  pag_scale is s of equation 32; 0 means none.
+    guider is diffusers', in the place of the pipeline's own guidance; its scale counts then.
     kwargs go to the pipeline's call.
 
     Raises ValueError where the pipeline offers no such guidance.
     """
+    if guider is not None:
+        _check_alone(pag_scale)
+        guidance_scale, pipe = scale_of(guider), with_guider(pipe, guider)
     if guidance_scale == 1:
         kwargs = {name: kwargs[name] for name in kwargs if not name.startswith("negative")}
     kwargs |= guidance_arguments(pipe, guidance_scale)
@@ -51,11 +62,26 @@ def sample(
         network.set_attn_processor(processors)
 
 
-def check_guidance(pipe: DiffusionPipeline, guidance_scale: float, pag_scale: float = 0.0) -> None:
+def check_guidance(
+    pipe: DiffusionPipeline,
+    guidance_scale: float,
+    pag_scale: float = 0.0,
+    guider: BaseGuidance | None = None,
+) -> None:
     """Raise ValueError, before anything is sampled, where the pipeline offers no such guidance."""
     guidance_arguments(pipe, guidance_scale)
+    if guider is not None:
+        _check_alone(pag_scale)
+        with_guider(pipe, guider)
     if pag_scale:
         _with_pag(pipe)
+
+
+def _check_alone(pag_scale: float) -> None:
+    if pag_scale:
+        raise ValueError(
+            "A guider and perturbed-attention guidance do not go together: leave pag_scale at 0."
+        )
 
 
 def _with_pag(pipe: DiffusionPipeline) -> DiffusionPipeline:
@@ -80,14 +106,14 @@ def sample_latents(
     embeds: dict[str, Any],
     steps: int,
     seed: int = 0,
-    **guidance: float,
+    **guidance: Any,
 ) -> torch.Tensor:
     """Return x0, (B, C, h, w), without gradient: what the scheduler's last step returns.
 
     x_T     (B, C, h, w), refined or not
     embeds  what `encode_prompt` returns
     seed    of the noise that stochastic samplers add
-    guidance: guidance_scale and pag_scale, as `sample` takes them; unguided by default
+    guidance: guidance_scale, pag_scale and guider, as `sample` takes them; unguided by default
     """
     canvas, step = canvas_like(pipe, x_T), pipe.scheduler.step
     x_T = x_T.detach().to(pipe._execution_device, precision(denoiser(pipe)))

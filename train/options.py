@@ -11,6 +11,7 @@ from diffusers import SchedulerMixin
 from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
+from noiserefine.guiders import GUIDERS, forwards_of
 from noiserefine.samplers import NATIVE, SAMPLER_NAMES, forwards
 from train.common import load_named
 from train.presets import FORWARDS, PRESETS, QUICK, QUICK_EMBEDDED
@@ -61,6 +62,11 @@ class Options:
         None, "lowest and highest CFG scale of a refiner that takes the scale (A.4), e.g. 1 10"
     )
     pag_scale: float = option(3.0, "[s] PAG scale of the targets (eq. 32); 0 for none")
+    teacher: str = option(
+        "cfg",
+        "how the targets are guided: cfg in all steps, interval (in the middle ones), rescale "
+        "(CFG rescaled) or apg (adaptive projected guidance)",
+    )
     target_steps: int = option(20, "[N'] sampling steps of the targets")
     target_batch_size: int = option(8, "targets sampled in one call, on each device")
     targets_of: str = option(
@@ -124,7 +130,7 @@ class Options:
 # What the targets are made from: targets may be shared by runs that agree on it.
 TARGET_OPTIONS = (
     *("backbone", "num_targets", "guidance_scale", "guidance_scale_range", "pag_scale"),
-    *("target_steps", "score", "height", "width", "sampler", "seed"),
+    *("teacher", "target_steps", "score", "height", "width", "sampler", "seed"),
 )
 # What changes nothing of the result, or is compared otherwise: a run may be continued with other
 # values. All other options bind the training.
@@ -202,8 +208,11 @@ def plan(
         per_target, per_item = 0, forwards(sampler, options.steps)
     else:
         per_target, per_item = load_named("loss", options.loss).evaluations(options)
-    guidance_passes = 1 + (options.guidance_scale > 1) + (options.pag_scale > 0)
-    per_target += guidance_passes * forwards(sampler, options.target_steps)
+    sampled = forwards(sampler, options.target_steps)
+    if guider := GUIDERS[options.teacher](options.guidance_scale):
+        per_target += forwards_of(guider, sampled)
+    else:
+        per_target += (1 + (options.guidance_scale > 1) + (options.pag_scale > 0)) * sampled
     return total_steps, {
         "targets": per_target * options.num_targets,
         "training": (1 + per_item + 1) * per_step * total_steps,
@@ -267,6 +276,7 @@ def effective_batch(options: Options, processes: int) -> int:
 def _check_choices(options: Options) -> None:
     for name, choices in (
         ("sampler", [None, *SAMPLER_NAMES]),
+        ("teacher", list(GUIDERS)),
         ("optimizer", ["adamw", "adamw8bit"]),
         ("lr_schedule", LR_SCHEDULES),
         ("mixed_precision", list(DTYPES)),
@@ -287,6 +297,11 @@ def _check_guidance(options: Options) -> None:
     if scale < 1 or options.pag_scale < 0 or (scale == 1 and options.pag_scale == 0):
         raise ValueError(
             "The targets need guidance: --guidance_scale above 1, --pag_scale above 0, or both."
+        )
+    if options.teacher != "cfg" and (scale == 1 or options.pag_scale):
+        raise ValueError(
+            f"--teacher {options.teacher} takes the place of other guidance: give it a "
+            "--guidance_scale above 1, and --pag_scale 0."
         )
     if scales and not (len(scales) == len(("low", "high")) and 1 <= scales[0] < scales[1]):
         raise ValueError(

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from noiserefine.guidance import sample_latents
+from noiserefine.guiders import GUIDERS
 from noiserefine.latents import decode
 from noiserefine.noise import draw_noise, encode_prompt
 from noiserefine.samplers import with_sampler
@@ -149,6 +150,7 @@ class Targets:
             seed=options.seed + indices[0],
             guidance_scale=self.guidance_scale(indices[0]),
             pag_scale=options.pag_scale,
+            guider=GUIDERS[options.teacher](self.guidance_scale(indices[0])),
         )
         tensors = {"x0": x0, "seeds": torch.tensor([options.seed + i for i in indices])}
         if self.extra_tensors:

@@ -31,6 +31,7 @@ from torch import nn
 from noiserefine import Refiner
 from noiserefine.denoiser import denoiser
 from noiserefine.guidance import check_guidance, sample_latents
+from noiserefine.guiders import GUIDERS
 from noiserefine.models.loading import load_pipeline
 from noiserefine.msd import msd_loss, sampler_gain
 from noiserefine.noise import image_size
@@ -45,8 +46,8 @@ from train.tools.share import push
 from train.validation import Validation
 
 RECORDED = (  # in refiner.json
-    *("network", "loss", "guidance_scale", "guidance_scale_range", "pag_scale", "target_steps"),
-    *("sampler", "steps", "num_targets", "epochs", "height", "width", "prompts"),
+    *("network", "loss", "guidance_scale", "guidance_scale_range", "pag_scale", "teacher"),
+    *("target_steps", "sampler", "steps", "num_targets", "epochs", "height", "width", "prompts"),
     "num_validation",
 )
 
@@ -132,7 +133,8 @@ def run(options: Options) -> None:
     # The pipeline, prompts and loss: whatever cannot work is refused before the expensive part.
     pipe = load_pipeline(options.backbone, accelerator.device, DTYPES[options.mixed_precision])
     options.sampler = options.sampler or samplers_of(pipe)[0]
-    check_guidance(pipe, options.guidance_scale, options.pag_scale)
+    guider = GUIDERS[options.teacher](options.guidance_scale)
+    check_guidance(pipe, options.guidance_scale, options.pag_scale, guider)
     height, width = image_size(pipe, options.height, options.width)
     vae = getattr(pipe, "vae", None)
     if vae is not None and vae.config.get("force_upcast"):

@@ -9,6 +9,7 @@ from diffusers.utils import make_image_grid
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.guidance import sample_latents
+from noiserefine.guiders import GUIDERS
 from noiserefine.latents import decode
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
@@ -43,6 +44,7 @@ class Validation:
                 options.target_steps,
                 guidance_scale=options.guidance_scale,
                 pag_scale=options.pag_scale,
+                guider=GUIDERS[options.teacher](options.guidance_scale),
             ),
         }
 

@@ -52,10 +52,11 @@ def read_targets(folder: Path) -> tuple[torch.Tensor, list[str], float]:
             f"{folder} holds no targets: it is not the --output_dir of a run of train_refiner.py."
         )
     run = json.loads((folder / "config.json").read_text())
-    if run["pag_scale"] or run["guidance_scale_range"] or run["keep_top"]:
+    plain_cfg = run.get("teacher", "cfg") == "cfg" and not run["pag_scale"]
+    if not plain_cfg or run["guidance_scale_range"] or run["keep_top"]:
         raise ValueError(
-            f"The targets in {folder} have PAG, a range of scales or a choice by score; these "
-            "comparisons take targets of one CFG scale."
+            f"The targets in {folder} have PAG, another --teacher, a range of scales or a choice "
+            "by score; these comparisons take targets of one CFG scale."
         )
     latents: list[torch.Tensor] = []
     prompts: list[str] = []

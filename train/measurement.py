@@ -3,7 +3,7 @@
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,16 @@ from train.metrics import Figure, Metric
 
 SHOWN, SHOWN_SIDE = 8, 256  # images of each arm in a row, and their largest side in pixels
 NOT_BINDING = ("arms", "output", "images", "bootstrap", "reference")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the images of one file are made of, in every arm."""
+
+    start: int  # number of the first image
+    prompts: list[str]
+    x_T: torch.Tensor  # (B, C, h, w), Gaussian
+    embeds: dict[str, Any]  # the prompts, as the pipeline takes them
 
 
 @dataclass(frozen=True)
@@ -93,8 +103,30 @@ class Measurement:
         prompts: list[str],
         metrics: list[Metric],
     ) -> None:
-        """Make and measure the images that are missing, every process its share."""
+        """Make and measure the images that are missing of the arms of ARMS."""
         sampling_pipe = with_sampler(pipe, self.args.sampler)
+        networks = [denoiser(pipe)]
+        if refiner and isinstance(refiner.network, type(denoiser(pipe))):
+            networks.append(refiner.network)
+
+        def images(name: str, batch: Batch) -> list[Image.Image]:
+            latents = self._latents(ARMS[name], pipe, refiner, batch.x_T, batch.embeds)
+            return self._sample(ARMS[name], sampling_pipe, latents, batch.embeds, batch.start)
+
+        self.measure(pipe, networks, images, prompts, metrics)
+
+    def measure(
+        self,
+        pipe: DiffusionPipeline,
+        networks: Sequence[torch.nn.Module],
+        images_of: Callable[[str, Batch], list[Image.Image]],
+        prompts: list[str],
+        metrics: list[Metric],
+    ) -> None:
+        """Make and measure the images that are missing, every process its share.
+
+        networks: those whose forwards count. images_of: makes an arm's images of a batch.
+        """
         for start in tqdm(
             self.starts[self.process.process_index :: self.process.num_processes],
             disable=not self.process.is_local_main_process,
@@ -106,15 +138,11 @@ class Measurement:
             x_T = draw_noise(pipe, FIRST_EVALUATION_SEED + start, len(batch_prompts)).to(
                 pipe.device
             )
-            embeds = encode_prompt(pipe, batch_prompts)
+            batch = Batch(start, batch_prompts, x_T, encode_prompt(pipe, batch_prompts))
             for name in arms:
                 began, counter = time.perf_counter(), ForwardCounter()
-                networks = [denoiser(pipe)]
-                if refiner and isinstance(refiner.network, type(denoiser(pipe))):
-                    networks.append(refiner.network)
                 with counter.watch(*networks):
-                    latents = self._latents(ARMS[name], pipe, refiner, x_T, embeds)
-                    images = self._sample(ARMS[name], sampling_pipe, latents, embeds, start)
+                    images = images_of(name, batch)
                 cost = {"forwards": counter.count, "seconds": time.perf_counter() - began}
                 rows = {
                     key: value
@@ -128,14 +156,10 @@ class Measurement:
 
     def results(self, prompts: list[str], metrics: list[Metric]) -> dict[str, Any]:
         """Return the figures of every arm with their intervals, and how the arms differ."""
-        estimates, result = {}, self._head(prompts)
+        estimates, result = self.estimates(prompts, metrics), self._head(prompts)
         figures = all_figures(metrics)
-        groups = _rows_of_each_prompt(prompts)
-        resamples = _resamples(len(groups), self.args.bootstrap)
-        for name in self.args.arms:
-            rows, cost = self._read(name)
-            estimates[name] = _estimates(rows, metrics, groups, resamples)
-            result["arms"][name] = cost | _summary(estimates[name], figures)
+        for name, values in estimates.items():
+            result["arms"][name] = self.cost(name) | summary(values, figures)
 
         # Differences to the reference arm, and the share of its distance that refining closes.
         reference = estimates.get(self.args.reference)
@@ -144,7 +168,7 @@ class Measurement:
         for name, values in estimates.items():
             if name != self.args.reference:
                 differences = {key: values[key] - reference[key] for key in values}
-                result["differences"][name] = _summary(differences, figures)
+                result["differences"][name] = summary(differences, figures)
         if {"gaussian", "refined"} <= estimates.keys():
             gaussian, refined = estimates["gaussian"], estimates["refined"]
             closed = {
@@ -152,8 +176,26 @@ class Measurement:
                 for key in gaussian
                 if figures[key].in_gap
             }
-            result["gap_closed"] = _summary(closed, figures)
+            result["gap_closed"] = summary(closed, figures)
         return result
+
+    def estimates(
+        self, prompts: list[str], metrics: list[Metric]
+    ) -> dict[str, dict[str, np.ndarray]]:
+        """Return the figures of every arm: the value, then those of the bootstrap's resamples.
+
+        The resamples are the same for all arms, so differences of arms are paired.
+        """
+        groups = _rows_of_each_prompt(prompts)
+        resamples = _resamples(len(groups), self.args.bootstrap)
+        return {
+            name: _estimates(self._read(name)[0], metrics, groups, resamples)
+            for name in self.args.arms
+        }
+
+    def cost(self, arm: str) -> dict[str, float]:
+        """Return an arm's forwards and seconds for each image."""
+        return self._read(arm)[1]
 
     def _head(self, prompts: list[str]) -> dict[str, Any]:
         return {
@@ -289,7 +331,7 @@ def _estimates(
     return {key: np.array(value) for key, value in values.items()}
 
 
-def _summary(estimates: dict[str, np.ndarray], figures: dict[str, Figure]) -> dict[str, Any]:
+def summary(estimates: dict[str, np.ndarray], figures: dict[str, Figure]) -> dict[str, Any]:
     """Return each figure's value and interval; one that these images do not tell is left out."""
     known = {key: values for key, values in estimates.items() if np.isfinite(values).all()}
     return {key: float(values[0]) for key, values in known.items()} | {

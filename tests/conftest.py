@@ -58,6 +58,15 @@ def sdxl():
     return random_pipeline("sdxl", small=True)
 
 
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """Return the folder of a pipeline with random weights, a hundredth of SD2.1."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    random_pipeline("sd21", small=True).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def browser():
     """Return a headless Chromium.

@@ -28,7 +28,6 @@ from train.options import PRESETS, Options, parse, plan
 from train.run import has_converged
 from train.settings import check_targets_of
 from train.targets import Targets
-from train.tools.architectures import random_pipeline
 from train.train_refiner import main
 
 SMALL = (
@@ -41,15 +40,12 @@ TINY = (
 
 
 @pytest.fixture(scope="session")
-def backbone(tmp_path_factory):
-    """Return options for a pipeline with random weights, a hundredth of SD2.1, and for prompts."""
-    folder = tmp_path_factory.mktemp("backbone")
-    torch.manual_seed(0)
-    random_pipeline("sd21", small=True).save_pretrained(folder / "pipeline")
-    prompts = folder / "prompts.txt"
+def backbone(tmp_path_factory, tiny_folder):
+    """Return options for a pipeline with random weights, and for prompts."""
+    prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     things = ("cat", "dog", "apple", "house")
     prompts.write_text("".join(f"a {c} {t}\n" for c in ("red", "blue", "green") for t in things))
-    return f"--preset emoji --backbone {folder / 'pipeline'} --prompts {prompts}".split()
+    return f"--preset emoji --backbone {tiny_folder} --prompts {prompts}".split()
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from noiserefine.checkpoint import CONFIG_NAME, is_refiner_file
+from noiserefine.denoiser import precision
 from noiserefine.models.few_steps import few_step_scheduler
 from noiserefine.models.lora_formats import Change, change, layers_of, placed, set_alphas
 from noiserefine.models.sources import (
@@ -59,7 +60,7 @@ def add_lora(pipe: DiffusionPipeline, name_or_path: str) -> str:
         for (name, module), parts in found.items():
             network = networks[name]
             changes[name, module] = change(
-                parts, network.get_submodule(module).weight, network.dtype
+                parts, network.get_submodule(module).weight, precision(network)
             )
         few_steps = few_step_scheduler(pipe, path, read_name(name_or_path))
     except (KeyError, IndexError, TypeError) as error:  # of diffusers' conversion of names
@@ -246,12 +247,13 @@ def _inject(network: Any, changes: dict[str, Change]) -> None:
             )
         if dora:
             state[f"{module}.lora_magnitude_vector"] = _magnitude(each, weight)
+    dtype = precision(network)
     inject_adapter_in_model(config, network, ADAPTER)
     set_peft_model_state_dict(network, state, ADAPTER)
     network._hf_peft_config_loaded = True  # where diffusers' and transformers' own methods look
     for layer in adapter_layers(network):
         for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
-            part.to(layer.get_base_layer().weight.device, network.dtype).requires_grad_(False)
+            part.to(layer.get_base_layer().weight.device, dtype).requires_grad_(False)
 
 
 def _magnitude(each: Change, weight: torch.Tensor) -> torch.Tensor:

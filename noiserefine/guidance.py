@@ -49,7 +49,9 @@ def sample(
         and "true_cfg_scale" in kwargs
         and not any(name.startswith("negative") for name in kwargs)
     ):
-        kwargs["negative_prompt"] = [""] * len(kwargs.get("prompt") or kwargs["prompt_embeds"])
+        prompts = kwargs.get("prompt")
+        prompts = kwargs["prompt_embeds"] if prompts is None else prompts
+        kwargs["negative_prompt"] = "" if isinstance(prompts, str) else [""] * len(prompts)
     if pag_scale == 0:
         return pipe(**kwargs)
     # A PAG pipeline swaps attention processors on the shared network and restores them only if

@@ -371,6 +371,24 @@ def test_guidance_that_a_pipeline_lacks():
             sample(pipeline(name), prompt="a cat", guidance_scale=3.0)
 
 
+def test_a_prompt_alone_is_guided():
+    """A string is one prompt, where the pipeline wants as many negative ones."""
+    pipe = pipeline("qwen_image")
+    one, listed = (
+        sample(
+            pipe,
+            prompt=prompt,
+            guidance_scale=3.0,
+            generator=torch.Generator().manual_seed(0),
+            num_inference_steps=2,
+            output_type="latent",
+            **size_arguments(pipe, 64, 64),
+        ).images
+        for prompt in (PROMPTS[0], PROMPTS[:1])
+    )
+    assert torch.equal(one, listed)
+
+
 @pytest.mark.parametrize("name", ["sd15", "flux_dev", "qwen_image"])  # kinds of latents
 def test_preview(name):
     pipe = pipeline(name)

@@ -258,11 +258,12 @@ def canvas(pipe: DiffusionPipeline, height: int | None = None, width: int | None
     It is measured once for each size.  Raises what the pipeline raises for a size that it cannot
     make, and ValueError for a pipeline whose noise cannot be told from its latents.
     """
-    known = _CANVASES.setdefault(denoiser(pipe), {})
-    key = type(pipe), height, width
-    if key not in known:
-        known[key] = _measure(pipe, height, width)
-    return known[key]
+    canvases, kind = _CANVASES.setdefault(denoiser(pipe), {}), type(pipe)
+    if (kind, height, width) not in canvases:
+        measured = _measure(pipe, height, width)
+        for size in ((height, width), (measured.height, measured.width)):  # None has a size too
+            canvases[(kind, *size)] = measured
+    return canvases[kind, height, width]
 
 
 def canvas_like(pipe: DiffusionPipeline, x: torch.Tensor) -> Canvas:
@@ -281,10 +282,10 @@ def canvas_like(pipe: DiffusionPipeline, x: torch.Tensor) -> Canvas:
             x.shape[2:], (native.height, native.width), (height, width), strict=True
         )
     )
-    found = canvas(pipe, *size)
-    if found.shape != x.shape[1:]:
-        raise ValueError(f"{expected}, of {tuple(found.shape)} for the nearest size.")
-    return found
+    nearest = canvas(pipe, *size)
+    if nearest.shape != x.shape[1:]:
+        raise ValueError(f"{expected}, of {tuple(nearest.shape)} for the nearest size.")
+    return nearest
 
 
 def exact_size(pipe: DiffusionPipeline) -> dict[str, bool]:

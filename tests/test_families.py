@@ -205,6 +205,8 @@ def test_encoding_is_the_pipelines_own(pipe, embeds):
 
 def test_latents_are_the_pipelines_own(pipe):
     """What the pipeline draws itself from a seed is what x_T, (B, C, h, w), gives it."""
+    native = canvas(pipe)
+    assert canvas(pipe, native.height, native.width) is native, "it is measured once"
     size = canvas(pipe, side(pipe), side(pipe))
     drawn = torch.randn(1, *size.shape, generator=torch.Generator().manual_seed(3))
     seen = []

@@ -322,8 +322,11 @@ def reach_latents(pipe: DiffusionPipeline, **call) -> tuple[DiffusionPipeline, d
     raise RuntimeError(f"{type(pipe).__name__} ended without preparing latents.")
 
 
-def accepts_scheduler(pipe: DiffusionPipeline, scheduler: SchedulerMixin) -> bool:
-    """Return whether the pipeline's call gets to its denoiser with another scheduler."""
+def accepts_scheduler(pipe: DiffusionPipeline, scheduler: SchedulerMixin, **call) -> bool:
+    """Return whether the pipeline's call gets to its denoiser with another scheduler.
+
+    call: the arguments of the pipeline's call, its prompt or what `encode_prompt` made of it.
+    """
     network = copy.copy(denoiser(pipe))
 
     def forward(*args, **kwargs):
@@ -333,7 +336,7 @@ def accepts_scheduler(pipe: DiffusionPipeline, scheduler: SchedulerMixin) -> boo
     twin = with_parts(pipe, network, scheduler)
     twin.set_progress_bar_config(disable=True)
     try:
-        twin(prompt="", num_inference_steps=2, generator=torch.Generator(), **exact_size(pipe))
+        twin(num_inference_steps=2, generator=torch.Generator(), **exact_size(pipe) | call)
     except _Reached:
         return True
     except (AssertionError, TypeError, ValueError):  # by what the pipeline sets its timesteps

@@ -11,7 +11,8 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from noiserefine.denoiser import accepts_scheduler
+from noiserefine.denoiser import accepts_scheduler, guidance_arguments
+from noiserefine.noise import encode_prompt
 from noiserefine.sampler_names import FLOW_SAMPLERS, NATIVE, SAMPLER_NAMES, SAMPLERS
 
 __all__ = ["NATIVE", "SAMPLER_NAMES", "SAMPLERS"]
@@ -39,11 +40,12 @@ def samplers_of(pipe: DiffusionPipeline) -> list[str]:
         return list(SAMPLERS)
     if not is_flow(pipe.scheduler):
         return [NATIVE]
-    own = type(pipe.scheduler).__name__
+    native_kind = type(pipe.scheduler).__name__
+    call = encode_prompt(pipe, "", guided=False) | guidance_arguments(pipe)
     return [NATIVE] + [
         name
         for name, (kind, _) in FLOW_SAMPLERS.items()
-        if kind != own and accepts_scheduler(pipe, make_scheduler(name, pipe))
+        if kind != native_kind and accepts_scheduler(pipe, make_scheduler(name, pipe), **call)
     ]
 
 

@@ -19,22 +19,29 @@ from noiserefine.denoiser import (
     size_arguments,
     with_parts,
 )
-from noiserefine.noise import encode_prompt
+from noiserefine.noise import encode_prompt, encoding_for
 
 PREVIEW_SIDE = 16  # of the latents that a preview is fitted to
 
 
 @torch.no_grad()
-def decode(pipe: DiffusionPipeline, x0: torch.Tensor) -> list[Image.Image]:
-    """Return the pictures of latents (B, C, h, w), as the pipeline itself decodes them.
+def decode(
+    pipe: DiffusionPipeline, x0: torch.Tensor, embeds: dict[str, Any] | None = None
+) -> list[Image.Image]:
+    """Return the pictures of latents, as the pipeline itself decodes them.
 
-    One after the other: each takes gigabytes at the big models' sizes.  Raises ValueError for a
-    pipeline without a decoder.
+    One after the other: each takes gigabytes at the big models' sizes.
+
+    x0      (B, C, h, w)
+    embeds  what `encode_prompt` made of any one prompt: the pipeline's call needs one, and no
+            picture depends on it; None encodes the empty one
+
+    Raises ValueError for a pipeline without a decoder.
     """
     if getattr(pipe, "vae", None) is None:
         raise ValueError(f"{type(pipe).__name__} makes no pictures of its latents: it has no vae.")
-    embeds = encode_prompt(pipe, "", guided=False)
-    return [_decode(pipe, each, embeds) for each in x0.split(1)]
+    embeds = encode_prompt(pipe, "", guided=False) if embeds is None else encoding_for(embeds, 1)
+    return [_decode(pipe, latents, embeds) for latents in x0.split(1)]
 
 
 def _decode(pipe: DiffusionPipeline, x0: torch.Tensor, embeds: dict[str, Any]) -> Image.Image:

@@ -32,10 +32,11 @@ def trajectory(
     def on_x0(x0: torch.Tensor) -> None:
         nonlocal forward
         if forward in wanted:
-            on_frame(forward + 1, decode(make.pipe, x0)[0])
+            on_frame(forward + 1, decode(make.pipe, x0, embeds)[0])
         forward += 1
 
     make.check(recipe)
+    embeds = make.encode(recipe.prompt, recipe.negative_prompt)
     make.sample(recipe.reduced(), make.draw(recipe), on_x0)
 
 

@@ -27,7 +27,6 @@ OURS = {"SiTPipeline": SiTPipeline}  # pipelines that diffusers does not have
 WEIGHTS = re.compile(r"[\w-]+?(?:-\d{5}-of-\d{5})?(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
 OBJECTS = ("model_index.json", "config.json", "scheduler_config.json")
 NEEDED = ("unet", "transformer", "prior", "vae", "scheduler", "text_encoder", "tokenizer")
-NOT_REACHED = "can't be loaded: "
 NO_LENGTH = 10**6  # tokens; transformers gives a tokenizer without a limit 10**30
 
 
@@ -40,31 +39,26 @@ def load_folder(
     Raises FileNotFoundError where it cannot be reached, and ValueError where it is no such
     pipeline.
     """
+    kind, index, variant = examine(source, device, dtype, backbone)
+    dtype = dtype or default_dtype(device, kind.__name__)
     with _hub_errors(source):
-        kind, variant = examine(source, device, dtype, backbone)
-        dtype = dtype or default_dtype(device, kind.__name__)
-        folder = source
-        if not exists(source):
-            folder = DiffusionPipeline.download(
-                source, use_safetensors=True, **variant, **_revision(backbone)
+        folder = Path(source if exists(source) else _download(source, variant, backbone))
+        check_files(folder)
+    try:
+        components = _absent(index, kind) | _text_encoders(folder, index, dtype, variant)
+        if backbone and backbone.vae:
+            components["vae"] = AutoencoderKL.from_pretrained(
+                backbone.vae, dtype=dtype, use_safetensors=True
             )
-            _check_json(Path(folder))
-        check_files(Path(folder))
-        try:
-            components = _absent(Path(folder), kind) | _text_encoders(Path(folder), dtype, variant)
-            if backbone and backbone.vae:
-                components["vae"] = AutoencoderKL.from_pretrained(
-                    backbone.vae, dtype=dtype, use_safetensors=True
-                )
-            pipe = kind.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, **variant, **components
-            )
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except ImportError as error:
-            raise ValueError(f"The model in {source} needs a package: {sentence(error)}") from error
-        except Exception as error:  # what a stranger's configuration makes diffusers raise
-            raise _damaged(source, error) from error
+        pipe = kind.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, **variant, **components
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except ImportError as error:
+        raise ValueError(f"The model in {source} needs a package: {sentence(error)}") from error
+    except Exception as error:  # what a stranger's configuration makes diffusers raise
+        raise _damaged(source, error) from error
     _check_complete(source, pipe)
     _limit_tokenizers(pipe)
     pipe = _with_size(source, pipe)
@@ -72,25 +66,34 @@ def load_folder(
     return pipe
 
 
-def _absent(folder: Path, kind: type[DiffusionPipeline]) -> dict[str, None]:
-    """Return None for the components that the class requires and the folder lacks, as SD3's T5."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+def _download(source: str, variant: dict[str, str], backbone: Backbone | None) -> str:
+    """Return the local folder of a hub id, downloaded."""
+    folder = DiffusionPipeline.download(
+        source, use_safetensors=True, **variant, **_revision(backbone)
+    )
+    _check_json(Path(folder))
+    return folder
+
+
+def _absent(index: dict, kind: type[DiffusionPipeline]) -> dict[str, None]:
+    """Return None for the components that the class requires and the model lacks, as SD3's T5."""
     required = inspect.signature(kind.__init__).parameters.values()
     return {
-        each.name: None
-        for each in required
-        if each.name != "self"
-        and each.default is each.empty
-        and index.get(each.name, [None, None]) == [None, None]
+        part.name: None
+        for part in required
+        if part.name != "self"
+        and part.default is part.empty
+        and index.get(part.name, [None, None]) == [None, None]
     }
 
 
 def examine(
     source: str, device: torch.device, dtype: torch.dtype | None, backbone: Backbone | None
-) -> tuple[type[DiffusionPipeline], dict[str, str]]:
-    """Return a folder's or hub id's pipeline class and its weights' variant, from small files.
+) -> tuple[type[DiffusionPipeline], dict, dict[str, str]]:
+    """Return what the small files of a folder or hub id say: class, index and variant.
 
-    Raises what load_folder raises.
+    That is the pipeline's class, the contents of model_index.json, and {"variant": name} or {} for
+    the files of its weights.  Raises what load_folder raises.
     """
     with _hub_errors(source):
         if exists(source):
@@ -100,10 +103,10 @@ def examine(
         check_class(kind)
         if backbone and backbone.sha256:
             check_weights(source, backbone)
-            return kind, {}
+            return kind, index, {}
         _check_parts(source, index, kind)
         half = (dtype or default_dtype(device, kind.__name__)) != torch.float32
-        return kind, _variant(source, index, prefer=half and not exists(source))
+        return kind, index, _variant(source, index, prefer=half and not exists(source))
 
 
 def _revision(backbone: Backbone | None) -> dict[str, str]:
@@ -115,10 +118,6 @@ def _hub_errors(source: str) -> Iterator[None]:
     """Turn what the hub and damaged files raise into sentences."""
     try:
         yield
-    except FileNotFoundError as error:
-        if NOT_REACHED in str(error):  # said already
-            raise
-        raise _unreachable(source, error) from error
     except (*HUB_ERRORS, SafetensorError) as error:
         raise _unreachable(source, error) from error
 
@@ -129,12 +128,12 @@ def _unreachable(source: str, error: Exception) -> Exception:
     backbone = next((each for each in BACKBONES.values() if each.source == source), None)
     if backbone and backbone.made_by:
         return FileNotFoundError(
-            f"{backbone.title} {NOT_REACHED}it is made by a command. Run {backbone.made_by}"
+            f"{backbone.title} can't be loaded: it is made by a command. Run {backbone.made_by}"
         )
     return FileNotFoundError(
-        f"The model {source} {NOT_REACHED}it is no folder or file here, and the hub doesn't serve "
-        "it to this machine (offline, a wrong id, or a model that asks for a login). The embedded "
-        "model needs no download."
+        f"The model {source} can't be loaded: it is no folder or file here, and the hub doesn't "
+        "serve it to this machine (offline, a wrong id, or a model that asks for a login). The "
+        "embedded model needs no download."
     )
 
 
@@ -251,14 +250,14 @@ def _check_parts(source: str, index: dict, kind: type[DiffusionPipeline]) -> Non
 
 
 def _text_encoders(
-    folder: Path, dtype: torch.dtype, variant: dict[str, str]
+    folder: Path, index: dict, dtype: torch.dtype, variant: dict[str, str]
 ) -> dict[str, nn.Module]:
     """Load the text encoders; transformers would fill in missing weights at random.
 
     Raises ValueError for such a file.
     """
     encoders = {}
-    for name, entry in DiffusionPipeline.load_config(folder).items():
+    for name, entry in index.items():
         if not name.startswith("text_encoder") or entry[0] != "transformers":
             continue
         files = (folder / name).glob(f"*.{variant.get('variant')}*")

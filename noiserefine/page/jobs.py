@@ -210,7 +210,7 @@ def usage(source: str) -> Usage | None:
     name = read_name(source)
     if is_safetensors(name):
         return BACKBONES[identify(local_file(name))[0]].usage
-    kind, _ = examine(name, default_device(), None, None)
+    kind, *_ = examine(name, default_device(), None, None)
     return FAMILIES.get(kind.__name__)
 
 

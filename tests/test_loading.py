@@ -29,7 +29,7 @@ from noiserefine.models.usage import usage_of
 from noiserefine.models.user_lora import add_lora
 from noiserefine.noise import check_prompt_length, draw_noise, encode_prompt, image_size
 from noiserefine.refiner import Refiner
-from noiserefine.samplers import SAMPLERS, make_scheduler, samplers_of, with_sampler
+from noiserefine.samplers import SAMPLERS, samplers_of, with_sampler
 from tests import families
 from tests.conftest import EMOJI, EMOJI_REFINER, output
 from train.tools.architectures import UNETS, random_pipeline
@@ -364,10 +364,6 @@ def test_the_embedded_models_relatives(pipe, name):
     samples = dict(compare(Maker(loaded, refiner), recipe, scale is not None))
     assert len(samples) == 2 + (scale is not None)
     assert samples["refined"].forwards == 2
-    if backbone.timestep_spacing:
-        scheduler = make_scheduler(backbone.sampler, loaded)
-        scheduler.set_timesteps(1)
-        assert scheduler.timesteps[0] == 999, "one step starts at pure noise"
 
 
 def test_the_command_that_trains(pipe, sdxl):

@@ -58,10 +58,8 @@ class Backbone:
     guidance_scale: float | None = 7.0  # diffusers' g of the guided column; None: not applicable
     steps: int = 20
     sampler: str = "DDIM"
-    revision: str | None = None  # of the hub repository; None for the newest
     vae: str | None = None  # hub id of an autoencoder to use instead of the model's own
     lora: str | None = None  # folder of the LoRA that, folded into the source, makes this model
-    timestep_spacing: str | None = None  # of its samplers; None for the source's own
     sha256: dict[str, str] = field(default_factory=dict)  # of files that must come unchanged
     tried: str = "random weights"  # what it has run with in this project
     made_by: str = ""  # the command that writes its folder, where it is no download

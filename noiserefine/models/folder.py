@@ -42,7 +42,7 @@ def load_folder(
     kind, index, variant = examine(source, device, dtype, backbone)
     dtype = dtype or default_dtype(device, kind.__name__)
     with _hub_errors(source):
-        folder = Path(source if exists(source) else _download(source, variant, backbone))
+        folder = Path(source if exists(source) else _download(source, variant))
         check_files(folder)
     try:
         components = _absent(index, kind) | _text_encoders(folder, index, dtype, variant)
@@ -66,11 +66,9 @@ def load_folder(
     return pipe
 
 
-def _download(source: str, variant: dict[str, str], backbone: Backbone | None) -> str:
+def _download(source: str, variant: dict[str, str]) -> str:
     """Return the local folder of a hub id, downloaded."""
-    folder = DiffusionPipeline.download(
-        source, use_safetensors=True, **variant, **_revision(backbone)
-    )
+    folder = DiffusionPipeline.download(source, use_safetensors=True, **variant)
     _check_json(Path(folder))
     return folder
 
@@ -98,7 +96,7 @@ def examine(
     with _hub_errors(source):
         if exists(source):
             _check_json(Path(source))
-        index = DiffusionPipeline.load_config(source, **_revision(backbone))
+        index = DiffusionPipeline.load_config(source)
         kind = pipeline_class(source, index)
         check_class(kind)
         if backbone and backbone.sha256:
@@ -107,10 +105,6 @@ def examine(
         _check_parts(source, index, kind)
         half = (dtype or default_dtype(device, kind.__name__)) != torch.float32
         return kind, index, _variant(source, index, prefer=half and not exists(source))
-
-
-def _revision(backbone: Backbone | None) -> dict[str, str]:
-    return {"revision": backbone.revision} if backbone and backbone.revision else {}
 
 
 @contextlib.contextmanager
@@ -320,7 +314,7 @@ def check_weights(source: str, backbone: Backbone) -> None:
     Offline only what is cached can load, which was checked when it was downloaded.
     """
     try:
-        info = HfApi().model_info(source, revision=backbone.revision, files_metadata=True)
+        info = HfApi().model_info(source, files_metadata=True)
     except HUB_ERRORS:
         return
     served = {file.rfilename: file.lfs.sha256 for file in info.siblings or [] if file.lfs}

@@ -32,9 +32,8 @@ def load_pipeline(
     """Load a text-to-image pipeline, in safetensors only and without running a repository's code.
 
     source: a name of the catalogue, a hub id, a folder in diffusers' layout, or a .safetensors
-    checkpoint, as `read_name` reads them.  A model of the catalogue comes with the autoencoder,
-    revision and LoRA named there, and is refused where the hub serves other weights than the
-    original ones.
+    checkpoint, as `read_name` reads them.  A model of the catalogue comes with the autoencoder
+    and LoRA named there, and is refused where the hub serves other weights than the original ones.
     device, dtype: where it will compute, in which precision; the machine's and the family's best
     where None.
     prediction_type: v, epsilon or v-zsnr (v with zero terminal SNR), for a model whose files say it
@@ -90,7 +89,7 @@ def _check_channels(source: str, pipe: DiffusionPipeline) -> None:
 
 
 def _complete(pipe: DiffusionPipeline, backbone: Backbone) -> None:
-    """Check the pipeline against its entry; add the entry's LoRA and timestep spacing."""
+    """Check the pipeline against its entry and fold the entry's LoRA in."""
     predicts = prediction_type(pipe)
     if predicts != backbone.prediction_type:
         raise ValueError(
@@ -101,7 +100,3 @@ def _complete(pipe: DiffusionPipeline, backbone: Backbone) -> None:
         pipe.load_lora_weights(backbone.lora, use_safetensors=True)
         pipe.fuse_lora()
         pipe.unload_lora_weights()
-    if backbone.timestep_spacing:
-        pipe.scheduler = type(pipe.scheduler).from_config(
-            pipe.scheduler.config, timestep_spacing=backbone.timestep_spacing
-        )

@@ -417,6 +417,9 @@ def test_a_refiner_is_no_lora(pipe, tmp_path):
     with pytest.raises(ValueError, match="is a refiner"):
         add_lora(pipe, f"{EMOJI_REFINER}/pytorch_lora_weights.safetensors")
     perturbed(pipe).save_pretrained(tmp_path)
+    save_file(kohya(pipe), tmp_path / "style.safetensors")
+    assert add_lora(pipe, str(tmp_path / "style.safetensors")) == "", "a LoRA beside a refiner"
+    remove_lora(pipe)
     shutil.move(tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "alone.safetensors")
     (tmp_path / "refiner.json").unlink()
     with pytest.raises(ValueError, match="as a refiner does|is a refiner"):

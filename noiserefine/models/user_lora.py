@@ -174,7 +174,7 @@ def read_lora(path: Path, name: str) -> tuple[dict[str, torch.Tensor], dict[str,
         raise ValueError(
             f"The LoRA {name} is damaged or no safetensors file: {sentence(error)}"
         ) from error
-    if is_refiner_file(path) or (path.parent / CONFIG_NAME).is_file():
+    if is_refiner_file(path):
         raise ValueError(
             f"{name} is a refiner, which corrects noise and destroys images as a LoRA: name it in "
             "the refiner's field."

@@ -133,7 +133,8 @@ def sample_latents(
             num_inference_steps=steps,
             generator=step_generator(seed),
             output_type="latent",
-            **size_arguments(pipe, canvas.height, canvas.width),
+            height=canvas.height,
+            width=canvas.width,
             **guidance | embeds,
         )
     return canvas.from_sample(last[0])

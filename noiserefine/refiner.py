@@ -257,7 +257,7 @@ class Refiner:
 
         x_T             (B, C, h, w), standard normal, not scaled by the scheduler
         prompt          one for all or one for each, or what `encode_prompt` made of it
-        strength        0 returns x_T, 1 is what was trained; at least 0, at most 3
+        strength        0 returns x_T, 1 is what was trained; from 0 to limits.MAX_STRENGTH
         guidance_scale  the guided sampling to come near to, for a refiner that takes it
 
         Raises ValueError for a strength or a scale that is no such number, for an x_T of another

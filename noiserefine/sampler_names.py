@@ -9,6 +9,12 @@ PLAIN_SIGMAS: Settings = {
     "use_exponential_sigmas": False,
     "use_beta_sigmas": False,
 }
+PLAIN_DPM: Settings = PLAIN_SIGMAS | {
+    "thresholding": False,
+    "use_lu_lambdas": False,
+    "variance_type": None,
+    "final_sigmas_type": "zero",
+}
 
 # As diffusers' schedulers (paper, appendix A.10), for models with a beta schedule such as Stable
 # Diffusion.  What another scheduler's config may lack is always set: from_config would take
@@ -18,28 +24,8 @@ SAMPLERS: Table = {
         "DDIMScheduler",
         {"clip_sample": False, "set_alpha_to_one": False, "thresholding": False},
     ),
-    "DPM++ 2M": (
-        "DPMSolverMultistepScheduler",
-        {
-            "algorithm_type": "dpmsolver++",
-            "thresholding": False,
-            **PLAIN_SIGMAS,
-            "use_lu_lambdas": False,
-            "variance_type": None,
-            "final_sigmas_type": "zero",
-        },
-    ),
-    "DPM++ SDE": (
-        "DPMSolverMultistepScheduler",
-        {
-            "algorithm_type": "sde-dpmsolver++",
-            "thresholding": False,
-            **PLAIN_SIGMAS,
-            "use_lu_lambdas": False,
-            "variance_type": None,
-            "final_sigmas_type": "zero",
-        },
-    ),
+    "DPM++ 2M": ("DPMSolverMultistepScheduler", PLAIN_DPM | {"algorithm_type": "dpmsolver++"}),
+    "DPM++ SDE": ("DPMSolverMultistepScheduler", PLAIN_DPM | {"algorithm_type": "sde-dpmsolver++"}),
     "Euler": ("EulerDiscreteScheduler", PLAIN_SIGMAS),
     # The paper's "EDM": its second-order Heun solver on Karras sigmas, in 2 N - 1 forwards.
     "Heun (EDM)": ("HeunDiscreteScheduler", PLAIN_SIGMAS | {"use_karras_sigmas": True}),

@@ -11,7 +11,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from noiserefine.denoiser import accepts_scheduler, guidance_arguments
+from noiserefine.denoiser import accepts_scheduler, guidance_arguments, with_parts
 from noiserefine.noise import encode_prompt
 from noiserefine.sampler_names import FLOW_SAMPLERS, NATIVE, SAMPLER_NAMES, SAMPLERS
 
@@ -111,9 +111,7 @@ def set_steps(scheduler: SchedulerMixin, steps: int) -> None:
 
 def with_sampler(pipe: DiffusionPipeline, sampler: str) -> DiffusionPipeline:
     """Return the same pipeline with a scheduler of its own; the given one stays as it is."""
-    twin = copy.copy(pipe)
-    vars(twin)["scheduler"] = make_scheduler(sampler, pipe)
-    return twin
+    return with_parts(pipe, scheduler=make_scheduler(sampler, pipe))
 
 
 def predicted_x0(

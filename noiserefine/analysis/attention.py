@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch.nn.functional import interpolate
 
 from noiserefine.analysis.recipe import Maker, Recipe, Sample
+from noiserefine.denoiser import canvas
 from noiserefine.noise import image_size
 
 
@@ -101,8 +102,7 @@ def attention(make: Maker, recipe: Recipe, word: str) -> tuple[torch.Tensor, Sam
     """
     make.check(recipe)
     tokens = word_tokens(make.pipe, recipe.prompt, word)
-    factor = make.pipe.vae_scale_factor
-    height, width = (side // factor for side in image_size(make.pipe, recipe.height, recipe.width))
+    _, height, width = canvas(make.pipe, *image_size(make.pipe, recipe.height, recipe.width)).shape
     with watch_attention(make.pipe.unet, tokens, height, width) as maps:
         sample = make.sample(recipe, make.draw(recipe))
     return torch.stack(maps), sample

@@ -16,11 +16,12 @@ from huggingface_hub import HfApi
 from safetensors import SafetensorError
 from torch import nn
 
+from noiserefine.checkpoint import HUB_ERRORS
 from noiserefine.denoiser import check_class
 from noiserefine.models.catalogue import BACKBONES, Backbone
 from noiserefine.models.devices import default_dtype
 from noiserefine.models.sit import SiTPipeline
-from noiserefine.models.sources import HUB_ERRORS, SAFETENSORS, exists, hub_files, sentence
+from noiserefine.models.sources import SAFETENSORS, exists, hub_files, sentence
 
 OURS = {"SiTPipeline": SiTPipeline}  # pipelines that diffusers does not have
 # <folder>/diffusion_pytorch_model[-00001-of-00002][.fp16].safetensors, in either order

@@ -11,7 +11,7 @@ from noiserefine.refiner import Refiner
 def offload(
     pipe: DiffusionPipeline, refiner: Refiner | None, mode: str, device: torch.device | str
 ) -> None:
-    """Lets pipe and refiner, both on the CPU, compute on the device in the given mode of OFFLOADS.
+    """Let pipe and refiner, both on the CPU, compute on the device in the given mode of OFFLOADS.
 
     To be called once, before the first forward.  Raises ValueError for another mode.
     """

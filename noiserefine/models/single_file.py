@@ -19,9 +19,10 @@ from diffusers import (
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from safetensors import SafetensorError, safe_open
 
+from noiserefine.checkpoint import HUB_ERRORS
 from noiserefine.models.catalogue import BACKBONES
 from noiserefine.models.devices import default_dtype
-from noiserefine.models.sources import HUB_ERRORS, local_file, sentence
+from noiserefine.models.sources import local_file, sentence
 
 V, EPSILON = "v_prediction", "epsilon"
 # What trainers and user interfaces write for a prediction type.

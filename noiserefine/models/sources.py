@@ -4,10 +4,9 @@ import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import httpx
 
-HUB_ERRORS = (HFValidationError, httpx.HTTPError, OSError)  # wrong id, no network, not cached
+from noiserefine.checkpoint import HUB_ERRORS
+
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 SAFETENSORS = ".safetensors"
 QUOTES = "\"'“”‘’`"

@@ -1,11 +1,10 @@
 """How a loaded model is best used: as the catalogue, its family or its own pipeline says."""
 
-import inspect
 from dataclasses import replace
 
 from diffusers import DiffusionPipeline
 
-from noiserefine.denoiser import can_guide, guidance_arguments
+from noiserefine.denoiser import call_parameters, can_guide, guidance_arguments
 from noiserefine.models.catalogue import FAMILIES, Backbone, Usage
 from noiserefine.samplers import samplers_of
 
@@ -28,7 +27,7 @@ def usage_of(pipe: DiffusionPipeline, backbone: Backbone | None) -> Usage:
 
 def _own_usage(pipe: DiffusionPipeline) -> Usage:
     """Return the defaults of the pipeline's own call, its scale as diffusers' g."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = call_parameters(pipe)
     scale = parameters.get("true_cfg_scale", parameters.get("guidance_scale"))
     steps = parameters.get("num_inference_steps")
     guidance_scale = None

@@ -17,12 +17,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from noiserefine.checkpoint import CONFIG_NAME, is_refiner_file
+from noiserefine.checkpoint import CONFIG_NAME, HUB_ERRORS, is_refiner_file
 from noiserefine.denoiser import precision
 from noiserefine.models.few_steps import few_step_scheduler
 from noiserefine.models.lora_formats import Change, change, layers_of, placed, set_alphas
 from noiserefine.models.sources import (
-    HUB_ERRORS,
     HUB_ID,
     PICKLES,
     exists,

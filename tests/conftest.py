@@ -67,6 +67,14 @@ def tiny_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_refiner(tiny_folder, tmp_path_factory):
+    """Return the folder of a refiner of the pipeline with random weights."""
+    folder = tmp_path_factory.mktemp("tiny") / "refiner"
+    perturbed(load_pipeline(str(tiny_folder), "cpu"), rank=4).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def browser():
     """Return a headless Chromium.

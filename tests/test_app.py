@@ -50,6 +50,12 @@ LORA = "assets/loras/emoji-clay"
 GOOD = [PROMPT, 7, "emoji", 5, 2.5, 1.0, "DDIM", 0, 0, "", "", 1.0]
 
 
+@pytest.fixture(scope="session")
+def tiny(tiny_folder, tiny_refiner):
+    """Return the settings for a model with random weights and its refiner: the quickest images."""
+    return [*GOOD[:2], str(tiny_folder), *GOOD[3:9], str(tiny_refiner), *GOOD[10:]]
+
+
 @pytest.fixture(scope="module")
 def client(url):
     return Client(url, verbose=False)
@@ -221,17 +227,17 @@ SHOWN = {
 
 
 @pytest.mark.parametrize("view", SHOWN)
-def test_every_view_shows_its_images(sampled, view):
+def test_every_view_shows_its_images(sampled, tiny, view):
     controls, count = SHOWN[view]
-    state = shown(*GOOD, view=view, **controls)
+    state = shown(*tiny, view=view, **controls)
     assert len(state["images"]) == count and all(caption for caption, _ in state["images"])
     sampled.clear()
-    again = shown(*GOOD, view=view, last=state["made"], **controls)
+    again = shown(*tiny, view=view, last=state["made"], **controls)
     assert view in ("trajectory", "attention") or not sampled, "these two watch the sampling"
     for (_, first), (_, second) in zip(state["images"], again["images"], strict=True):
         assert np.array_equal(getattr(first, "image", first), getattr(second, "image", second))
     if view == "attention":
-        assert shown(*GOOD, view=view, word="")["images"][0][0] == "Plain, “red” in forward 1", (
+        assert shown(*tiny, view=view, word="")["images"][0][0] == "Plain, “red” in forward 1", (
             "the prompt's first after the article"
         )
     if view == "frequencies":
@@ -438,9 +444,10 @@ def test_an_arm_restores_the_settings_that_make_it_again(client):
 @pytest.mark.parametrize(
     "view", ["strength", "trajectory", "two_prompts", "interpolation", "frequencies", "attention"]
 )
-def test_a_views_image_restores_the_view_that_makes_it_again(client, view):
+def test_a_views_image_restores_the_view_that_makes_it_again(client, tiny, view):
     controls = controls_of(view) | ({"word": "panda"} if view == "attention" else {})
-    images = predict(client, view, *ODD, **controls)["images"]
+    odd = [*ODD[:2], tiny[2], *ODD[3:9], tiny[9], *ODD[10:]]
+    images = predict(client, view, *odd, **controls)["images"]
     for shown_image in (images[1], images[-1]):
         record = read_png(shown_image["image"])
         again = restored_values(record)

@@ -134,15 +134,18 @@ def misfit(config: RefinerConfig, pipe: DiffusionPipeline) -> str:
     It is decided from the architecture, so fine-tunes of its base fit.
     """
     network = denoiser(pipe)
-    mine, theirs = architecture(network), config.architecture
-    kinds = [each.get("_class_name", "UNet2DConditionModel") for each in (mine, theirs)]
-    if kinds[0] != kinds[1]:
-        return f"this model's denoiser is a {kinds[0]} and its base's a {kinds[1]}"
-    for key, value in mine.items():
-        if theirs.get(key) != value:
+    entries, base_entries = architecture(network), config.architecture
+    kind, base_kind = (
+        config_entries.get("_class_name", "UNet2DConditionModel")
+        for config_entries in (entries, base_entries)
+    )
+    if kind != base_kind:
+        return f"this model's denoiser is a {kind} and its base's a {base_kind}"
+    for key, value in entries.items():
+        if base_entries.get(key) != value:
             return (
                 f"this model's denoiser has another architecture, {key} {value!r} instead of "
-                f"{theirs.get(key)!r}"
+                f"{base_entries.get(key)!r}"
             )
     predicts = prediction_type(pipe)
     if predicts != config.prediction_type:

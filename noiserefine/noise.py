@@ -36,20 +36,20 @@ def image_size(
     native = canvas(pipe)
     multiple = size_multiple(pipe)
     natives, sides = (native.height, native.width), []
-    for side, own in zip((height, width), natives, strict=True):
-        sides.append(own if side is None else side)
-    for side, own in zip(sides, natives, strict=True):
+    for side, native_side in zip((height, width), natives, strict=True):
+        sides.append(native_side if side is None else side)
+    for side, native_side in zip(sides, natives, strict=True):
         if (
             isinstance(side, bool)
             or not math.isfinite(side)
             or side != int(side)
             or side % multiple
-            or not own / 2 <= side <= own * 2
+            or not native_side / 2 <= side <= native_side * 2
         ):
             raise ValueError(
-                f"This model makes pictures of {own // 2} to {own * 2} pixels a side in steps of "
-                f"{multiple}; {sides[1]} x {sides[0]} is not one of them. Its native size is "
-                f"{natives[1]} x {natives[0]}."
+                f"This model makes pictures of {native_side // 2} to {native_side * 2} pixels a "
+                f"side in steps of {multiple}; {sides[1]} x {sides[0]} is not one of them. Its "
+                f"native size is {natives[1]} x {natives[0]}."
             )
     made = canvas(pipe, int(sides[0]), int(sides[1]))
     if (made.height, made.width) != tuple(sides):
@@ -221,7 +221,7 @@ def _encodings(kind: type) -> list[list[str]]:
         for node in sorted(assigned, key=lambda node: node.lineno)
     ]
     taken = inspect.signature(kind.__call__).parameters
-    return names if any(name in taken for each in names for name in each) else []
+    return names if any(name in taken for named in names for name in named) else []
 
 
 def slerp(x: torch.Tensor, y: torch.Tensor, fraction: float) -> torch.Tensor:

@@ -64,11 +64,11 @@ def make_scheduler(sampler: str, pipe: DiffusionPipeline) -> SchedulerMixin:
 
     Raises ValueError for a name that this family does not have.
     """
-    own = pipe.scheduler
+    native = pipe.scheduler
     if sampler == NATIVE:
-        return copy.deepcopy(own)
-    beta = has_beta_schedule(own)
-    table = SAMPLERS if beta else FLOW_SAMPLERS if is_flow(own) else {}
+        return copy.deepcopy(native)
+    beta = has_beta_schedule(native)
+    table = SAMPLERS if beta else FLOW_SAMPLERS if is_flow(native) else {}
     if sampler not in table:
         names = ", ".join([NATIVE, *table])
         raise ValueError(
@@ -77,11 +77,11 @@ def make_scheduler(sampler: str, pipe: DiffusionPipeline) -> SchedulerMixin:
     name, settings = table[sampler]
     kind = getattr(diffusers, name)
     if beta:
-        spacing = timestep_spacing(own)
-        return kind.from_config(own.config, timestep_spacing=spacing, steps_offset=1, **settings)
-    shift = own.config.get("shift", own.config.get("flow_shift", 1.0))
+        spacing = timestep_spacing(native)
+        return kind.from_config(native.config, timestep_spacing=spacing, steps_offset=1, **settings)
+    shift = native.config.get("shift", native.config.get("flow_shift", 1.0))
     taken = inspect.signature(kind.__init__).parameters
-    shared = {key: value for key, value in own.config.items() if key in taken}
+    shared = {key: value for key, value in native.config.items() if key in taken}
     return kind(**shared | {"flow_shift" if "flow_shift" in taken else "shift": shift} | settings)
 
 

@@ -87,7 +87,7 @@ def test_a_negative_prompt_is_the_pipelines_own(make, pipe):
 
 def test_each_recipe_is_made_once(make):
     assert make(RECIPE.refined) is make(replace(RECIPE, guidance_scale=1.0, negative_prompt="x"))
-    assert len(make.known) == 1
+    assert len(make.samples) == 1
 
 
 def test_strengths(make):
@@ -291,7 +291,7 @@ def test_stopping_leaves_the_pipeline_as_it_was(make, pipe):
 
     with pytest.raises(KeyboardInterrupt):
         make(RECIPE.refined, on_x0=stop)
-    assert not make.known and steps[0].shape == (1, 6, 32, 32)
+    assert not make.samples and steps[0].shape == (1, 6, 32, 32)
     assert pipe.scheduler is scheduler and torch.equal(output(pipe), before)
     assert not any(module._forward_pre_hooks for module in pipe.unet.modules())
 

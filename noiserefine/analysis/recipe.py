@@ -121,7 +121,7 @@ class Sample:
 class Maker:
     """Makes images from recipes with one pipeline and its refiner, each recipe once.
 
-    known    samples that need not be made again, by reduced recipe
+    samples  those that need not be made again, by reduced recipe; new ones join them
     on_made  called with every new sample
     on_step  called before every step of every image; what it raises stops the sampling and
              leaves the pipeline as it was
@@ -131,12 +131,12 @@ class Maker:
         self,
         pipe: DiffusionPipeline,
         refiner: Refiner | None = None,
-        known: Mapping[Recipe, Sample] | None = None,
+        samples: Mapping[Recipe, Sample] | None = None,
         on_made: Callable[[Sample], None] = lambda sample: None,
         on_step: Callable[[], None] = lambda: None,
     ):
         self.pipe, self.refiner, self.on_made, self.on_step = pipe, refiner, on_made, on_step
-        self.known = dict(known or {})
+        self.samples = dict(samples or {})
         self.embeds: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
 
     def encode(self, prompt: str, negative_prompt: str) -> dict[str, torch.Tensor]:
@@ -176,12 +176,12 @@ class Maker:
             recipe = replace(
                 recipe, noise=hashlib.sha256(x_T.float().cpu().numpy().tobytes()).hexdigest()
             )
-        if recipe not in self.known:
+        if recipe not in self.samples:
             self.check(recipe)
             x_T = self.draw(recipe) if x_T is None else x_T
-            self.known[recipe] = self.sample(recipe, x_T, on_x0)
-            self.on_made(self.known[recipe])
-        return self.known[recipe]
+            self.samples[recipe] = self.sample(recipe, x_T, on_x0)
+            self.on_made(self.samples[recipe])
+        return self.samples[recipe]
 
     def draw(self, recipe: Recipe) -> torch.Tensor:
         """Return x_T of the recipe's seed and size, as `draw_noise` does."""

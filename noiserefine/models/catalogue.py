@@ -382,13 +382,13 @@ def table() -> str:
         "| Model | Source | Parameters | Download | Guidance | Licence | Runs here with |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, each in BACKBONES.items():
-        local = Path(each.source).is_absolute()
-        source = "embedded" if not each.download else "converted" if local else each.source
-        size = f"{each.download:g} GiB" if each.download else "–"
+    for name, backbone in BACKBONES.items():
+        local = Path(backbone.source).is_absolute()
+        source = "embedded" if not backbone.download else "converted" if local else backbone.source
+        size = f"{backbone.download:g} GiB" if backbone.download else "–"
         rows.append(
-            f"| {each.title} (`{name}`) | {source} | {each.parameters:g} B | {size} | "
-            f"{each.guidance} | {each.licence} | {each.tried} |"
+            f"| {backbone.title} (`{name}`) | {source} | {backbone.parameters:g} B | {size} | "
+            f"{backbone.guidance} | {backbone.licence} | {backbone.tried} |"
         )
     return "\n".join(rows)
 

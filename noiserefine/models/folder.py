@@ -120,7 +120,7 @@ def _hub_errors(source: str) -> Iterator[None]:
 def _unreachable(source: str, error: Exception) -> Exception:
     if exists(source):
         return _damaged(source, error)
-    backbone = next((each for each in BACKBONES.values() if each.source == source), None)
+    backbone = next((entry for entry in BACKBONES.values() if entry.source == source), None)
     if backbone and backbone.made_by:
         return FileNotFoundError(
             f"{backbone.title} can't be loaded: it is made by a command. Run {backbone.made_by}"

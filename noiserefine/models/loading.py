@@ -19,7 +19,7 @@ def backbone_of(source: str) -> Backbone | None:
     """Return the catalogue's entry of a name in it, a hub id or a folder."""
     if source in BACKBONES:
         return BACKBONES[source]
-    return next((each for each in BACKBONES.values() if each.source == source), None)
+    return next((entry for entry in BACKBONES.values() if entry.source == source), None)
 
 
 def load_pipeline(

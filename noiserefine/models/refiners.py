@@ -15,7 +15,7 @@ def refiner_for(pipe: DiffusionPipeline, backbone: Backbone | None) -> str | Non
     fine-tune takes its base's refiner (paper, table 4).
     """
     candidates = [backbone] if backbone else list(BACKBONES.values())
-    for folder in dict.fromkeys(each.refiner for each in candidates):
+    for folder in dict.fromkeys(candidate.refiner for candidate in candidates):
         if (Path(folder) / CONFIG_NAME).is_file() and (
             backbone or not misfit(read_config(Path(folder)), pipe)
         ):
@@ -28,12 +28,12 @@ def training_command(pipe: DiffusionPipeline, source: str, backbone: Backbone | 
     output = "runs/refiner"
     if backbone:
         # The distilled siblings and fine-tunes stand after the base whose refiner they take.
-        base = next(each for each in BACKBONES.values() if each.refiner == backbone.refiner)
+        base = next(entry for entry in BACKBONES.values() if entry.refiner == backbone.refiner)
         source, preset, output = base.source, base.preset, base.refiner
     else:
-        alike = [each for each in BACKBONES.values() if each.pipeline == type(pipe).__name__]
-        alike.sort(key=lambda each: each.prediction_type != prediction_type(pipe))
-        preset = next((each.preset for each in alike if each.download), "sd21")
+        alike = [entry for entry in BACKBONES.values() if entry.pipeline == type(pipe).__name__]
+        alike.sort(key=lambda entry: entry.prediction_type != prediction_type(pipe))
+        preset = next((entry.preset for entry in alike if entry.download), "sd21")
     return (
         f"python train/train_refiner.py --preset {preset} --quick --backbone {source} "
         f"--output_dir {output}"

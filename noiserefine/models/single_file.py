@@ -46,7 +46,7 @@ class Prediction:
     zero_snr: bool = False  # noise rescaled so that the last timestep holds no signal
     edm: tuple[float, float] | None = None  # smallest and largest sigma of EDM's levels (CosXL)
 
-    def scheduler(self, own: SchedulerMixin) -> SchedulerMixin:
+    def scheduler(self, native: SchedulerMixin) -> SchedulerMixin:
         """Return the base's scheduler with this prediction; the given one where nothing differs."""
         if self.edm:
             low, high = self.edm
@@ -55,16 +55,16 @@ class Prediction:
             )
         if self.zero_snr:  # few schedulers can rescale, and all have to begin at the last timestep
             return DDIMScheduler.from_config(
-                own.config,
+                native.config,
                 prediction_type=self.kind,
                 rescale_betas_zero_snr=True,
                 timestep_spacing="trailing",
                 clip_sample=False,
                 set_alpha_to_one=False,
             )
-        if own.config.prediction_type == self.kind:
-            return own
-        return type(own).from_config(own.config, prediction_type=self.kind)
+        if native.config.prediction_type == self.kind:
+            return native
+        return type(native).from_config(native.config, prediction_type=self.kind)
 
 
 def prediction_of(asked: str) -> Prediction:
@@ -233,10 +233,10 @@ def _text_width(header: Header) -> int:
         kind = infer_diffusers_model_type(header)
     except IndexError:  # a known name with another number of dimensions
         kind = "v1"
-    what = "a checkpoint of another family" if kind == "v1" else f"a checkpoint of the kind {kind}"
+    family = "of another family" if kind == "v1" else f"of the kind {kind}"
     raise ValueError(
-        f"{path} is {what}; single files of Stable Diffusion 1, 2 and XL and their descendants can "
-        "be loaded. Other models work as a folder in diffusers' layout."
+        f"{path} is a checkpoint {family}; single files of Stable Diffusion 1, 2 and XL and their "
+        "descendants can be loaded. Other models work as a folder in diffusers' layout."
     )
 
 

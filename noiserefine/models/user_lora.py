@@ -71,7 +71,7 @@ def add_lora(pipe: DiffusionPipeline, name_or_path: str) -> str:
     for used in {name for name, _ in found}:
         _inject(
             networks[used],
-            {module: each for (name, module), each in changes.items() if name == used},
+            {module: added for (name, module), added in changes.items() if name == used},
         )
     notes = [note]
     if len(found) < len(layers):
@@ -87,7 +87,7 @@ def add_lora(pipe: DiffusionPipeline, name_or_path: str) -> str:
     if few_steps:
         pipe.scheduler, says = few_steps
         notes.append(says)
-    return " ".join(each for each in notes if each)
+    return " ".join(filter(None, notes))
 
 
 def find_lora(name_or_path: str) -> tuple[Path, str]:
@@ -218,15 +218,15 @@ def _in_diffusers_names(
 
 def _inject(network: Any, changes: dict[str, Change]) -> None:
     """Add the adapter with these changes of its modules to a network."""
-    ranks = {module: len(each.down) for module, each in changes.items()}
+    ranks = {module: len(added.down) for module, added in changes.items()}
     most = Counter(ranks.values()).most_common(1)[0][0]
     # One pattern for all modules of a rank: peft compares every pattern with every module.
     others = {
         f"^({'|'.join(re.escape(module) for module in ranks if ranks[module] == rank)})": rank
         for rank in set(ranks.values()) - {most}
     }
-    dora = any(each.magnitude is not None for each in changes.values())
-    bias = any(each.bias is not None for each in changes.values())
+    dora = any(added.magnitude is not None for added in changes.values())
+    bias = any(added.bias is not None for added in changes.values())
     config = LoraConfig(
         r=most,
         lora_alpha=most,
@@ -237,15 +237,15 @@ def _inject(network: Any, changes: dict[str, Change]) -> None:
         lora_bias=bias,
     )
     state = {}
-    for module, each in changes.items():
+    for module, added in changes.items():
         weight = network.get_submodule(module).weight
-        state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"] = each.down, each.up
+        state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"] = added.down, added.up
         if bias:
             state[f"{module}.lora_B.bias"] = (
-                torch.zeros(len(weight)) if each.bias is None else each.bias
+                torch.zeros(len(weight)) if added.bias is None else added.bias
             )
         if dora:
-            state[f"{module}.lora_magnitude_vector"] = _magnitude(each, weight)
+            state[f"{module}.lora_magnitude_vector"] = _magnitude(added, weight)
     dtype = precision(network)
     inject_adapter_in_model(config, network, ADAPTER)
     set_peft_model_state_dict(network, state, ADAPTER)
@@ -255,11 +255,11 @@ def _inject(network: Any, changes: dict[str, Change]) -> None:
             part.to(layer.get_base_layer().weight.device, dtype).requires_grad_(False)
 
 
-def _magnitude(each: Change, weight: torch.Tensor) -> torch.Tensor:
+def _magnitude(added: Change, weight: torch.Tensor) -> torch.Tensor:
     """Return a DoRA's magnitude; for a plain layer beside DoRAs, its own norm."""
-    rows = each.magnitude
+    rows = added.magnitude
     if rows is None:
-        rows = (weight.float().cpu().flatten(1) + each.up.flatten(1) @ each.down.flatten(1)).norm(
+        rows = (weight.float().cpu().flatten(1) + added.up.flatten(1) @ added.down.flatten(1)).norm(
             dim=1
         )
     return rows if weight.ndim == 2 else rows.view(1, -1, 1, 1)  # noqa: PLR2004

@@ -69,9 +69,10 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_refiner(tiny_folder, tmp_path_factory):
-    """Return the folder of a refiner of the pipeline with random weights."""
+    """Return the folder of a refiner of the pipeline with random weights; it takes a scale."""
     folder = tmp_path_factory.mktemp("tiny") / "refiner"
-    perturbed(load_pipeline(str(tiny_folder), "cpu"), rank=4).save_pretrained(folder)
+    pipe = load_pipeline(str(tiny_folder), "cpu")
+    perturbed(pipe, rank=4, guidance_scale_range=[1, 4]).save_pretrained(folder)
     return folder
 
 

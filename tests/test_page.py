@@ -198,9 +198,10 @@ def test_a_link_with_a_wrong_value_keeps_the_others(open_page):
 
 
 @pytest.mark.parametrize("size", ["desktop", "phone"])
-def test_every_tab(open_page, size):
+def test_every_tab(open_page, size, tiny_folder, tiny_refiner):
     """Every view shows its images within the page's width, all of them with a text."""
-    page = open_page(size, QUICK)
+    model = f"&backbone={tiny_folder}&refiner={tiny_refiner}"
+    page = open_page(size, QUICK + model + "&guidance_scale=2.5")
     wait_for_caption(page, "a panda")
     for view in VIEWS.values():
         if view.title:

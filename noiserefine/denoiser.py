@@ -81,7 +81,10 @@ def _parameters(kind: type) -> Mapping[str, inspect.Parameter]:
 
 @functools.cache
 def _placed(kind: type, device: torch.device) -> type:
-    """Return a pipeline's class with a known device, for which it else walks all its modules."""
+    """Return the class with a fixed `_execution_device`.
+
+    The pipeline's own property searches all modules at every step.
+    """
     return type(
         kind.__name__, (kind,), {"_execution_device": device, "__module__": kind.__module__}
     )
@@ -151,7 +154,7 @@ def first_step(pipe: DiffusionPipeline, network: nn.Module, **call) -> FirstStep
     twin.set_progress_bar_config(disable=True)
     handle = network.register_forward_pre_hook(enable)
     try:
-        twin(num_inference_steps=2, **call)  # of which none is made
+        twin(num_inference_steps=2, **call)  # `enable` ends the call before the first one
     except _Reached as reached:
         return reached.args[0]
     finally:
@@ -160,7 +163,7 @@ def first_step(pipe: DiffusionPipeline, network: nn.Module, **call) -> FirstStep
 
 
 def silent(network: nn.Module, output: Any) -> nn.Module:
-    """Return the network with zeros, like `output`, for its output; it makes no forward."""
+    """Return a copy of the network whose forward only returns zeros shaped like `output`."""
     twin = copy.copy(network)
     twin._forward_pre_hooks, twin._forward_hooks = OrderedDict(), OrderedDict()
     zeros = tree_map(torch.zeros_like, output)
@@ -183,7 +186,7 @@ def guidance_kind(pipe: DiffusionPipeline) -> str:
 
 
 def _guides(pipe: DiffusionPipeline, scale: float, default: bool) -> bool:
-    """Return whether the pipeline guides at this guidance_scale; default where it has no word."""
+    """Return whether the pipeline guides at this scale; `default` if it does not say."""
     probe = copy.copy(pipe)
     probe._guidance_scale = scale
     return bool(getattr(probe, "do_classifier_free_guidance", default))
@@ -347,7 +350,7 @@ def accepts_scheduler(pipe: DiffusionPipeline, scheduler: SchedulerMixin, **call
 
 
 def _measure(pipe: DiffusionPipeline, height: int | None, width: int | None) -> Canvas:
-    """Measure a canvas: the pipeline draws 0, 1, 2, ... in place of random numbers."""
+    """Measure the layout of latents: where 0, 1, 2, ... end up that replace the random numbers."""
     size = {} if height is None or width is None else {"height": height, "width": width}
     twin, arguments = reach_latents(pipe, prompt="", **guidance_arguments(pipe), **size)
     plain = {"device": torch.device("cpu"), "dtype": torch.float64}

@@ -1,4 +1,4 @@
-"""DDIM inversion: the noise that unguided sampling makes an image of (paper, section 3.1)."""
+"""DDIM inversion: the noise from which unguided sampling gives an image back (section 3.1)."""
 
 from typing import Any
 

@@ -57,7 +57,7 @@ def _decode(pipe: DiffusionPipeline, x0: torch.Tensor, embeds: dict[str, Any]) -
 
 
 def _call(pipe: DiffusionPipeline, sample: torch.Tensor, steps: bool, **call) -> Image.Image:
-    """Return the picture of a call without steps, or with one that returns the sample."""
+    """Decode by calling the pipeline with no steps, or with one that returns `sample`."""
     scheduler = copy.deepcopy(pure_noise_scheduler(pipe.scheduler))
     set_timesteps = scheduler.set_timesteps
 

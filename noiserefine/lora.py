@@ -54,11 +54,11 @@ UNET_TARGETS = [
 
 
 class Layers(NamedTuple):
-    """What a traced first step tells of a denoiser's layers."""
+    """The denoiser's layers, as found by tracing a first step."""
 
     targets: list[str]  # that get a LoRA
     head: str  # the last one with weights, by which the prediction leaves the network
-    vector: str | None  # the first linear one that reads a vector, mostly the time's
+    vector: str | None  # the first linear layer with a vector input, usually the time embedding's
     timestep: float  # t = T in the scheduler's unit
     adds_input: bool  # whether the pipeline adds its input to the network's output
 
@@ -237,7 +237,7 @@ def merge_lora(network: ModelMixin) -> None:
 
 
 def merged_bytes(network: ModelMixin) -> int:
-    """Return what the weights take that merging gives the refiner."""
+    """Return the bytes of memory that merging the LoRA takes."""
     weights = (layer.get_base_layer().weight for _, layer in adapted(network))
     return sum(weight.numel() * weight.element_size() for weight in weights)
 

@@ -1,4 +1,4 @@
-"""Multistep score distillation, the paper's loss (section 3.3)."""
+"""Multistep score distillation, the loss of section 3.3, which `train.train_refiner` uses."""
 
 import copy
 import inspect
@@ -29,24 +29,25 @@ def msd_loss(
 
     So the whole sampling is  x0 = (a_1 ... a_T) x_hat + terms without gradient.  Adding gain *
     (x_hat - SG(x_hat)) to the sampled x0 therefore has equation 4's value and its exact gradient,
-    at the memory of no step at all.  The gain is one scalar: whatever is held, the gradient has
-    the same direction (equation 6).
+    at the memory of no step at all.  Since the gain is a scalar, it changes only the gradient's
+    length (equation 6).  The squared distance is averaged over the latents, not summed.
     """
     return F.mse_loss(x0.detach() + gain * (x_hat - x_hat.detach()), target)
 
 
 def sampler_gain(scheduler: SchedulerMixin, num_inference_steps: int) -> float:
-    """Return a_1 ... a_T: the factor of the starting noise in x0 while the prediction is held.
+    """Return a_1 ... a_T: the derivative of x0 by the starting noise at a constant prediction.
 
-    Read off the scheduler itself: it carries the samples 1 and 0 through all its steps with a
-    prediction of zero, and their difference is the gain; so it holds for every sampler,
-    stochastic ones included (both draw the same noise). Predicted noise is held, whatever the
-    network predicts; for DDIM the gain is sqrt(alpha_0 / alpha_T) (equation 26). A flow's
-    velocity is, and v where the last signal-to-noise ratio is zero, at which noise does not tell
-    x0.
+    The scheduler itself is measured: it carries the samples 1 and 0 through all its steps with a
+    prediction of zero, and their difference is the gain. This holds for every sampler, stochastic
+    ones included, since both samples get the same noise.
 
-    Raises ValueError where neither gain is finite, and for a sampler that forgets the starting
-    noise: with the prediction held nothing of it reaches x0.
+    For beta schedules the predicted noise is constant, whatever the network predicts; for DDIM the
+    gain is then sqrt(alpha_0 / alpha_T) (equation 26). For flows the velocity is constant. Where
+    the last signal-to-noise ratio is zero, v is, because noise alone does not determine x0.
+
+    Raises ValueError if no gain below MAX_GAIN exists, or if the sampler replaces the starting
+    noise by noise of its own.
     """
     holds_noise = "beta_schedule" in scheduler.config and not is_flow(scheduler)
     held = ["epsilon"] if holds_noise else []
@@ -57,14 +58,14 @@ def sampler_gain(scheduler: SchedulerMixin, num_inference_steps: int) -> float:
             break
     if not gain < MAX_GAIN:
         raise ValueError(
-            f"This sampler carries the starting noise to x0 with a factor of {gain}: with a "
+            f"This sampler scales the starting noise by {gain} in x0: with a "
             "schedule whose last signal-to-noise ratio is zero and a network that predicts noise, "
             "MSD needs a sampler that starts below t = T, such as DDIM “leading”."
         )
     if gain < MIN_GAIN:
         raise ValueError(
-            f"{type(scheduler).__name__} carries the starting noise to x0 with a factor of "
-            f"{gain:.1e}: what it adds at its steps replaces it. Train with another sampler, or on "
+            f"{type(scheduler).__name__} scales the starting noise by {gain:.1e} in x0: the noise "
+            "that it adds at its steps replaces it. Train with another sampler, or on "
             "the model that this one was distilled from."
         )
     return one - zero

@@ -97,8 +97,8 @@ def draw_noise(
 def step_generator(seed: int) -> torch.Generator:
     """Return the generator of the noise that stochastic samplers add at their steps.
 
-    A generator of the seed itself would begin with x_T once more.  The CPU's uses 32 bits, which
-    `~` all turns over.
+    A generator with the same seed would repeat x_T.  `~seed` inverts all 32 bits that the CPU's
+    generator uses, so the two streams differ.
     """
     return torch.Generator().manual_seed(~seed)
 
@@ -171,7 +171,7 @@ def encode_prompt(
     negative = taken.get("negative_prompt")
     if "negative_prompt_embeds" in embeds and negative and negative.default is not None:
         embeds["negative_prompt"] = (
-            None  # which some pipelines have as "", and refuse beside embeddings
+            None  # some default to "", which they reject together with embeddings
         )
     return embeds
 
@@ -200,7 +200,7 @@ def _repeat(encoded: Any, count: int) -> Any:
 
 @functools.cache
 def _encodings(kind: type) -> list[list[str]]:
-    """Return what a pipeline's call names the values of its encode_prompt, each time it calls it.
+    """Return the variables that a pipeline's call assigns each encode_prompt's results to.
 
     diffusers' pipelines give them the names of their own parameters: `prompt_embeds, ... =
     self.encode_prompt(...)`. Their order differs from family to family.

@@ -260,8 +260,8 @@ class Refiner:
         strength        0 returns x_T, 1 is what was trained; from 0 to limits.MAX_STRENGTH
         guidance_scale  the guided sampling to come near to, for a refiner that takes it
 
-        Raises ValueError for a strength or a scale that is no such number, for an x_T of another
-        shape and for prompts of another number.
+        Raises ValueError for an invalid strength or scale, a wrong shape of x_T, or a number of
+        prompts that does not match it.
         """
         check_strength(strength)
         self.check_guidance_scale(guidance_scale)

@@ -34,7 +34,8 @@ def samplers_of(pipe: DiffusionPipeline) -> list[str]:
     """Return the names of the samplers that the pipeline's family takes, its default first.
 
     Flow matching takes its own and those that the pipeline's call accepts: some pipelines pass
-    their own sigmas, which not every scheduler takes.  What is neither has its own only.
+    their own sigmas, which not every scheduler takes.  Other
+    pipelines keep their own sampler.
     """
     if has_beta_schedule(pipe.scheduler):
         return list(SAMPLERS)
@@ -50,7 +51,7 @@ def samplers_of(pipe: DiffusionPipeline) -> list[str]:
 
 
 def timestep_spacing(scheduler: SchedulerMixin) -> str:
-    """Return the spacing a model asks for, else Stable Diffusion's "leading".
+    """Return the model's timestep spacing, or Stable Diffusion's "leading" if it sets none.
 
     SD-Turbo's is "trailing", to start at t = 999 even in one step.
     """

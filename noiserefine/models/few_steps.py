@@ -1,4 +1,4 @@
-"""The schedulers of few-step LoRAs, which were trained on timesteps that others skip."""
+"""The schedulers that few-step LoRAs need (LCM, TCD, Lightning, ...)."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def few_step_scheduler(
 
     It is the one in the LoRA's folder (scheduler/scheduler_config.json or scheduler_config.json),
     else the one that a word in its name stands for, starting at the last timestep ("trailing").
-    Raises ValueError, a sentence's second half, for a configuration that is none.
+    Raises ValueError for an unusable configuration; its message completes "The LoRA NAME ...".
     """
     if not hasattr(pipe.scheduler.config, "beta_start"):  # of another kind than these LoRAs are for
         return None

@@ -34,7 +34,7 @@ NO_LENGTH = 10**6  # tokens; transformers gives a tokenizer without a limit 10**
 def load_folder(
     source: str, device: torch.device, dtype: torch.dtype | None, backbone: Backbone | None
 ) -> DiffusionPipeline:
-    """Load a folder's or hub id's text-to-image pipeline on the CPU, without running its code.
+    """Load a folder's or hub repository's text-to-image pipeline on the CPU; run none of its code.
 
     device: where it will compute, for the family's best dtype where that is None.
     Raises FileNotFoundError where it cannot be reached, and ValueError where it is no such
@@ -139,7 +139,7 @@ def _damaged(source: str, error: Exception) -> ValueError:
 def pipeline_class(source: str, index: dict) -> type[DiffusionPipeline]:
     """Return the text-to-image pipeline class that model_index.json names.
 
-    A pipeline for another task gives the one for text on the same networks, where diffusers has it.
+    A pipeline for another task is replaced by its text-to-image counterpart, if diffusers has one.
     Raises ValueError for a class that is code of the repository, which is never run.
     """
     if not isinstance(index, dict) or not index.get("_class_name"):
@@ -280,7 +280,7 @@ def _check_complete(source: str, pipe: DiffusionPipeline) -> None:
 
 
 def _limit_tokenizers(pipe: DiffusionPipeline) -> None:
-    """Give a tokenizer that knows no length, as some saved by scripts, its text encoder's."""
+    """Set a tokenizer's missing limit, which some scripts leave out, from its text encoder."""
     for name, tokenizer in pipe.components.items():
         if not name.startswith("tokenizer") or tokenizer is None:
             continue

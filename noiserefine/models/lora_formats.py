@@ -70,8 +70,8 @@ class Change:
 def layers_of(state: dict[str, torch.Tensor]) -> tuple[dict[str, Parts], list[str]]:
     """Return a file's tensors by layer, and the words of its bundled embeddings.
 
-    Raises ValueError, a sentence's second half, for a kind that cannot become a LoRA and for no
-    LoRA at all.
+    Raises ValueError for a kind that cannot become a LoRA, and if it is no LoRA at all; the message
+    completes "The LoRA NAME ...".
     """
     layers: dict[str, Parts] = {}
     words, unknown = [], []
@@ -157,7 +157,7 @@ def change(parts: Parts, weight: torch.Tensor, dtype: torch.dtype) -> Change:
     """Return what the parts do to a layer with this weight, which computes in dtype.
 
     The tensors are in float32 on the CPU.
-    Raises ValueError, a sentence's second half, where they do not fit it or are not whole.
+    Raises ValueError if they do not fit or are not whole; the message completes "The LoRA NAME ...".
     """
     parts = {name: tensor.detach().float().cpu() for name, tensor in parts.items()}
     shape = weight.shape

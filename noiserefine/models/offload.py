@@ -11,9 +11,9 @@ from noiserefine.refiner import Refiner
 def offload(
     pipe: DiffusionPipeline, refiner: Refiner | None, mode: str, device: torch.device | str
 ) -> None:
-    """Let pipe and refiner, both on the CPU, compute on the device in the given mode of OFFLOADS.
+    """Set up offloading of the pipeline and the refiner, both on the CPU, in a mode of OFFLOADS.
 
-    To be called once, before the first forward.  Raises ValueError for another mode.
+    Call once, before the first forward.  Raises ValueError for another mode.
     """
     if mode not in OFFLOADS:
         raise ValueError(f"There is no offload mode {mode!r}; choose one of {', '.join(OFFLOADS)}.")

@@ -76,7 +76,7 @@ class SiTPipeline(DiffusionPipeline):
 
     @property
     def no_class(self) -> int:
-        """The number of the embedding that stands for no class, one after the last class."""
+        """Return the index of the embedding for "no class", one after the last class."""
         return self.transformer.config.num_embeds_ada_norm
 
     def encode_prompt(self, prompt: str | int | list[str | int]) -> torch.Tensor:

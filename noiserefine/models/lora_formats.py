@@ -157,7 +157,8 @@ def change(parts: Parts, weight: torch.Tensor, dtype: torch.dtype) -> Change:
     """Return what the parts do to a layer with this weight, which computes in dtype.
 
     The tensors are in float32 on the CPU.
-    Raises ValueError if they do not fit or are not whole; the message completes "The LoRA NAME ...".
+    Raises ValueError if they do not fit or are not whole; its message completes "The LoRA NAME
+    ...".
     """
     parts = {name: tensor.detach().float().cpu() for name, tensor in parts.items()}
     shape = weight.shape

@@ -82,13 +82,13 @@ def test_evaluate_runs_and_goes_on(tmp_path, capsys):
 
     # Another run makes what is missing, and nothing else; other settings are refused.
     (tmp_path / "all" / "refined-000002.npz").unlink()
-    (images / "gaussian" / "00000.png").unlink()
+    (images / "gaussian" / "00001.png").unlink()
     untouched = (tmp_path / "all" / "refined-000000.npz").stat().st_mtime_ns
     evaluate.main([*arguments, "--images", str(images)])
     again = json.loads(output.read_text())
     assert again["arms"].keys() == {"gaussian", "guided", "refined"}
     assert (tmp_path / "all" / "refined-000000.npz").stat().st_mtime_ns == untouched
-    assert (images / "gaussian" / "00000.png").is_file()
+    assert (images / "gaussian" / "00001.png").is_file()
     for metric in ("object_accuracy", "frechet_distance_interval"):
         assert again["arms"]["refined"][metric] == pytest.approx(result["arms"]["refined"][metric])
     with pytest.raises(ValueError, match="holds measurements of other settings"):

@@ -210,8 +210,10 @@ class Measurement:
     def _is_missing(self, arm: str, start: int) -> bool:
         if not self.file(arm, start).exists():
             return True
-        images = self.args.images
-        return bool(images) and not _image_file(images / arm, start).exists()
+        if not self.args.images:
+            return False
+        numbers = range(start, min(start + self.args.batch_size, self.args.n))
+        return not all(_image_file(self.args.images / arm, i).exists() for i in numbers)
 
     def _latents(
         self,

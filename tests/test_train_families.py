@@ -89,6 +89,12 @@ def test_costs_are_those_of_the_architectures():
     assert table[0] == "sd21" and float(table[7]) == pytest.approx(19.7, abs=0.1)
 
 
+def test_models_without_a_preset_have_no_cost(capsys):
+    with pytest.raises(SystemExit):
+        cost.main(["--models", "sd-turbo"])
+    assert "invalid choice: 'sd-turbo'" in capsys.readouterr().err
+
+
 def test_checkpointing_and_a_small_batch_need_less_memory():
     few, many = (
         cost.activations("sit", batch, 4, checkpointing)

@@ -11,6 +11,7 @@ measure it with train/tools/benchmark.py. train/presets.py holds the counts for 
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,24 +20,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from noiserefine.lora import UNET_TARGETS, with_lora
 from train.common import argument_parser, markdown_table, run_script
-from train.options import default_options, plan
+from train.options import GIB, default_options, hours, plan
 from train.presets import FORWARDS, Forward
-from train.tools.architectures import NAMES, UNETS, build_denoiser
+from train.tools.architectures import UNETS, build_denoiser
 
-LATENTS = {
-    "sit": (4, 32, 32),
-    "pixart-sigma": (4, 128, 128),
-    "sana": (32, 32, 32),
-    "sd35-medium": (16, 128, 128),
-    "klein": (128, 64, 64),
-    "z-image": (16, 128, 128),
-}
 MAX_SIDE = 128  # of a feature map; what is square and larger is queries by keys
 MATRIX, TOKENS = 2, 3  # dimensions
 COUNTED_RANK = 128
 TRAINED_BYTES = 16  # of a LoRA's parameter: itself, its gradient, and AdamW's two moments
 TRAINED_BYTES_8BIT = 10  # with 8-bit moments
-GIB, TERA, MILLION, HOUR = 2**30, 1e12, 1e6, 3600
+TERA, MILLION = 1e12, 1e6
 
 
 def inputs(name: str, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -45,16 +38,12 @@ def inputs(name: str, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(batch, *shape, device="meta", dtype=torch.float16)
 
-    t = torch.empty(batch, device="meta", dtype=torch.float16)
+    t, x = torch.empty(batch, device="meta", dtype=torch.float16), empty(*FORWARDS[name].latents)
     if name in UNETS:
-        config = UNETS[name]
-        side = config["sample_size"]
-        added = None
+        config, added = UNETS[name], None
         if "addition_embed_type" in config:
             added = {"text_embeds": empty(1280), "time_ids": empty(6)}
-        arguments = (empty(4, side, side), t, empty(77, config["cross_attention_dim"]))
-        return arguments, {"added_cond_kwargs": added}
-    x = empty(*LATENTS[name])
+        return (x, t, empty(77, config["cross_attention_dim"])), {"added_cond_kwargs": added}
     conditions: dict[str, dict[str, Any]] = {
         "sit": {"class_labels": torch.empty(batch, device="meta", dtype=torch.long)},
         "pixart-sigma": {
@@ -86,14 +75,13 @@ def count(name: str) -> Forward:
     args, kwargs = inputs(name, 1)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(*args, **kwargs)
-    side = UNETS[name]["sample_size"] if name in UNETS else 0
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     lora = sum(p.numel() for p in lora_parameters(meta_lora(name, network, COUNTED_RANK)))
     return Forward(
         round(counter.get_total_flops() / TERA, 2),
         round(weights / GIB, 1),
         round(lora / MILLION / COUNTED_RANK, 3),
-        LATENTS.get(name, (4, side, side)),
+        FORWARDS[name].latents,
     )
 
 
@@ -183,13 +171,10 @@ def activations(name: str, batch: int, rank: int, checkpointing: bool) -> float:
 
 def cost(name: str, tflops: float) -> list[str]:
     """Return a row of the table: the cost of a preset, and of its quick variant."""
-    forward, options = FORWARDS[name], default_options(name)
+    forward, options = FORWARDS[name], replace(default_options(name), tflops=tflops)
     steps, evaluations = plan(options)
     total = sum(evaluations.values())
     quick = sum(plan(default_options(name, quick=True))[1].values())
-
-    def hours(number: int) -> str:
-        return f"{number * forward.teraflop / tflops / HOUR:,.1f}"
 
     return [
         name,
@@ -199,9 +184,9 @@ def cost(name: str, tflops: float) -> list[str]:
         f"{options.num_targets:,}",
         f"{steps:,}",
         f"{total / MILLION:.2f}",
-        hours(total),
+        f"{hours(options, total):,.1f}",
         f"{quick:,}",
-        hours(quick),
+        f"{hours(options, quick):,.1f}",
     ]
 
 
@@ -225,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the tables, or count the forwards anew."""
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--models", nargs="+", choices=NAMES, default=list(FORWARDS))
+    add("--models", nargs="+", choices=FORWARDS, default=list(FORWARDS))
     add("--tflops", type=float, default=200.0, help="10^12 operations a second of the card")
     add("--memory", action="store_true", help="GPU memory of the training step instead")
     add("--count", action="store_true", help="print FORWARDS of train/presets.py, counted anew")

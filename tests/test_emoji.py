@@ -9,6 +9,7 @@ from diffusers import SD3Transformer2DModel
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from train.emoji.captions import build_tokenizer
 from train.emoji.examples import read_text_encoder
 from train.emoji.fit import Settings, fit
 from train.emoji.flow import NO_T5, RepeatedToken
@@ -40,6 +41,12 @@ def test_text_encoder_is_that_of_transformers_and_its_projection_the_identity():
         embeds = projected(tokens).text_embeds
     torch.testing.assert_close(read.last_hidden_state, expected.last_hidden_state)
     torch.testing.assert_close(embeds, expected.pooler_output)
+
+
+def test_a_tokenizer_built_anew_has_the_same_token_ids():
+    """A text encoder's training that is started again must read the captions as before."""
+    first, second = build_tokenizer(), build_tokenizer()
+    assert first.get_vocab() == second.get_vocab()
 
 
 def test_repeated_token_stands_for_all_of_the_missing_t5():

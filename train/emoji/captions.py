@@ -76,18 +76,24 @@ def build_tokenizer() -> CLIPTokenizer:
     ]
     words = sorted(set(re.sub("[{},]", " ", " ".join(texts)).split()))
 
-    # Each merge of two symbols is learnt from the words, whole words last.
+    # Each merge of two symbols is learnt from the words, whole words last. Of equally frequent
+    # merges the symbols' numbers decide, which are random for ends of words unless given.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    endings = [letter + "</w>" for letter in alphabet]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
-        vocab_size=10**6, min_frequency=2, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=10**6,
+        min_frequency=2,
+        special_tokens=endings,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     bpe.train_from_iterator([" ".join(words)] * 2, trainer)
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols = [
         *alphabet,
-        *(letter + "</w>" for letter in alphabet),
+        *endings,
         *("".join(merge) for merge in merges),
         "<|startoftext|>",
         "<|endoftext|>",

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from noiserefine.models.sit import SiTPipeline
 
 VOCABULARY = 300  # bytes and special tokens, with room
+SMALL = {"height": 64, "width": 64}  # of pipelines whose call has 1024 for its default
 BETAS: dict[str, Any] = dict(
     beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
 )
@@ -621,7 +622,8 @@ def sana():
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
     vae = deep_compression_vae()
-    return d.SanaPipeline(bytes_tokenizer(), gemma2(), vae, sana_transformer(), scheduler)
+    pipe = d.SanaPipeline(bytes_tokenizer(), gemma2(), vae, sana_transformer(), scheduler)
+    return always(pipe, **SMALL)
 
 
 @family
@@ -630,7 +632,7 @@ def sana_sprint():
     pipe = d.SanaSprintPipeline(
         bytes_tokenizer(), gemma2(), deep_compression_vae(), transformer, d.SCMScheduler()
     )
-    return always(pipe, intermediate_timesteps=None)  # else it samples in two steps only
+    return always(pipe, intermediate_timesteps=None, **SMALL)  # else it samples in two steps only
 
 
 @family
@@ -692,9 +694,10 @@ def aura_flow():
         pos_embed_max_size=4096,
     )
     encoder = t5(t.UMT5EncoderModel, t.UMT5Config)
-    return d.AuraFlowPipeline(
+    pipe = d.AuraFlowPipeline(
         bytes_tokenizer(), encoder, kl(), transformer.eval(), flow(shift=1.73)
     )
+    return always(pipe, **SMALL)
 
 
 @family
@@ -794,9 +797,10 @@ def z_image():
         if "pad_token" in name:  # made without values
             parameter.data.fill_(1.0)
     qwen = language_model(t.Qwen3Model, t.Qwen3Config, num_hidden_layers=3)
-    return d.ZImagePipeline(
+    pipe = d.ZImagePipeline(
         flow(shift=3.0), kl(16, shift_factor=0.1159), qwen, bytes_tokenizer(512), transformer.eval()
     )
+    return always(pipe, **SMALL)
 
 
 @family
@@ -831,7 +835,7 @@ def krea2():
         },
         vision_config=VISION | {"out_hidden_size": 16},
     )
-    return small(
+    return always(
         d.Krea2Pipeline(
             scheduler=flow(use_dynamic_shifting=True),
             vae=qwen_vae(),
@@ -839,7 +843,8 @@ def krea2():
             tokenizer=bytes_tokenizer(1024),
             transformer=transformer.eval(),
             text_encoder_select_layers=(0, 1, 2),
-        )
+        ),
+        **SMALL,
     )
 
 

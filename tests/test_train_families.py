@@ -63,6 +63,26 @@ def test_guidance_that_a_pipeline_lacks_is_refused_first(train, tmp_path):
     assert not (tmp_path / "flux2_klein").exists()
 
 
+@pytest.mark.parametrize(
+    "name, arguments, says",
+    [
+        ("hunyuan_dit", (), "HunyuanDiT2DModel offers no gradient checkpointing"),
+        ("chroma", (), "gives ChromaTransformer2DModel wrong gradients"),
+        (
+            "sd15",
+            ("--network", "train.experiments.networks:Mlp"),
+            "GaussianOfPrompt offers no gradient checkpointing",
+        ),
+    ],
+)
+def test_checkpointing_that_a_network_lacks_is_refused_first(
+    train, tmp_path, name, arguments, says
+):
+    with pytest.raises(ValueError, match=f"{says}.*--gradient_checkpointing False"):
+        train(name, "--gradient_checkpointing", "True", *arguments)
+    assert not (tmp_path / name).exists()
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_have_a_cost(preset):
     """Every preset's options can be parsed; its cost is known, and quick means quick."""

@@ -50,6 +50,7 @@ RECORDED = (  # in refiner.json
     *("target_steps", "sampler", "steps", "num_targets", "epochs", "height", "width", "prompts"),
     "num_validation",
 )
+WRONG_CHECKPOINTING = ("ChromaTransformer2DModel",)  # diffusers 0.42: without its attention mask
 
 
 class MSD:
@@ -211,9 +212,25 @@ def _create_refiner(options: Options, pipe: DiffusionPipeline) -> Refiner:
     refiner = network.create(pipe, options.rank, guidance_scale_range=options.guidance_scale_range)
     denoiser(pipe).requires_grad_(False)
     cast_training_params(refiner.network)
-    if options.gradient_checkpointing and hasattr(refiner.network, "enable_gradient_checkpointing"):
-        refiner.network.enable_gradient_checkpointing()
+    if options.gradient_checkpointing:
+        _checkpoint_gradients(refiner.network)
     return refiner
+
+
+def _checkpoint_gradients(network: Any) -> None:
+    """Let the backward pass recompute activations. Raise ValueError where diffusers cannot."""
+    kind = type(network).__name__
+    if kind in WRONG_CHECKPOINTING:
+        problem = f"diffusers' gradient checkpointing gives {kind} wrong gradients"
+    elif not getattr(network, "_supports_gradient_checkpointing", False):
+        problem = f"{kind} offers no gradient checkpointing"
+    else:
+        network.enable_gradient_checkpointing()
+        return
+    raise ValueError(
+        f"{problem}: give --gradient_checkpointing False, and a smaller --batch_size if memory is "
+        "short."
+    )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from train.captions import HELD_OUT
 from train.emoji.captions import build_tokenizer
 from train.emoji.render import BACKGROUNDS, held_out_pairs, objects, prompt
 from train.experiments import guidance_scales
-from train.metrics import METRICS, frechet_distance, load_metrics
+from train.metrics import METRICS, Moments, frechet_distance, load_metrics
 from train.tools.benchmark import main as benchmark_main
 from train.tools.benchmark import measure
 
@@ -36,11 +36,10 @@ from train.tools.benchmark import measure
 def test_frechet_distance():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(20_000, 3)) * [1, 2, 3] + [0, 1, 0]
-    assert frechet_distance(x, x.mean(0), np.cov(x, rowvar=False)) == pytest.approx(0, abs=1e-8)
+    assert frechet_distance(x, Moments.fitted(x)) == pytest.approx(0, abs=1e-8)
     # Between axis-aligned Gaussians it is sum (mu - mu')^2 + (sigma - sigma')^2.
-    assert frechet_distance(x, np.zeros(3), np.diag([1.0, 1.0, 1.0])) == pytest.approx(
-        1 + 1 + 4, rel=0.05
-    )
+    unit = Moments(np.zeros(3), np.diag([1.0, 1.0, 1.0]))
+    assert frechet_distance(x, unit) == pytest.approx(1 + 1 + 4, rel=0.05)
 
 
 EVALUATE = (

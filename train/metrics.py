@@ -11,6 +11,7 @@ import hashlib
 import tempfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -95,18 +96,31 @@ def load_metrics(names: list[str], real_images: Path | None, device: torch.devic
     return [kind(source or kind.default_source, real_images, device) for kind, source in kinds]
 
 
-def frechet_distance(features: np.ndarray, mean: np.ndarray, covariance: np.ndarray) -> float:
-    """Return the distance of a Gaussian fitted to features (N, D) to one given by its moments.
+@dataclass(frozen=True)
+class Moments:
+    """The Gaussian of real images' features: mean (D,) and covariance (D, D)."""
 
-    mean (D,), covariance (D, D).
-    """
-    fitted = np.cov(features, rowvar=False)
-    values, vectors = np.linalg.eigh(covariance)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ fitted @ root).clip(0)).sum()
-    return float(
-        ((features.mean(0) - mean) ** 2).sum() + np.trace(fitted) + np.trace(covariance) - 2 * cross
-    )
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    @classmethod
+    def fitted(cls, features: np.ndarray) -> "Moments":
+        """Return the moments of features (N, D)."""
+        return cls(features.mean(0), np.cov(features, rowvar=False))
+
+    @cached_property
+    def root(self) -> np.ndarray:
+        """The symmetric square root of the covariance, (D, D)."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+
+
+def frechet_distance(features: np.ndarray, real: Moments) -> float:
+    """Return the Frechet distance of a Gaussian fitted to features (N, D) to the real one."""
+    made = Moments.fitted(features)
+    cross = np.sqrt(np.linalg.eigvalsh(real.root @ made.covariance @ real.root).clip(0)).sum()
+    apart = ((made.mean - real.mean) ** 2).sum()
+    return float(apart + np.trace(made.covariance) + np.trace(real.covariance) - 2 * cross)
 
 
 class Inception(Metric):
@@ -173,7 +187,7 @@ class Inception(Metric):
                 for i in range(0, len(files), 64)
             ]
         )
-        self.real = real.mean(0), np.cov(real, rowvar=False)
+        self.real = Moments.fitted(real)
 
     @torch.inference_mode()
     def measure(self, images: list[Image.Image], prompts: list[str]) -> Rows:
@@ -206,7 +220,7 @@ class Inception(Metric):
                 .item()
             )
         return {
-            "fid": frechet_distance(rows["inception_features"], *self.real),
+            "fid": frechet_distance(rows["inception_features"], self.real),
             "inception_score": float(np.mean(scores)),
         }
 

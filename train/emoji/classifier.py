@@ -23,6 +23,7 @@ from torch import nn
 from train.emoji.autoencoder import pixels, read_pictures
 from train.emoji.fit import Settings, add_options, fit
 from train.emoji.render import BACKGROUNDS, SIZE, objects
+from train.metrics import Moments
 
 FEATURES = 128
 NOISE = 0.1  # at most, in pixels from -1 to 1: a generated picture is not as clean as a render
@@ -61,6 +62,12 @@ class Judge(nn.Module):
         judge = cls()
         judge.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
         return judge.eval()
+
+    def real_moments(self) -> Moments:
+        """Return the moments of held-out renders' features."""
+        return Moments(
+            self.real_mean.double().cpu().numpy(), self.real_covariance.double().cpu().numpy()
+        )
 
     @torch.inference_mode()
     def judge(self, images: list[Image.Image]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -29,10 +29,7 @@ class EmojiJudge(Metric):
     def __init__(self, source: str, real_images: Path | None, device: torch.device):
         self.about = {"judge": Path(source).name}
         self.judge = Judge.from_pretrained(Path(source))
-        self.real = (
-            self.judge.real_mean.double().numpy(),
-            self.judge.real_covariance.double().numpy(),
-        )
+        self.real = self.judge.real_moments()
         self.pairs = {thing.name: (i, np.nan) for i, thing in enumerate(objects())} | {
             prompt(i, j): (i, j) for i in range(len(objects())) for j in range(len(BACKGROUNDS))
         }
@@ -59,7 +56,7 @@ class EmojiJudge(Metric):
         found = {
             "object_accuracy": float(objects_right),
             "background_accuracy": float(backgrounds_right),
-            "frechet_distance": frechet_distance(features, *self.real),
+            "frechet_distance": frechet_distance(features, self.real),
             "feature_variance": float(np.mean(variances)) if variances else np.nan,
         }
         if np.isnan(backgrounds_right):

@@ -75,11 +75,10 @@ def sample(
 def figures(judge: Judge, images: list[Image.Image], pairs: np.ndarray) -> dict[str, float]:
     """Return the judge's accuracies and the Frechet distance to real renders."""
     thing, colour, features = judge.judge(images)
-    real = judge.real_mean.double().cpu().numpy(), judge.real_covariance.double().cpu().numpy()
     return {
         "object": float(np.mean(thing == pairs[:, 0])),
         "background": float(np.mean(colour == pairs[:, 1])),
-        "frechet": frechet_distance(features, *real),
+        "frechet": frechet_distance(features, judge.real_moments()),
     }
 
 

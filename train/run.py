@@ -57,9 +57,7 @@ class Run:
         to_guided = "?"  # how far the refined latents have come, at the last validation
         with interruptible() as self.stop:
             for step in progress:
-                if self.options.patience and has_converged(
-                    read_log(self.folder), self.options.patience
-                ):
+                if self._has_converged(step):
                     progress.write(f"Stopped at step {step}: no closer to guided (--patience).")
                     return
                 began = time.perf_counter()
@@ -85,6 +83,12 @@ class Run:
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.values = {"loss": mean_loss, "grad_norm": norm, "lr": lr, "skipped": int(not finite)}
         return finite or self.accelerator.scaler is not None
+
+    def _has_converged(self, step: int) -> bool:
+        """Return whether --patience ends the run, of which every process reads in the log."""
+        patience = self.options.patience
+        validated = step == self.start or step % self.options.validate_every == 0
+        return bool(patience) and validated and has_converged(read_log(self.folder), patience)
 
     def _record(self, done: int) -> None:
         last = done == self.total_steps

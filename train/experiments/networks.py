@@ -7,23 +7,25 @@ Other parametrisations, no pretraining, a Gaussian for every prompt: all of them
 
 import json
 import math
+from abc import ABC, abstractmethod
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import nn
 
 from noiserefine.checkpoint import CONFIG_NAME, RefinerConfig, check_tensors, read_tensors
 from noiserefine.lora import with_lora
 from noiserefine.refiner import Refiner
+from train.common import atomic, write_json
 
 WEIGHTS_NAME = "network.safetensors"
 
 
-class Alternative(Refiner):
+class Alternative(Refiner, ABC):
     """A refining network that is not the refiner, saved as the tensors that training changes."""
 
     name: str
@@ -46,9 +48,9 @@ class Alternative(Refiner):
         return cls(pipe, config, cls.build(pipe, config))
 
     @classmethod
+    @abstractmethod
     def build(cls, pipe: DiffusionPipeline, config: RefinerConfig) -> Any:
         """Return the network, which is called as the pipeline's UNet is."""
-        raise NotImplementedError
 
     def trained(self) -> dict[str, torch.Tensor]:
         """Return the tensors that are not the pipeline's."""
@@ -62,8 +64,9 @@ class Alternative(Refiner):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the trained tensors and refiner.json."""
         tensors = {name: value.contiguous() for name, value in self.trained().items()}
-        save_file(tensors, Path(folder) / WEIGHTS_NAME)
-        (Path(folder) / CONFIG_NAME).write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        with atomic(Path(folder) / WEIGHTS_NAME) as part:
+            save_file(tensors, part)
+        write_json(Path(folder) / CONFIG_NAME, asdict(self.config))
 
     @classmethod
     def from_pretrained(
@@ -100,31 +103,25 @@ class Difference(Raw):
 
     name = "difference"
 
-    def correction(
-        self,
-        x_T: torch.Tensor,
-        embeds: dict[str, torch.Tensor],
-        guidance_scale: torch.Tensor | None = None,
+    def predict(
+        self, network: ModelMixin, x_T: torch.Tensor, embeds: dict[str, Any]
     ) -> torch.Tensor:
         """Return the difference of the two forwards, (B, C, h, w)."""
         with torch.no_grad():
-            base = self.predict(self.pipe.unet, x_T, embeds)
-        return super().correction(x_T, embeds) - base
+            base = super().predict(self.pipe.unet, x_T, embeds)
+        return super().predict(network, x_T, embeds) - base
 
 
 class Autocast(Alternative):
     """A network whose own weights stay in float32, at the pipeline's precision."""
 
-    def correction(
-        self,
-        x_T: torch.Tensor,
-        embeds: dict[str, torch.Tensor],
-        guidance_scale: torch.Tensor | None = None,
+    def predict(
+        self, network: ModelMixin, x_T: torch.Tensor, embeds: dict[str, Any]
     ) -> torch.Tensor:
         """Return the network's output under autocast, (B, C, h, w)."""
-        dtype = self.pipe.unet.dtype
-        with torch.autocast(x_T.device.type, dtype, enabled=dtype != torch.float32):
-            return super().correction(x_T, embeds)
+        enabled = self.dtype != torch.float32
+        with torch.autocast(x_T.device.type, self.dtype, enabled=enabled):
+            return super().predict(network, x_T, embeds)
 
 
 class Scratch(Autocast):

@@ -31,6 +31,7 @@ from train.emoji.render import clay
 from train.experiments import (
     denoiser_lora,
     inversion_error,
+    latent_distance,
     noise_gradients,
     novelty,
     report,
@@ -463,3 +464,19 @@ def test_the_report_has_a_section_for_every_experiment(tmp_path, monkeypatch, ca
     assert (
         f"{len(report.SECTIONS) - 1} of {len(report.SECTIONS)} sections" in capsys.readouterr().out
     )
+
+
+def test_latent_distances_by_rank_and_steps(tiny_folder, tiny, tmp_path):
+    """A refiner that was compressed to almost its rank stays near it; a useless one goes no way."""
+    perturbed(tiny, rank=4).save_pretrained(tmp_path / "refiner")
+    models = f"--backbone {tiny_folder} --refiner {tmp_path / 'refiner'} --guidance_scale 3"
+    sizes = f"--ranks 3 1 --steps 3 2 --n 4 --batch_size 3 --output {tmp_path / 'd.json'}"
+    latent_distance.main(f"{models} {sizes}".split())
+    rows = json.loads((tmp_path / "d.json").read_text())["results"]
+    assert [(row["steps"], row["rank"]) for row in rows] == [(3, 4), (3, 3), (3, 1), (2, 4)]
+    assert rows[0]["megabytes"] > rows[1]["megabytes"] > rows[2]["megabytes"] > 0
+    whole, near, far = (row["refined"] for row in rows[:3])
+    assert abs(near - whole) < abs(far - whole)
+    assert rows[0]["percent"] == pytest.approx(100 * (1 - whole / rows[0]["gaussian"]))
+    equal = latent_distance.percent_of_the_way(np.ones(5), np.zeros(5))
+    assert equal == (100, [100, 100])

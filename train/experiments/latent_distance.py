@@ -106,7 +106,8 @@ def distances(
     args: argparse.Namespace,
 ) -> dict[int | str, np.ndarray]:
     """Return the distances (n,) to guided latents of "gaussian" and of each refiner's latents."""
-    found: dict[int | str, list[float]] = {name: [] for name in ("gaussian", *refiners)}
+    found: dict[int | str, list[float]] = {"gaussian": []}
+    found |= {rank: [] for rank in refiners}
     for start in tqdm(range(0, len(prompts), args.batch_size), desc=f"{steps} steps"):
         texts = prompts[start : start + args.batch_size]
         x_T = draw_noise(pipe, FIRST_EVALUATION_SEED + start, len(texts)).to(pipe.device)

@@ -41,7 +41,7 @@ from noiserefine.page.settings import Settings, any_model_allowed, link, restore
 from noiserefine.page.stream import stream
 from noiserefine.page.views import ARMS, VIEWS
 from noiserefine.sampler_names import SAMPLERS
-from tests.conftest import EMOJI, EMOJI_REFINER, ROOT, perturbed, script
+from tests.conftest import EMOJI, EMOJI_REFINER, ROOT, output, perturbed, script
 from train.tools.architectures import random_pipeline
 
 PROMPT = "a red apple on a blue background"
@@ -675,6 +675,17 @@ def test_a_refiner_that_the_user_names(turbo, tmp_path):
 def test_a_users_lora_is_in_every_column():
     plain, styled = shown(*GOOD), shown(*GOOD[:9], "", LORA, 0.8)
     assert not any(same(plain, styled)) and all(same(plain, shown(*GOOD)))
+
+
+def test_asking_what_hinders_a_view_changes_no_picture():
+    """It is asked while another visitor's picture may be sampled with the same LoRA."""
+    inputs = [*GOOD[:5], 0.0, *GOOD[6:9], "", LORA, 0.8]
+    shown(*inputs)
+    loaded = jobs.MODELS.find(Settings(*inputs).model)
+    before = output(loaded.pipe)
+    reasons = jobs.hindrances(Settings(*inputs[:11], -0.5), ["compare", "samplers"])
+    assert list(reasons) == ["samplers"] and "strength is 0" in reasons["samplers"]
+    assert torch.equal(output(loaded.pipe), before)
 
 
 def test_out_of_memory_is_survived(monkeypatch):

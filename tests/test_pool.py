@@ -116,7 +116,7 @@ def test_the_embedded_model_stays(folder, loads):
     models.get(Model(str(folder / "base")))
     styled = models.get(Model("emoji", lora="assets/loras/emoji-clay"))
     assert styled.pipe is not embedded.pipe and models.get(Model("emoji")) is embedded
-    assert not models.has(Model(str(folder / "base"))), "one other model at a time"
+    assert not models.find(Model(str(folder / "base"))), "one other model at a time"
 
 
 def test_where_the_sliders_start(pipe, sdxl):

@@ -64,9 +64,9 @@ class Models:
         self.lock = threading.Lock()
         self.loaded: dict[Model, Loaded] = {}
 
-    def has(self, model: Model) -> bool:
-        """Return whether the model is in memory."""
-        return replace(model, lora_weight=1.0) in self.loaded
+    def find(self, model: Model) -> Loaded | None:
+        """Return the model if it is in memory, its LoRA at the weight that was last asked for."""
+        return self.loaded.get(replace(model, lora_weight=1.0))
 
     def get(self, model: Model) -> Loaded:
         """Return the model with its LoRA at its weight.

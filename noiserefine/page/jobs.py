@@ -144,11 +144,11 @@ def work(
     """
     view = VIEWS[view_name]
     asked, model = recipe_of(settings), model_of(settings, view)
-    if not MODELS.has(model):
+    if not MODELS.find(model):
         on_load(f"Loading {model.title} …")
 
     def run(report: Callable[[Event], None]) -> None:
-        job = _prepare(asked, model, known, report)
+        job = _prepare(MODELS.get(model), model, asked, known, report)
         if reason := view.unmet(job):
             raise ValueError(reason)
         view.function(job, **controls)
@@ -166,13 +166,13 @@ def work(
 
 
 def _prepare(
-    recipe: Recipe,
+    loaded: Loaded,
     model: Model,
+    recipe: Recipe,
     known: Mapping[tuple[Model, Recipe], Sample],
     report: Callable[[Event], None],
 ) -> Job:
-    """Load the model and check the recipe against it, before any forward."""
-    loaded = MODELS.get(model)
+    """Check the recipe against the loaded model, before any forward."""
     scale, sha256, folder = None, None, None
     if loaded.refiner:
         folder = model.refiner or refiner_for(loaded.pipe, backbone_of(model.backbone))
@@ -227,9 +227,10 @@ def hindrances(settings: Settings, views: Iterable[str]) -> dict[str, str]:
     """Return for views that cannot work with a model in memory why not; {} for other models."""
     try:
         recipe, model = recipe_of(settings), settings.model
-        if not MODELS.has(model):
+        # Found, not got: a picture may be sampled meanwhile, whose LoRA's weight must stay.
+        if not (loaded := MODELS.find(model)):
             return {}
-        job = _prepare(recipe, model, {}, lambda event: None)
+        job = _prepare(loaded, model, recipe, {}, lambda event: None)
     except ValueError:  # said when something is made
         return {}
     scaled = {name for name in views if model_of(settings, VIEWS[name]) != model}
@@ -239,10 +240,10 @@ def hindrances(settings: Settings, views: Iterable[str]) -> dict[str, str]:
 
 def decoded(model: Model, x0: np.ndarray) -> Image.Image | None:
     """Return the picture of an x0, (1, C, h, w); None on ZeroGPU, whose card is gone by then."""
-    if ZERO_GPU or not MODELS.has(model):
+    loaded = MODELS.find(model)
+    if ZERO_GPU or not loaded:
         return None
     pictures: list[Image.Image] = []
-    loaded = MODELS.get(model)
     for images in stream(
         WORKER, lambda report: report(decode(loaded.pipe, torch.from_numpy(x0))[0])
     ):

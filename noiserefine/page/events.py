@@ -10,7 +10,10 @@ from noiserefine.models.catalogue import Model
 
 @dataclass(frozen=True)
 class Source:
-    """The models that the images of this run are made with, for the record in each file."""
+    """The models that this run makes images with, for the record in each file.
+
+    The first event of a view: the settings are checked by then.
+    """
 
     backbone: str
     revision: str | None

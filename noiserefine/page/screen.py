@@ -62,9 +62,6 @@ class Screen:
         self.nearness: dict[str, float | None] = {}
         self.gallery: list[tuple[str, str]] = []
         self.began = time.monotonic()
-        if "caption" in self.values:
-            self.values["caption"] = texts.caption(settings)
-            self.values["made_from"] = json.dumps(astuple(settings))
 
     @functools.singledispatchmethod
     def show(self, event: Event) -> bool:
@@ -74,6 +71,9 @@ class Screen:
     @show.register
     def _(self, event: Source) -> bool:
         self.record |= asdict(event)
+        if "caption" in self.values:
+            self.values["caption"] = texts.caption(self.settings)
+            self.values["made_from"] = json.dumps(astuple(self.settings))
         return False
 
     @show.register

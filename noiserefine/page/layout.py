@@ -11,7 +11,7 @@ import gradio as gr
 from noiserefine.limits import MAX_GUIDANCE_SCALE, MAX_STEPS, MAX_STRENGTH
 from noiserefine.models.catalogue import BACKBONES
 from noiserefine.page import texts
-from noiserefine.page.blind import ANSWERS, KEYS
+from noiserefine.page.blind import ANSWERS, KEYS, QUESTIONS
 from noiserefine.page.opening import EXAMPLES, Opening, opening
 from noiserefine.page.settings import FREE_CHOICE, REFINERS, SERVED, Settings
 from noiserefine.page.views import ARMS, VIEWS, View, picture
@@ -354,11 +354,12 @@ def _votes(page: Page) -> None:
             for answer, label in ANSWERS.items()
         }
     parts["tally"] = gr.Markdown(
-        "**Which is better?**", elem_classes="says", show_label=False, label="tally"
+        f"**{QUESTIONS['better']}**", elem_classes="says", show_label=False, label="tally"
     )
     parts["export"] = gr.DownloadButton("Votes as JSON", interactive=False, size="sm")
     parts["pair"], parts["votes"] = gr.State(None), gr.State([])
-    parts["round"] = gr.Number(0, visible="hidden", label="round")  # its change starts a pair
+    # Set when the next pair may come: its change starts it.
+    parts["next_pair"] = gr.Number(0, visible="hidden", label="next pair")
 
 
 def _keep(page: Page) -> None:

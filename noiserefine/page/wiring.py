@@ -71,8 +71,7 @@ def _connect_views(page: Page, known: gr.State) -> gr.events.Dependency:
             )
         listen, options = tab.show.click, {}
         if name == "blind":
-            listen = functools.partial(gr.on, [tab.show.click, parts["round"].change])
-            options = PRIVATE
+            listen, options = parts["next_pair"].change, PRIVATE
             tab.outputs["pair"] = parts["pair"]
         running.append(connect(listen, name, tab.outputs, tab.controls, **options))
     connect(parts["refine"].click, "refine", {"noise": parts["noise"]}, {})
@@ -238,9 +237,17 @@ def _vote(page: Page) -> None:
         parts["votes"],
         parts["tally"],
         parts["pair"],
-        parts["round"],
+        parts["next_pair"],
         parts["export"],
     ]
+    page.tabs["blind"].show.click(
+        _next_pair,
+        parts["votes"],
+        [given, parts["tally"], parts["pair"], parts["next_pair"]],
+        queue=False,
+        show_progress="hidden",
+        **PRIVATE,
+    )
     for answer, button in parts["answers"].items():
         button.click(
             functools.partial(_answer, answer),
@@ -249,6 +256,12 @@ def _vote(page: Page) -> None:
             show_progress="hidden",
             **PRIVATE,
         )
+
+
+def _next_pair(votes: list[blind.Vote]) -> list:
+    """Forget the open pair and its answer, show the first question, and start the next pair."""
+    question = f"**{blind.QUESTIONS['better']}**"
+    return [[], f"{question}\n\n{blind.table(votes)}" if votes else question, None, time.time()]
 
 
 def _answer(
@@ -277,5 +290,5 @@ def _answer(
         )
         said += "" if over else f" **{blind.QUESTIONS['better']}**"
         export = gr.DownloadButton(value=str(path), interactive=True)
-        following = gr.skip() if over else len(votes)
+        following = gr.skip() if over else time.time()
         yield [[], votes, f"{said}\n\n{blind.table(votes)}", None, following, export]

@@ -90,13 +90,26 @@ def test_compare_gives_the_librarys_pixels(client, pipe, refiner):
     assert not np.array_equal(pixels(result["gaussian"]), pixels(result["guided"]))
 
 
-def test_the_code_makes_the_picture(client):
-    """Every sampler's noise, size and strength is in it; run as a user would paste it."""
-    values = [PROMPT, 3, "emoji", 3, 2.5, 0.5, "DPM++ SDE", 136, 128]
+@pytest.mark.parametrize(
+    "values",
+    [
+        [PROMPT, 3, "emoji", 3, 2.5, 0.5, "DPM++ SDE", 136, 128],
+        [PROMPT, 3, "emoji", 1, 2.5, 1.0, "DDIM", 0, 0, "emoji-scales", LORA, 0.6, "a cat"],
+        [PROMPT, 3, "emoji", 1, 2.5, 0.0, "DDIM", 0, 0, "emoji-scales"],
+    ],
+)
+def test_the_code_makes_the_picture(client, values):
+    """Everything the picture depends on is in it; run as a user would paste it."""
     result = predict(client, "compare", *values)
-    names = {}
-    exec(result["code"].replace("'assets", f"'{ROOT}/assets"), names)
+    code, names = result["code"].replace("'assets", f"'{ROOT}/assets"), {}
+    exec(code, names)
     assert np.array_equal(pixels(result["refined"]), names["image"])
+    call = re.search(r"# Client\(address\)\.predict(.*), api_name='/compare'\)", result["code"])
+    assert eval(f"dict{call[1]})") == {
+        name: value
+        for name, value in zip(Settings.names(), values, strict=False)
+        if value != getattr(Settings(""), name)
+    }
 
 
 def test_files_have_speaking_names_and_an_enlarged_copy(client):

@@ -107,7 +107,9 @@ class Screen:
     def _(self, event: Compared) -> bool:
         self.values["keep"] = self._files_to_keep(event.samples)
         self.values["link"] = link(self.settings)
-        self.values["code"] = texts.code(self.settings, self.record.get("refiner"))
+        refined = self.samples.get("refined")
+        scale = refined and refined.recipe.refiner_scale
+        self.values["code"] = texts.code(self.settings, self.record.get("refiner"), scale)
         return True
 
     @show.register

@@ -135,15 +135,18 @@ def whole(value: float | None, what: str) -> int:
     return int(checked)
 
 
+def changed(settings: Settings) -> dict[str, Any]:
+    """Return the settings that differ from the defaults, by name."""
+    return {
+        field.name: getattr(settings, field.name)
+        for field in fields(Settings)
+        if getattr(settings, field.name) not in (field.default, None, "")
+    }
+
+
 def link(settings: Settings) -> str:
     """Return a query string of the settings that differ from the defaults."""
-    return "?" + urllib.parse.urlencode(
-        {
-            field.name: getattr(settings, field.name)
-            for field in fields(Settings)
-            if getattr(settings, field.name) not in (field.default, None, "")
-        }
-    )
+    return "?" + urllib.parse.urlencode(changed(settings))
 
 
 def restored(values: dict) -> tuple[list, list[str]]:

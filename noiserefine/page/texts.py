@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from noiserefine.models.catalogue import ASSETS, Model
-from noiserefine.page.settings import Settings
+from noiserefine.page.settings import Settings, changed
 
 SHOWN_SECONDS = 1.0  # below it the time says more about the machine than about the method
 
@@ -59,32 +59,43 @@ def short(prompt: str) -> str:
     return re.sub("^an? ", "", prompt).split(" on ")[0]
 
 
-def code(settings: Settings, refiner: str | None) -> str:
-    """Return Python that makes the refined image, or the plain one without a refiner."""
-    size = {
-        name: int(side)
-        for name, side in (("height", settings.height), ("width", settings.width))
-        if side
-    }
-    sizes = "".join(f", {name}={side}" for name, side in size.items())
-    lines = [
+def code(settings: Settings, refiner: str | None, refiner_scale: float | None = None) -> str:
+    """Return Python that makes the refined image, or the plain one without a refiner.
+
+    refiner_scale: the guidance scale that the refiner was given, if it takes one.
+    """
+    imports = [
         "from noiserefine import Refiner, draw_noise",
         "from noiserefine.guidance import sample",
         "from noiserefine.models.loading import load_pipeline",
         "from noiserefine.noise import step_generator",
         "from noiserefine.samplers import with_sampler",
-        "",
+    ]
+    size = {"height": settings.height, "width": settings.width}
+    sizes = "".join(f", {name}={int(side)}" for name, side in size.items() if side)
+    lines = [
         f"prompt, seed = {settings.prompt!r}, {_whole(settings.seed)}",
-        f"pipe = with_sampler(load_pipeline({settings.backbone!r}), {settings.sampler!r})",
+        f"pipe = load_pipeline({settings.backbone!r})",
+    ]
+    if settings.lora:
+        imports.insert(3, "from noiserefine.models.user_lora import add_lora, set_lora_weight")
+        lines += [
+            f"add_lora(pipe, {settings.lora!r})",
+            f"set_lora_weight(pipe, {settings.lora_weight:g})",
+        ]
+    lines += [
+        f"pipe = with_sampler(pipe, {settings.sampler!r})",
         f"latents = draw_noise(pipe, seed{sizes})  # x_T",
     ]
-    if refiner:
+    if refiner and settings.strength:
         if refiner.startswith(str(ASSETS)):
             refiner = str(Path(refiner).relative_to(ASSETS.parent))
+        scale = "" if refiner_scale is None else f", guidance_scale={refiner_scale:g}"
         lines += [
             f"refiner = Refiner.from_pretrained({refiner!r}, pipe)",
-            f"latents = refiner(latents, prompt, strength={settings.strength:g})",
+            f"latents = refiner(latents, prompt, strength={settings.strength:g}{scale})",
         ]
+    arguments = ", ".join(f"{name}={value!r}" for name, value in changed(settings).items())
     lines += [
         f"image = sample(pipe, prompt=prompt, latents=latents, num_inference_steps="
         f"{settings.steps:g}{sizes},",
@@ -92,10 +103,9 @@ def code(settings: Settings, refiner: str | None) -> str:
         "",
         "# The same through the API of this page:",
         "# from gradio_client import Client",
-        f"# Client(address).predict(prompt={settings.prompt!r}, seed={_whole(settings.seed)}, "
-        f"steps={settings.steps:g}, api_name='/compare')",
+        f"# Client(address).predict({arguments}, api_name='/compare')",
     ]
-    return "\n".join(lines)
+    return "\n".join([*imports, "", *lines])
 
 
 def remaining(done: int, total: int, seconds: float) -> str:

@@ -186,6 +186,7 @@ def shown(*inputs, view="compare", last=None, **controls):
                     state["absent"][event.arm] = event.reason
                 case Picture():
                     state["images"].append((event.caption, event.image))
+                    state["total"] = event.total
                 case Figure():
                     state[event.output] = event.figure
                 case Note():
@@ -247,7 +248,8 @@ SHOWN = {
 def test_every_view_shows_its_images(sampled, tiny, view):
     controls, count = SHOWN[view]
     state = shown(*tiny, view=view, **controls)
-    assert len(state["images"]) == count and all(caption for caption, _ in state["images"])
+    assert len(state["images"]) == state["total"] == count
+    assert all(caption for caption, _ in state["images"])
     sampled.clear()
     again = shown(*tiny, view=view, last=state["made"], **controls)
     assert view in ("trajectory", "attention") or not sampled, "these two watch the sampling"
@@ -260,6 +262,11 @@ def test_every_view_shows_its_images(sampled, tiny, view):
     if view == "frequencies":
         assert state["overlay"].size == (128, 128) and "times as strongly" in state["note"]
         assert state["histogram"].width > state["overlay"].width < state["spectrum"].width
+
+
+def test_strengths_without_guidance_are_counted():
+    state = shown(*GOOD[:3], 1, 1.0, *GOOD[5:], view="strength")
+    assert len(state["images"]) == state["total"] == len(STRENGTHS)
 
 
 def test_every_view_with_a_tab_is_tested():

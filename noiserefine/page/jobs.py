@@ -45,15 +45,10 @@ class Job:
     no_guidance: str  # why the guided arm does not apply, or ""
     report: Callable[[Event], None]
 
-    @property
-    def takes_guidance(self) -> bool:
-        """Return whether there is a guided arm."""
-        return not self.no_guidance
-
     def arms(self, **changes: Any) -> dict[str, Recipe]:
         """Return the recipes of the arms this model has, by name; `changes` are recipe fields."""
         recipe = replace(self.recipe, **changes)
-        return arms(recipe, self.takes_guidance, self.loaded.refiner is not None)
+        return arms(recipe, not self.no_guidance, self.loaded.refiner is not None)
 
     def show(self, images: Iterable[tuple[str, Sample | Image.Image]], total: int) -> None:
         """Report (caption, image) pairs of `total` images to the gallery as they come."""

@@ -294,7 +294,7 @@ def seeds(job: "Job", count: float) -> None:
 )
 def strength(job: "Job") -> None:
     """Show the refined image over the strength."""
-    total = len(explore.STRENGTHS) + job.takes_guidance
+    total = len(explore.STRENGTHS) + (job.recipe.guidance_scale > 1)
     job.show(explore.strengths(job.make, job.recipe), total)
 
 

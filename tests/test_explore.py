@@ -412,10 +412,10 @@ def test_a_png_holds_its_record(make, tmp_path):
     )
 
 
-def png(text=None, size=(4, 4)):
+def png(text=None, size=(4, 4), key=KEY):
     chunks, data = PngInfo(), io.BytesIO()
     if text is not None:
-        chunks.add_itxt(KEY, text)
+        chunks.add_itxt(key, text)
     Image.new("L", size).save(data, "PNG", pnginfo=chunks)
     return data.getvalue()
 
@@ -428,6 +428,7 @@ def png(text=None, size=(4, 4)):
         (png()[:40], "PNG"),
         (png(), "holds no settings"),
         (png("{"), "damaged"),
+        (png(" ", key="parameters"), "are empty"),
         (png("[" * 10**5), "damaged"),
         (png("[]"), "not those of this page"),
         (png('{"settings": 1}'), "not those of this page"),

@@ -34,7 +34,12 @@ def write(settings: dict, arm: str) -> str:
 
 
 def read(text: str) -> dict:
-    """Return the settings in a text of this format, those that this page knows."""
+    """Return the settings in a text of this format, those that this page knows.
+
+    Raises ValueError for an empty text.
+    """
+    if not text.strip():
+        raise ValueError("The settings in this PNG are empty.")
     *lines, last = text.strip().splitlines()
     found = {name.strip().lower(): value.strip() for name, value in FIELD.findall(last)}
     if "steps" not in found:

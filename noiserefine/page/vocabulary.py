@@ -24,7 +24,7 @@ def vocabulary() -> dict[str, list[str]]:
 
 def is_embedded(backbone: str) -> bool:
     """Return whether the repository holds this model of the catalogue."""
-    return backbone in BACKBONES and BACKBONES[backbone].source.startswith(f"{ASSETS}/emoji")
+    return backbone in BACKBONES and not BACKBONES[backbone].download
 
 
 def knows(prompt: str) -> bool:

@@ -460,6 +460,7 @@ def test_an_arm_restores_the_settings_that_make_it_again(client):
         record = read_png(path)
         assert record["arm"] == arm and record["view"] == "compare"
         assert len(record["refiner_sha256"]) == 64 and record["versions"]["torch"]
+        assert ("nearness" in record) == (arm == "refined")
         assert np.array_equal(shown(*restored_values(record))[arm].image, pixels(path))
     values = dict(urllib.parse.parse_qsl(result["link"].removeprefix("?")))
     assert restored(values) == (ODD, [])

@@ -64,9 +64,7 @@ class NoArm:
 
 @dataclass(frozen=True)
 class Compared:
-    """All arms of a comparison, which become files to keep."""
-
-    samples: dict[str, Any]
+    """The comparison is complete: its arms become files to keep."""
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class Screen:
 
     @show.register
     def _(self, event: Compared) -> bool:
-        self.values["keep"] = self._files_to_keep(event.samples)
+        self.values["keep"] = self._files_to_keep()
         self.values["link"] = link(self.settings)
         refined = self.samples.get("refined")
         scale = refined and refined.recipe.refiner_scale
@@ -174,17 +174,16 @@ class Screen:
             save_png(image.image, path, made_from(self.record, image) | about)
         return str(path)
 
-    def _files_to_keep(self, samples: Mapping[str, Any]) -> list[str]:
+    def _files_to_keep(self) -> list[str]:
         """Return a contact sheet, the arms and, of small ones, enlarged copies, as files."""
         captioned = [
             (f"{ARMS[arm].title}, {sample.forwards} forwards", sample.image)
-            for arm, sample in samples.items()
+            for arm, sample in self.samples.items()
         ]
         sheet = contact_sheet(captioned, self.record["settings"]["prompt"])
         files = [self._file(self._name("contact-sheet"), sheet)]
-        for arm, sample in samples.items():
-            files.append(self._file(self._name(arm), sample, arm=arm))
-        for arm, sample in samples.items():
+        files += [self.values[arm] for arm in self.samples]
+        for arm, sample in self.samples.items():
             if sample.image.width < ENLARGED:
                 large = enlarged(sample.image, ENLARGED)
                 files.append(self._file(self._name(f"{arm}-enlarged"), large, arm=arm))

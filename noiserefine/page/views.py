@@ -218,7 +218,7 @@ def compare(job: "Job") -> None:
         samples[arm] = job.previewed(arm, recipe)
         nearness = explore.nearness(samples) if arm == "refined" else None
         job.report(Arm(arm, samples[arm], nearness))
-    job.report(Compared(samples))
+    job.report(Compared())
     notes = [job.loaded.says] if job.loaded.refiner else []
     if job.loaded.refiner and job.recipe.strength == 0:
         notes.append("The strength is 0: the third column starts from the noise as drawn.")

@@ -365,7 +365,7 @@ def trajectory(job: "Job") -> None:
     for arm, recipe in arms.items():
 
         def show(forward: int, image: Image.Image, arm: str = arm) -> None:
-            films[arm].append(job.screened(image))
+            films[arm].append(image)  # decoded by the pipeline, which screens it
             caption = f"{ARMS[arm].title}, forward {forward}"
             job.show([(caption, films[arm][-1])], len(arms) * frames)
 

@@ -1,5 +1,6 @@
 """Settings that come back: from a dropped image, the page's address, the session's history."""
 
+import time
 from typing import Any
 
 import gradio as gr
@@ -10,7 +11,7 @@ from noiserefine.page.settings import restored
 from noiserefine.page.views import VIEWS
 
 
-def from_png(page: Page, path: str | None, now: float) -> list:
+def from_png(page: Page, path: str | None) -> list:
     """Return updates of `targets` from a PNG's record; a comparison is made at once."""
     try:
         record = read_png(path or "")
@@ -24,17 +25,17 @@ def from_png(page: Page, path: str | None, now: float) -> list:
     _warn(problems)
     name, view = record.get("view"), VIEWS.get(str(record.get("view")))
     if view is None or not view.title:
-        return _updates(page, values, go=now)
+        return _updates(page, values)
     gr.Info(f"The settings are restored: press {view.button} under {view.title}.")
     return _updates(page, values, str(name), record.get("controls"))
 
 
-def from_address(page: Page, query: dict, now: float) -> list:
+def from_address(page: Page, query: dict) -> list:
     """Return updates of `targets` from the page's address, and start a comparison if it has any."""
     values, problems = restored(query)
     _warn(problems)
     known = {name for name in page.inputs if name in query}
-    return _updates(page, values, go=now) if known else [gr.skip()] * len(targets(page))
+    return _updates(page, values) if known else [gr.skip()] * len(targets(page))
 
 
 def targets(page: Page) -> list[gr.components.Component]:
@@ -43,10 +44,11 @@ def targets(page: Page) -> list[gr.components.Component]:
     return [*page.inputs.values(), *controls, page.parts["tabs"], page.parts["go"]]
 
 
-def _updates(
-    page: Page, values: list, view: str = "", controls: Any = None, go: float | None = None
-) -> list:
-    """Return the updates, in the order of `targets`; None and what is not given change nothing."""
+def _updates(page: Page, values: list, view: str = "", controls: Any = None) -> list:
+    """Return the updates, in the order of `targets`: of a view's tab, else a comparison's start.
+
+    None and what is not given change nothing.
+    """
     given = controls if isinstance(controls, dict) else {}
     of_controls = [
         given[name] if tab_of == view and name in given else None
@@ -54,7 +56,9 @@ def _updates(
         for name in tab.controls
     ]
     updates = [gr.skip() if value is None else value for value in (*values, *of_controls)]
-    return [*updates, gr.Tabs(selected=view) if view else gr.skip(), go or gr.skip()]
+    if view:
+        return [*updates, gr.Tabs(selected=view), gr.skip()]
+    return [*updates, gr.skip(), time.time()]
 
 
 def _warn(problems: list[str]) -> None:

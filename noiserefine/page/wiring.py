@@ -15,7 +15,6 @@ from noiserefine.models.catalogue import BACKBONES
 from noiserefine.page import blind, restoring
 from noiserefine.page.handlers import handler_of, jobs, request_stop
 from noiserefine.page.layout import Components, Page, about_model, build_components
-from noiserefine.page.record import read_png
 from noiserefine.page.settings import FREE_CHOICE, Settings
 from noiserefine.page.views import VIEWS
 
@@ -137,7 +136,7 @@ def _after_comparison(page: Page, compared: gr.events.Dependency) -> None:
     shown = gr.State([])  # rows of file and values
     compared.success(
         _remember,
-        [outputs["keep"], shown],
+        [outputs["keep"], outputs["made_from"], shown],
         [shown, parts["history"]],
         queue=False,
         show_progress="hidden",
@@ -163,12 +162,12 @@ def _slide(versus: str, gaussian: str | None, guided: str | None, refined: str |
     return (left, refined) if left and refined else None
 
 
-def _remember(files: list[str] | None, shown: list) -> tuple[list, list]:
+def _remember(files: list[str] | None, made_from: str, shown: list) -> tuple[list, list]:
     """Add the comparison's last arm to the history."""
     if not files:
         return shown, gr.skip()
     path = [file for file in files[1:] if not file.endswith("-enlarged.png")][-1]
-    values, _ = restoring.restored(read_png(path)["settings"])
+    values = json.loads(made_from)
     shown = [row for row in shown if row[1] != values]
     shown = [(path, values), *shown][:HISTORY]
     return shown, [(path, f"{values[0]}, seed {values[1]}") for path, values in shown]
@@ -193,13 +192,13 @@ def _restore(blocks: gr.Blocks, page: Page) -> None:
     """Restore settings from a dropped image and from the page's address."""
     dropped, targets = page.parts["dropped"], restoring.targets(page)
     restored = dropped.upload(
-        lambda path: restoring.from_png(page, path, time.time()), dropped, targets, **PRIVATE
+        functools.partial(restoring.from_png, page), dropped, targets, **PRIVATE
     )
     for finished in (restored.success, restored.failure):  # ready for the next file either way
         finished(lambda: None, None, dropped, **PRIVATE)
 
     def from_address(request: gr.Request) -> list:
-        return restoring.from_address(page, dict(request.query_params), time.time())
+        return restoring.from_address(page, dict(request.query_params))
 
     blocks.load(from_address, None, targets, show_progress="hidden", **PRIVATE)
 

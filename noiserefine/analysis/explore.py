@@ -96,12 +96,17 @@ def guided_from_refined(make: Maker, recipe: Recipe) -> Images:
     yield "refined, guided", make(recipe)
 
 
+def draw_next(make: Maker, recipe: Recipe) -> torch.Tensor:
+    """Return x_T of the seed after the recipe's."""
+    return make.draw(replace(recipe, seed=(recipe.seed + 1) % (MAX_SEED + 1)))
+
+
 def bands(make: Maker, recipe: Recipe, cutoff: float) -> Images:
     """Yield images from noises mixed at a cutoff of the radial frequency (figures 15 to 19)."""
     refined, gaussian = make(recipe.refined), make(recipe.gaussian)
     x_T = make.draw(recipe)
     x_hat = torch.from_numpy(refined.latents)
-    redrawn = make.draw(replace(recipe, seed=(recipe.seed + 1) % (MAX_SEED + 1)))
+    redrawn = draw_next(make, recipe)
     low, redrawn_low, plain = band(x_hat, 0, cutoff), band(redrawn, 0, cutoff), recipe.gaussian
     yield "refined noise", refined
     yield "Gaussian noise", gaussian

@@ -58,3 +58,8 @@ def heat_map(values: np.ndarray, size: tuple[int, int]) -> Image.Image:
     scaled = values / max(float(values.max()), 1e-8)
     colours = (matplotlib.colormaps["magma"](scaled)[..., :3] * 255).round().astype(np.uint8)
     return Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)
+
+
+def overlaid(image: Image.Image, values: np.ndarray) -> Image.Image:
+    """Return the image under the heat map of non-negative values (h, w)."""
+    return Image.blend(image, heat_map(values, image.size), 0.6)

@@ -14,7 +14,7 @@ from noiserefine.page import texts
 from noiserefine.page.blind import ANSWERS, KEYS, QUESTIONS
 from noiserefine.page.opening import EXAMPLES, Opening, opening
 from noiserefine.page.settings import FREE_CHOICE, REFINERS, SERVED, Settings
-from noiserefine.page.views import ARMS, VIEWS, View, picture
+from noiserefine.page.views import ARMS, OPPONENTS, VIEWS, View, picture
 from noiserefine.page.vocabulary import vocabulary
 from noiserefine.sampler_names import SAMPLER_NAMES
 
@@ -195,7 +195,7 @@ def _comparison(page: Page, first: Opening | None) -> None:
     with gr.Row(elem_id="closer-look"):
         with gr.Column(elem_classes="card", elem_id="slide", min_width=260):
             page.parts["versus"] = gr.Radio(
-                [("guided", "guided"), ("plain", "gaussian")],
+                OPPONENTS,
                 value="gaussian",
                 label="Drag the line: refined on the right, on the left",
                 elem_id="versus",

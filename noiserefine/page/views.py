@@ -53,6 +53,7 @@ ARMS = {
     "guided": ArmText("Guided", "the usual way, twice the cost"),
     "refined": ArmText("Refined", "this method: noise corrected once"),
 }
+OPPONENTS = [("guided", "guided"), ("plain", "gaussian")]  # of the refined arm: label and arm
 
 
 # What a view can need: each returns the sentence that says what is missing, or "".
@@ -136,6 +137,12 @@ def _many_cost(settings: Settings, controls: Mapping) -> float:
     return images(1)(settings, controls) * min(4 * wanted, 4 * MOST_IMAGES / len(ARMS))
 
 
+def _frames_per_row(settings: Settings) -> int:
+    """Return the columns in which an arm's frames fill whole rows."""
+    forwards = samplers_of_diffusers.forwards(str(settings.sampler), int(_steps(settings)))
+    return min(trajectories.FRAMES, forwards)
+
+
 def _is_guided(backbone: object) -> bool:
     """Return whether a comparison on this model has a guided arm, as far as the catalogue tells."""
     listed = BACKBONES.get(str(backbone))
@@ -198,6 +205,11 @@ def picture(
         elem_classes="picture",
         buttons=["download", "fullscreen"],
     )
+
+
+def note() -> gr.Markdown:
+    """Return the output for sentences on a view's images."""
+    return gr.Markdown("", show_label=False, label="note")
 
 
 @view(
@@ -267,7 +279,7 @@ def refine(job: "Job") -> None:
     columns=8,
     cost=lambda settings, controls: images(4)(settings, {}) * _count(controls, "count"),
     controls={"count": lambda: gr.Slider(2, 16, 8, step=1, label="Seeds", info="counting up")},
-    outputs={"note": lambda: gr.Markdown("", show_label=False, label="note")},
+    outputs={"note": note},
 )
 def seeds(job: "Job", count: float) -> None:
     """Show several seeds of every arm, and how different their images are."""
@@ -317,7 +329,7 @@ def strength(job: "Job") -> None:
             1, 16, 4, step=1, label="Images a prompt", info="their seeds count up"
         ),
     },
-    outputs={"note": lambda: gr.Markdown("", show_label=False, label="note")},
+    outputs={"note": note},
 )
 def many(job: "Job", prompts: str, count: float) -> None:
     """Show the arms of several prompts and seeds."""
@@ -354,7 +366,7 @@ def many(job: "Job", prompts: str, count: float) -> None:
     "What the model expects the finished image to be, step by step, in every arm; the film plays "
     "the three side by side.",
     columns=7,
-    per_row=lambda settings: min(7, max(1, int(_steps(settings)))),
+    per_row=_frames_per_row,
     cost=images(5),
     outputs={"film": lambda: picture("The three arms as a film", label="film")},
 )
@@ -383,11 +395,7 @@ def trajectory(job: "Job") -> None:
     cost=images(3),
     needs=(refiner, strength_above_0),
     controls={
-        "opponent": lambda: gr.Radio(
-            [("guided", "guided"), ("plain", "gaussian")],
-            value="guided",
-            label="Refined against",
-        ),
+        "opponent": lambda: gr.Radio(OPPONENTS, value="guided", label="Refined against"),
         "prompts": lambda: gr.Radio(
             [("prompts the model knows", "known"), ("the prompt above", "current")],
             value="known",
@@ -486,7 +494,7 @@ def interpolation(job: "Job", other_seed: float) -> None:
         "overlay": lambda: picture(
             "Change of the noise below the cutoff, over the refined image", label="overlay"
         ),
-        "note": lambda: gr.Markdown("", show_label=False, label="note"),
+        "note": note,
     },
 )
 def frequencies(job: "Job", cutoff: float) -> None:
@@ -497,14 +505,12 @@ def frequencies(job: "Job", cutoff: float) -> None:
         )
     sample, x_T = job.make(job.recipe.refined), job.latents(job.recipe.gaussian)
     x_hat = torch.from_numpy(sample.latents)
-    next_seed = (job.recipe.seed + 1) % (noise.MAX_SEED + 1)
-    other = job.make.draw(replace(job.recipe, seed=next_seed))
     difference = spectrum.low_frequency_difference(x_T, x_hat, cutoff)
-    heat = spectrum.heat_map(difference, sample.image.size)
+    other = explore.draw_next(job.make, job.recipe)
     histogram = figures.difference_histogram(x_T, x_hat, other)
     job.report(Figure("histogram", figures.as_picture(histogram)))
     job.report(Figure("spectrum", figures.as_picture(figures.radial_spectrum(x_T, x_hat))))
-    job.report(Figure("overlay", Image.blend(sample.image, heat, 0.6)))
+    job.report(Figure("overlay", spectrum.overlaid(sample.image, difference)))
     job.report(Note(texts.change_of_noise(cutoff, *spectrum.density_ratio(x_hat - x_T, cutoff))))
     job.show(explore.bands(job.make, job.recipe, cutoff), explore.BANDS)
 
@@ -539,7 +545,7 @@ def guided_from_refined(job: "Job") -> None:
     "Attention",
     "Where the model looks for a word of the prompt while it denoises, over the finished image.",
     columns=7,
-    per_row=lambda settings: min(7, max(1, int(_steps(settings)))),
+    per_row=_frames_per_row,
     cost=images(8),
     needs=(unet_attention,),
     controls={
@@ -558,6 +564,6 @@ def attention(job: "Job", word: str) -> None:
     for arm, recipe in arms.items():
         maps, sample = attentions.attention(job.make, recipe, word)
         for i in trajectories.evenly(len(maps), trajectories.FRAMES):
-            heat = spectrum.heat_map(maps[i].numpy(), sample.image.size)
             caption = f"{ARMS[arm].title}, “{word}” in forward {i + 1}"
-            job.show([(caption, Image.blend(sample.image, heat, 0.6))], len(arms) * frames)
+            image = spectrum.overlaid(sample.image, maps[i].numpy())
+            job.show([(caption, image)], len(arms) * frames)

@@ -27,7 +27,7 @@ from noiserefine.page.settings import ON_SPACE, REFINERS, ZERO_GPU, Settings, nu
 from noiserefine.page.stream import Worker, stream
 from noiserefine.page.views import VIEWS, View
 from noiserefine.page.vocabulary import is_embedded
-from noiserefine.samplers import forwards, samplers_of
+from noiserefine.samplers import forwards
 
 PREVIEW_SECONDS = 0.15  # between two previews of an unfinished image
 # One worker: a view that was left ends at its next step and owns the models until then.
@@ -58,10 +58,6 @@ class Job:
     def frames(self) -> int:
         """Return how many frames a film of the recipe's sampling has."""
         return min(FRAMES, forwards(self.recipe.sampler, self.recipe.steps))
-
-    def samplers(self) -> list[str]:
-        """Return the samplers that this model takes."""
-        return samplers_of(self.loaded.pipe)
 
     def unusual_guidance(self) -> str:
         """Return a hint where the scale is the embedded model's, and another family's is usual."""
@@ -222,15 +218,15 @@ def hindrances(settings: Settings, views: Iterable[str]) -> dict[str, str]:
     """Return for views that cannot work with a model in memory why not; {} for other models."""
     try:
         recipe, model = recipe_of(settings), settings.model
-        # Found, not got: a picture may be sampled meanwhile, whose LoRA's weight must stay.
+        # `get` would set the LoRA's weight, and a picture may be sampled with it right now.
         if not (loaded := MODELS.find(model)):
             return {}
         job = _prepare(loaded, model, recipe, {}, lambda event: None)
     except ValueError:  # said when something is made
         return {}
-    scaled = {name for name in views if model_of(settings, VIEWS[name]) != model}
-    reasons = {name: VIEWS[name].unmet(job) for name in views if name not in scaled}
-    return {name: reason for name, reason in reasons.items() if reason}
+    # A view that takes another refiner by itself has other needs.
+    of_this = (name for name in views if model_of(settings, VIEWS[name]) == model)
+    return {name: reason for name in of_this if (reason := VIEWS[name].unmet(job))}
 
 
 def decoded(model: Model, x0: np.ndarray) -> Image.Image | None:
@@ -238,11 +234,7 @@ def decoded(model: Model, x0: np.ndarray) -> Image.Image | None:
     loaded = MODELS.find(model)
     if ZERO_GPU or not loaded:
         return None
-    pictures: list[Image.Image] = []
-    for images in stream(
-        WORKER, lambda report: report(decode(loaded.pipe, torch.from_numpy(x0))[0])
-    ):
-        pictures += images
+    [pictures] = stream(WORKER, lambda report: report(*decode(loaded.pipe, torch.from_numpy(x0))))
     return pictures[0]
 
 

@@ -12,7 +12,7 @@ from noiserefine.limits import MAX_GUIDANCE_SCALE, MAX_STEPS, MAX_STRENGTH
 from noiserefine.models.catalogue import BACKBONES
 from noiserefine.page import texts
 from noiserefine.page.blind import ANSWERS, KEYS, QUESTIONS
-from noiserefine.page.opening import EXAMPLES, Opening, opening
+from noiserefine.page.opening import EXAMPLES, Opening, default_settings, opening
 from noiserefine.page.settings import FREE_CHOICE, REFINERS, SERVED, Settings
 from noiserefine.page.views import ARMS, OPPONENTS, VIEWS, View, picture
 from noiserefine.page.vocabulary import vocabulary
@@ -121,7 +121,7 @@ def _head() -> None:
 
 def _ask(page: Page, first: Opening | None) -> None:
     """Build the prompt with its buttons, the examples, seed and strength."""
-    default = Settings(EXAMPLES[0])
+    default = default_settings()
     with gr.Row(elem_id="ask"):
         page.inputs["prompt"] = gr.Textbox(
             default.prompt, label="Prompt", lines=1, max_lines=3, scale=5, elem_id="prompt"

@@ -10,6 +10,7 @@ from noiserefine.models.catalogue import ASSETS, BACKBONES
 from noiserefine.page import texts
 from noiserefine.page.record import read_png
 from noiserefine.page.settings import Settings
+from noiserefine.page.views import ARMS
 
 FOLDER = ASSETS / "opening"
 EXAMPLES = [
@@ -41,7 +42,7 @@ def default_settings() -> Settings:
 def opening() -> Opening | None:
     """Return the shipped comparison, or None where it is not one of the default settings."""
     settings = default_settings()
-    arms = {arm: FOLDER / f"{arm}.png" for arm in ("gaussian", "guided", "refined")}
+    arms = {arm: FOLDER / f"{arm}.png" for arm in ARMS}
     if not all(path.is_file() for path in arms.values()):
         return None
     records = {arm: read_png(path) for arm, path in arms.items()}

@@ -435,7 +435,7 @@ def blind(job: "Job", opponent: str, prompts: str) -> None:
 )
 def samplers(job: "Job") -> None:
     """Show both noises through every sampler."""
-    total = 2 * len(explore.STEPS) * len(job.samplers())
+    total = 2 * len(explore.STEPS) * len(samplers_of_diffusers.samplers_of(job.loaded.pipe))
     job.show(explore.samplers_and_steps(job.make, job.recipe), total)
 
 

@@ -16,7 +16,7 @@ from noiserefine.page import blind, restoring
 from noiserefine.page.handlers import handler_of, jobs, request_stop
 from noiserefine.page.layout import Components, Page, about_model, build_components
 from noiserefine.page.settings import FREE_CHOICE, Settings
-from noiserefine.page.views import VIEWS
+from noiserefine.page.views import ARMS, VIEWS
 
 HISTORY = 12  # results
 PRIVATE: Any = {"api_visibility": "private"}  # of events that are no endpoint
@@ -118,7 +118,7 @@ def _start_comparisons(page: Page) -> None:
 def _after_comparison(page: Page, compared: gr.events.Dependency) -> None:
     """Keep the slider, the address, the history and the greying in step with the comparison."""
     parts, outputs = page.parts, page.compared
-    arms = [outputs[arm] for arm in ("gaussian", "guided", "refined")]
+    arms = [outputs[arm] for arm in ARMS]
     slide = {"fn": _slide, "inputs": [parts["versus"], *arms], "outputs": parts["slider"]}
     compared.then(**slide, queue=False, show_progress="hidden", **PRIVATE)
     parts["versus"].change(**slide, queue=False, show_progress="hidden", **PRIVATE)

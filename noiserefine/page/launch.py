@@ -77,7 +77,7 @@ def main() -> None:
             theme=THEME,
             css_paths=[CSS],
             js=JAVASCRIPT,
-            head=HEAD,
+            head_paths=HEAD,
             favicon_path=FAVICON,
             show_error=True,
             state_session_capacity=100,

@@ -23,7 +23,7 @@ Components = dict[str, gr.components.Component]
 PAPER = "https://arxiv.org/abs/2412.03895"
 CSS = Path(__file__).with_name("page.css")
 JAVASCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
-HEAD = Path(__file__).with_name("head.html").read_text(encoding="utf-8")
+HEAD = Path(__file__).with_name("head.html")
 FAVICON = Path(__file__).with_name("favicon.png")
 colors = gr.themes.colors
 THEME = gr.themes.Base(
@@ -140,7 +140,6 @@ def _ask(page: Page, first: Opening | None) -> None:
                 icon=first.thumbnails.get(prompt) if first else None,
                 size="sm",
                 min_width=0,
-                elem_classes="example",
             )
         page.buttons["surprise"] = gr.Button("Surprise me", size="sm", min_width=0)
     with gr.Row(elem_id="quick"):
@@ -213,7 +212,7 @@ def _comparison(page: Page, first: Opening | None) -> None:
                 "<button id='flicker' type='button'>Hold to flicker between the two</button>",
                 padding=False,
             )
-        with gr.Column(min_width=260, elem_id="history-column"):
+        with gr.Column(min_width=260):
             page.parts["history"] = gr.Gallery(
                 label="This session; click to restore",
                 columns=6,
@@ -348,7 +347,7 @@ def _view_tab(tab: gr.Tab, view: View) -> Tab:
 def _votes(page: Page) -> None:
     """Build the answers of the blind test and the tally, which stays in this session."""
     parts = page.parts
-    with gr.Row(elem_id="answers"):
+    with gr.Row():
         parts["answers"] = {
             answer: gr.Button(f"{label} ({KEYS[answer]})", elem_id=f"answer-{answer}")
             for answer, label in ANSWERS.items()
@@ -364,7 +363,7 @@ def _votes(page: Page) -> None:
 
 def _keep(page: Page) -> None:
     """Build the files and the link to keep, and the field that takes a file back."""
-    with gr.Accordion("Keep and restore", open=True, elem_id="keeping"):
+    with gr.Accordion("Keep and restore", open=True):
         with gr.Row():
             page.compared["keep"] = gr.File(
                 label="keep",
@@ -387,5 +386,4 @@ def _keep(page: Page) -> None:
             interactive=False,
             max_lines=1,
             buttons=["copy"],
-            elem_id="address",
         )

@@ -60,7 +60,7 @@ document.addEventListener("keydown", event => {
 const suggest = textarea => {
   const box = one("#suggestions");
   const { objects = [], models = [] } = words();
-  const known = models.includes(one("#settings input[role=listbox], #settings input")?.value);
+  const known = models.includes(one("#settings input")?.value);
   const typed = textarea.value.split(/ on /)[0].toLowerCase().replace(/^(an?|the) /, "").trim();
   const found = known && typed.length > 1 && !/ on /.test(textarea.value)
     ? objects.filter(name => name.replace(/^an? /, "").split(" ").some(word => word.startsWith(typed)) || name.includes(typed)).slice(0, 8)

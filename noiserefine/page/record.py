@@ -5,7 +5,7 @@ import json
 import textwrap
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from noiserefine.page import a1111
@@ -64,13 +64,7 @@ def _text_chunks(path: str | Path) -> dict[str, str]:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             size, info = image.size, image.info
-    except (
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        SyntaxError,
-        ValueError,
-        OSError,
-    ) as error:
+    except (Image.DecompressionBombError, SyntaxError, ValueError, OSError) as error:
         raise ValueError(
             f"This is no PNG file that can be read ({type(error).__name__}); drop one that was "
             "downloaded from this page."

@@ -32,7 +32,7 @@ def build_page() -> gr.Blocks:
         _start_comparisons(page)
         _after_comparison(page, compared)
         _restore(blocks, page)
-        _model_chosen(blocks, page)
+        _model_chosen(page)
         _vote(page)
     return blocks
 
@@ -203,7 +203,7 @@ def _restore(blocks: gr.Blocks, page: Page) -> None:
     blocks.load(from_address, None, targets, show_progress="hidden", **PRIVATE)
 
 
-def _model_chosen(blocks: gr.Blocks, page: Page) -> None:
+def _model_chosen(page: Page) -> None:
     """Set the defaults of a chosen model, and say what it is."""
     inputs = page.inputs
     inputs["backbone"].input(

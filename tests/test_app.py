@@ -264,8 +264,8 @@ def test_every_view_shows_its_images(sampled, tiny, view):
         assert state["histogram"].width > state["overlay"].width < state["spectrum"].width
 
 
-def test_strengths_without_guidance_are_counted():
-    state = shown(*GOOD[:3], 1, 1.0, *GOOD[5:], view="strength")
+def test_strengths_without_guidance_are_counted(tiny):
+    state = shown(*tiny[:3], 1, 1.0, *tiny[5:], view="strength")
     assert len(state["images"]) == state["total"] == len(STRENGTHS)
 
 

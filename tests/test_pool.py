@@ -1,11 +1,13 @@
 """The models in memory: what is loaded again, what is exchanged, and what a wrong name costs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from noiserefine.models import pool as module
-from noiserefine.models.catalogue import Model
+from noiserefine.models.catalogue import BACKBONES, Model, backbone_of
 from noiserefine.models.pool import Models
 from noiserefine.models.usage import usage_of
 from tests import families
@@ -110,6 +112,16 @@ def test_a_lora_that_does_not_fit_leaves_the_plain_model(folder, loads, tmp_path
     assert not hasattr(pipe.unet, "peft_config") and loads == [base]
 
 
+@pytest.mark.parametrize("name", ["sdxl", BACKBONES["sdxl"].source])
+def test_a_card_that_is_too_small_is_said_before_loading(monkeypatch, loads, name):
+    card = SimpleNamespace(total_memory=2**30)
+    monkeypatch.setattr(module, "default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    with pytest.raises(ValueError, match="needs about 10 GiB.*--offload model"):
+        Models().load(Model(name))
+    assert not loads
+
+
 def test_the_embedded_model_stays(folder, loads):
     models = Models()
     embedded = models.get(Model("emoji"))
@@ -121,7 +133,7 @@ def test_the_embedded_model_stays(folder, loads):
 
 def test_where_the_sliders_start(pipe, sdxl):
     """Of the catalogue's entry, else of the family, else as the pipeline's own call has it."""
-    emoji = usage_of(pipe, module.backbone_of("emoji"))
+    emoji = usage_of(pipe, backbone_of("emoji"))
     assert (emoji.guidance_scale, emoji.steps, emoji.sampler) == (2.0, 20, "DDIM")
     assert usage_of(pipe, None).guidance_scale == 7.0
     assert usage_of(sdxl, None).title == "Stable Diffusion XL"

@@ -354,6 +354,13 @@ for _name, _title, _pipeline, _parameters in (
         )
 
 
+def backbone_of(source: str) -> Backbone | None:
+    """Return the catalogue's entry of a name in it, a hub id or a folder."""
+    if source in BACKBONES:
+        return BACKBONES[source]
+    return next((entry for entry in BACKBONES.values() if entry.source == source), None)
+
+
 @dataclass(frozen=True)
 class Model:
     """A backbone with its refiner and LoRA: everything that images are made with."""

@@ -18,7 +18,7 @@ from torch import nn
 
 from noiserefine.checkpoint import HUB_ERRORS
 from noiserefine.denoiser import check_class
-from noiserefine.models.catalogue import BACKBONES, Backbone
+from noiserefine.models.catalogue import Backbone, backbone_of
 from noiserefine.models.devices import default_dtype
 from noiserefine.models.sit import SiTPipeline
 from noiserefine.models.sources import SAFETENSORS, exists, hub_files, sentence
@@ -120,7 +120,7 @@ def _hub_errors(source: str) -> Iterator[None]:
 def _unreachable(source: str, error: Exception) -> Exception:
     if exists(source):
         return _damaged(source, error)
-    backbone = next((entry for entry in BACKBONES.values() if entry.source == source), None)
+    backbone = backbone_of(source)
     if backbone and backbone.made_by:
         return FileNotFoundError(
             f"{backbone.title} can't be loaded: it is made by a command. Run {backbone.made_by}"

@@ -6,20 +6,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from noiserefine.checkpoint import prediction_type
-from noiserefine.models.catalogue import BACKBONES, Backbone
+from noiserefine.models.catalogue import Backbone, backbone_of
 from noiserefine.models.devices import default_device
 from noiserefine.models.folder import examine, load_folder
 from noiserefine.models.single_file import Prediction, identify, load_single_file, prediction_of
 from noiserefine.models.sources import is_safetensors, local_file, read_name
 
 ASKED = re.compile(r"(.+):(v|epsilon|v-zsnr)")  # model.safetensors:v
-
-
-def backbone_of(source: str) -> Backbone | None:
-    """Return the catalogue's entry of a name in it, a hub id or a folder."""
-    if source in BACKBONES:
-        return BACKBONES[source]
-    return next((entry for entry in BACKBONES.values() if entry.source == source), None)
 
 
 def load_pipeline(

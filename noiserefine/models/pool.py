@@ -13,9 +13,9 @@ from PIL import Image
 from noiserefine.checkpoint import read_config, resolve, revision
 from noiserefine.denoiser import denoiser
 from noiserefine.latents import fit_preview
-from noiserefine.models.catalogue import BACKBONES, OFFLOADS, Model, Usage
+from noiserefine.models.catalogue import OFFLOADS, Model, Usage, backbone_of
 from noiserefine.models.devices import default_device
-from noiserefine.models.loading import backbone_of, check_source, load_pipeline
+from noiserefine.models.loading import check_source, load_pipeline
 from noiserefine.models.offload import offload
 from noiserefine.models.refiners import refiner_for, training_command
 from noiserefine.models.usage import usage_of
@@ -143,7 +143,7 @@ class Models:
 
     def load(self, model: Model) -> Loaded:
         """Load the model; raise ValueError where the card is too small."""
-        backbone, device = BACKBONES.get(model.backbone), default_device()
+        backbone, device = backbone_of(model.backbone), default_device()
         # Where the card is not there yet, or too small, the networks reach it later.
         by_way_of_cpu = self.keep_all or self.offload != "none"
         if device.type == "cuda" and not by_way_of_cpu and backbone:
@@ -156,7 +156,7 @@ class Models:
         pipe = load_pipeline(model.backbone, device, move=not by_way_of_cpu)
         scheduler = pipe.scheduler
         lora_note = add_lora(pipe, model.lora) if model.lora else ""
-        usage = usage_of(pipe, backbone_of(model.backbone))
+        usage = usage_of(pipe, backbone)
         refiner, note = self._refiner(model, pipe, usage.guidance_scale is not None)
         if by_way_of_cpu:
             offload(pipe, refiner, self.offload, device)

@@ -14,10 +14,9 @@ from noiserefine.analysis.recipe import Maker, Recipe, Sample
 from noiserefine.analysis.trajectory import FRAMES
 from noiserefine.denoiser import can_guide, guidance_kind
 from noiserefine.latents import decode
-from noiserefine.models.catalogue import BACKBONES, FAMILIES, Model, Usage
+from noiserefine.models.catalogue import BACKBONES, FAMILIES, Model, Usage, backbone_of
 from noiserefine.models.devices import default_device
 from noiserefine.models.folder import examine
-from noiserefine.models.loading import backbone_of
 from noiserefine.models.pool import Loaded, Models
 from noiserefine.models.refiners import refiner_for
 from noiserefine.models.single_file import identify

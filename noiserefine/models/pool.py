@@ -118,19 +118,16 @@ class Models:
             remove_lora(loaded.pipe)
             loaded.pipe.scheduler, loaded.lora_note = loaded.scheduler, ""
             old = replace(old, lora="")
-            self.loaded[old] = loaded  # what is left where the LoRA turns out not to fit
-            if new.lora:
+        try:
+            if new.lora != old.lora:
                 loaded.lora_note = add_lora(loaded.pipe, new.lora)
-                del self.loaded[old]
                 old = replace(old, lora=new.lora)
-                self.loaded[old] = loaded
-        if new.refiner != old.refiner:
-            self.loaded[old] = loaded
-            guided = loaded.usage.guidance_scale is not None
-            refiner, note = self._refiner(new, loaded.pipe, guided)
-            del self.loaded[old]
-            loaded.refiner, loaded.note = refiner, note
-        self.loaded[new] = loaded
+            if new.refiner != old.refiner:
+                guided = loaded.usage.guidance_scale is not None
+                loaded.refiner, loaded.note = self._refiner(new, loaded.pipe, guided)
+                old = new
+        finally:
+            self.loaded[old] = loaded  # what it is, also where LoRA or refiner turn out not to fit
 
     def forget(self, which: Callable[[Model], bool]) -> None:
         """Free the memory of some models, where not every one is kept."""

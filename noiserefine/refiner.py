@@ -41,6 +41,7 @@ class Refiner:
     """
 
     note = ""  # what to say of a pipeline that is not the base, in a sentence
+    source: str | None = None  # the folder or hub id that it was loaded from
     weights_sha256: str | None = None  # of the LoRA's file, which tells one refiner from another
     offload_hook: Any = None  # sends the network back to the CPU after its pass; see offload.py
 
@@ -125,6 +126,7 @@ class Refiner:
             checkpoint.check_tensors(scale_path, state, projection.state_dict())
             projection.load_state_dict(state)
         refiner = cls(pipe, config, network)
+        refiner.source = str(name_or_path)
         with open(path, "rb") as file:
             refiner.weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         refiner.note = checkpoint.note_on(base, config)

@@ -18,7 +18,6 @@ from noiserefine.models.catalogue import BACKBONES, FAMILIES, Model, Usage, back
 from noiserefine.models.devices import default_device
 from noiserefine.models.folder import examine
 from noiserefine.models.pool import Loaded, Models
-from noiserefine.models.refiners import refiner_for
 from noiserefine.models.single_file import identify
 from noiserefine.models.sources import is_safetensors, local_file, read_name
 from noiserefine.page.events import Event, Made, Picture, Progress, Source, Tick
@@ -163,23 +162,21 @@ def _prepare(
     report: Callable[[Event], None],
 ) -> Job:
     """Check the recipe against the loaded model, before any forward."""
-    scale, sha256, folder = None, None, None
-    if loaded.refiner:
-        folder = model.refiner or refiner_for(loaded.pipe, backbone_of(model.backbone))
-        scale = loaded.refiner.scale_input(recipe.guidance_scale)
-        sha256 = loaded.refiner.weights_sha256
+    refiner = loaded.refiner
+    scale = refiner.scale_input(recipe.guidance_scale) if refiner else None
     no_guidance = _no_guidance(loaded)
     guidance_scale = 1.0 if no_guidance else recipe.guidance_scale
     recipe = replace(recipe, refiner_scale=scale, guidance_scale=guidance_scale)
     make = Maker(
         loaded.pipe,
-        loaded.refiner,
+        refiner,
         {made: sample for (by, made), sample in known.items() if by == _part_used(model, made)},
         on_made=lambda sample: report(Made(_part_used(model, sample.recipe), sample)),
         on_step=lambda: report(Tick()),
     )
-    make.check(recipe if loaded.refiner else recipe.guided)
-    report(Source(model.backbone, loaded.revision, folder, sha256))
+    make.check(recipe if refiner else recipe.guided)
+    used = (refiner.source, refiner.weights_sha256) if refiner else (None, None)
+    report(Source(model.backbone, loaded.revision, *used))
     return Job(loaded, make, recipe, model.backbone, no_guidance, report)
 
 

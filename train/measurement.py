@@ -156,7 +156,7 @@ class Measurement:
 
     def results(self, prompts: list[str], metrics: list[Metric]) -> dict[str, Any]:
         """Return the figures of every arm with their intervals, and how the arms differ."""
-        estimates, result = self.estimates(prompts, metrics), self._head(prompts)
+        estimates, result = self.estimates(prompts, metrics), self.head(prompts)
         figures = all_figures(metrics)
         for name, values in estimates.items():
             result["arms"][name] = self.cost(name) | summary(values, figures)
@@ -197,7 +197,8 @@ class Measurement:
         """Return an arm's forwards and seconds for each image."""
         return self._read(arm)[1]
 
-    def _head(self, prompts: list[str]) -> dict[str, Any]:
+    def head(self, prompts: list[str]) -> dict[str, Any]:
+        """Return what the results begin with: how the images were made, and no figures yet."""
         return {
             "n": self.args.n,
             "prompts": len(set(prompts)),

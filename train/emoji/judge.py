@@ -30,6 +30,7 @@ class EmojiJudge(Metric):
         self.about = {"judge": Path(source).name}
         self.judge = Judge.from_pretrained(Path(source))
         self.real = self.judge.real_moments()
+        self.judge.to(device)
         self.pairs = {thing.name: (i, np.nan) for i, thing in enumerate(objects())} | {
             prompt(i, j): (i, j) for i in range(len(objects())) for j in range(len(BACKGROUNDS))
         }
@@ -48,6 +49,21 @@ class EmojiJudge(Metric):
         truth = np.array([self.pairs[text] for text in prompts], float)
         correct = np.where(np.isnan(truth), np.nan, found == truth)
         return {"features": features, "correct": correct}
+
+    @torch.inference_mode()
+    def log_probability(self, features: np.ndarray, prompts: list[str]) -> np.ndarray:
+        """Return the log probability of each prompt's object and background, (N,).
+
+        features: (N, 128), as `measure` returns them for images of the prompts.
+        """
+        x = torch.from_numpy(features).float().to(self.judge.real_mean.device)
+        truth = np.array([self.pairs[text] for text in prompts], float)
+        total = np.zeros(len(prompts))
+        for head, classes in zip((self.judge.object, self.judge.background), truth.T, strict=True):
+            named = np.flatnonzero(~np.isnan(classes))
+            log_p = head(x).log_softmax(1).double().cpu().numpy()
+            total[named] += log_p[named, classes[named].astype(int)]
+        return total
 
     def summarise(self, rows: Rows, groups: list[np.ndarray]) -> dict[str, float]:
         """Return the figures of measured images, grouped by prompt."""

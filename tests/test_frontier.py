@@ -1,0 +1,129 @@
+"""Comparisons of whole methods by their forwards."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from noiserefine import draw_noise
+from noiserefine.denoiser import ForwardCounter
+from noiserefine.noise import encode_prompt
+from tests.conftest import EMOJI, EMOJI_REFINER, ROOT
+from train.emoji.render import prompt
+from train.experiments import frontier
+from train.experiments.bench import Bench
+from train.experiments.methods import families, preference, sharpen
+from train.measurement import Batch
+from train.metrics import load_metrics
+
+SMALL = (f"--backbone {EMOJI} --refiner {EMOJI_REFINER} --n 2 --batch_size 2 --bootstrap 5").split()
+INK = str(ROOT / "assets" / "loras" / "emoji-ink")
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return load_metrics(["judge"], None, torch.device("cpu"))[0]
+
+
+def test_the_frontier_tunes_measures_and_goes_on(tmp_path, capsys):
+    """What exists is not made again."""
+    output = tmp_path / "frontier.json"
+    methods = ["unguided", "cfg DDIM", "distilled", "refined DDIM"]
+    arguments = [*SMALL, "--distilled", INK, "--tuning_n", "2", "--tuning_budget", "3"]
+    arguments += ["--budgets", "3", "8", "--output", str(output), "--methods", *methods]
+    frontier.main([*arguments, "--dry_run"])
+    assert "4 methods" in capsys.readouterr().out and not output.exists()
+    frontier.main(arguments)
+    result = json.loads(output.read_text())
+    costs = {name: arm["forwards"] for name, arm in result["arms"].items()}
+    assert costs["unguided, 8 steps"] == costs["distilled, 8 steps"] == 8
+    for key in ("object_accuracy", "frechet_distance"):
+        figure = result["figures"][key]
+        assert figure["curves"].keys() == set(methods)
+        assert [row["budget"] for row in figure["winners"]] == [3, 8]
+        for row in figure["winners"]:
+            affordable = [
+                point["value"]
+                for curve in figure["curves"].values()
+                for point in curve
+                if point["forwards"] <= row["budget"]
+            ]
+            best = max if "↑" in figure["title"] else min
+            assert row["value"] == best(affordable)
+            assert row["refined_minus_winner"]["value"] == pytest.approx(
+                row["refined"]["value"] - row["value"]
+            )
+        refined = figure["curves"]["refined DDIM"]
+        assert [point["forwards"] for point in refined] == [3, 8]
+    assert result["tuning"]["n"] == 2 and "| 8 |" in capsys.readouterr().out
+    assert Image.open(output.with_suffix(".png")).width > 1000
+
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
+    frontier.main([*arguments, "--budgets", "3", "8", "4"])
+    assert all(path.stat().st_mtime_ns == made[path] for path in made)
+    assert "unguided, 4 steps" in json.loads(output.read_text())["arms"]
+    with pytest.raises(ValueError, match="no method 'magic'"):
+        frontier.main([*arguments, "--methods", "magic"])
+
+
+def test_tuning_and_evaluation_share_no_prompt(pipe, tmp_path):
+    bench = Bench(pipe, 2.0)
+    (tmp_path / "few.txt").write_text("a cat\na dog\n")
+    classes = str(ROOT / "assets" / "prompts" / "emoji_objects.txt")
+    for options in ([], ["--prompts", classes, "--tuning_prompts", classes]):
+        args = frontier.parse([*SMALL, *options, "--n", "300", "--output", "x.json"])
+        evaluation, tuning = frontier.split_prompts(args, bench)
+        assert len(evaluation) == 300 and len(tuning) == 200 and not set(evaluation) & set(tuning)
+    few = str(tmp_path / "few.txt")
+    (tmp_path / "same.txt").write_text("a cat\na dog\n")
+    same = ["--prompts", str(tmp_path / "same.txt"), "--tuning_prompts", few]
+    args = frontier.parse([*SMALL, *same, "--output", "x.json"])
+    with pytest.raises(ValueError, match="tune on others"):
+        frontier.split_prompts(args, bench)
+
+
+def test_every_method_spends_what_it_says(pipe, refiner, judge):
+    bench = Bench(pipe, 2.0, refiner, distilled=pipe, few_step=pipe, metrics=[judge])
+    text = "a red apple on a blue background"
+    batch = Batch(0, [text], draw_noise(pipe, 10**6), encode_prompt(pipe, [text]))
+    found = families(bench, ["DDIM", "Heun (EDM)"])
+    assert len(found) == 14
+    for name, family in found.items():
+        setting = family.settings[-1]
+        steps = family.steps_within(5, setting)
+        if not steps:
+            assert family.least == 2 and family.forwards(2, setting) > 5, name
+            continue
+        with ForwardCounter().watch(pipe.unet, refiner.network) as counter:
+            (image,) = family.images(batch, steps, setting)
+        assert counter.count == family.forwards(steps, setting) <= 5, name
+        assert image.size == (128, 128)
+
+
+def test_methods_that_need_what_is_not_given_are_left_out(pipe, judge):
+    assert (
+        not {"refined DDIM", "distilled", "few-step"}
+        & families(Bench(pipe, 2.0, metrics=[judge]), ["DDIM"]).keys()
+    )
+
+
+def test_a_sharpened_embedding_lies_beyond_the_prompts(pipe):
+    embeds = encode_prompt(pipe, ["a cat"])
+    text, empty = embeds["prompt_embeds"], embeds["negative_prompt_embeds"]
+    assert torch.equal(sharpen(embeds, 1.0)["prompt_embeds"], text)
+    torch.testing.assert_close(sharpen(embeds, 3.0)["prompt_embeds"], empty + 3 * (text - empty))
+
+
+def test_the_judge_prefers_the_image_of_the_prompt(judge):
+    """The log probability of object and background; of the object alone for a class name."""
+    image = Image.open(next((ROOT / "assets" / "opening").glob("*.png"))).convert("RGB")
+    found, background, features = judge.judge.judge([image])
+    own, other = prompt(found[0], background[0]), prompt((found[0] + 1) % 184, background[0])
+    scores = [preference(judge, [image], [text])[0] for text in (own, other)]
+    assert scores[0] > scores[1]
+    heads = (judge.judge.object, judge.judge.background)
+    logits = [head(torch.from_numpy(features).float()).log_softmax(1) for head in heads]
+    expected = float(logits[0][0, found[0]] + logits[1][0, background[0]])
+    assert scores[0] == pytest.approx(expected, abs=1e-4) and np.isfinite(scores).all()

@@ -12,7 +12,7 @@ from noiserefine.denoiser import ForwardCounter
 from noiserefine.noise import encode_prompt
 from tests.conftest import EMOJI, EMOJI_REFINER, ROOT
 from train.emoji.render import prompt
-from train.experiments import frontier
+from train.experiments import frontier, variety
 from train.experiments.bench import Bench
 from train.experiments.methods import families, preference, sharpen
 from train.measurement import Batch
@@ -31,18 +31,21 @@ def test_the_frontier_tunes_measures_and_goes_on(tmp_path, capsys):
     """What exists is not made again."""
     output = tmp_path / "frontier.json"
     methods = ["unguided", "cfg DDIM", "distilled", "refined DDIM"]
-    arguments = [*SMALL, "--distilled", INK, "--tuning_n", "2", "--tuning_budget", "3"]
-    arguments += ["--budgets", "3", "8", "--output", str(output), "--methods", *methods]
-    frontier.main([*arguments, "--dry_run"])
-    assert "4 methods" in capsys.readouterr().out and not output.exists()
+    arguments = [*SMALL, "--tuning_n", "2", "--tuning_budget", "3"]
+    arguments += ["--budgets", "3", "5", "--output", str(output)]
+    frontier.main([*arguments, "--methods", *methods[:2], "--dry_run"])
+    assert "2 methods" in capsys.readouterr().out and not output.exists()
+    with pytest.raises(ValueError, match="no method 'magic'"):
+        frontier.main([*arguments, "--methods", "magic"])
+    arguments += ["--distilled", INK, "--methods", *methods]
     frontier.main(arguments)
     result = json.loads(output.read_text())
     costs = {name: arm["forwards"] for name, arm in result["arms"].items()}
-    assert costs["unguided, 8 steps"] == costs["distilled, 8 steps"] == 8
+    assert costs["unguided, 5 steps"] == costs["distilled, 5 steps"] == 5
     for key in ("object_accuracy", "frechet_distance"):
         figure = result["figures"][key]
         assert figure["curves"].keys() == set(methods)
-        assert [row["budget"] for row in figure["winners"]] == [3, 8]
+        assert [row["budget"] for row in figure["winners"]] == [3, 5]
         for row in figure["winners"]:
             affordable = [
                 point["value"]
@@ -56,16 +59,14 @@ def test_the_frontier_tunes_measures_and_goes_on(tmp_path, capsys):
                 row["refined"]["value"] - row["value"]
             )
         refined = figure["curves"]["refined DDIM"]
-        assert [point["forwards"] for point in refined] == [3, 8]
-    assert result["tuning"]["n"] == 2 and "| 8 |" in capsys.readouterr().out
+        assert [point["forwards"] for point in refined] == [3, 5]
+    assert result["tuning"]["n"] == 2 and "| 5 |" in capsys.readouterr().out
     assert Image.open(output.with_suffix(".png")).width > 1000
 
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
-    frontier.main([*arguments, "--budgets", "3", "8", "4"])
+    frontier.main([*arguments, "--budgets", "3", "5", "4"])
     assert all(path.stat().st_mtime_ns == made[path] for path in made)
     assert "unguided, 4 steps" in json.loads(output.read_text())["arms"]
-    with pytest.raises(ValueError, match="no method 'magic'"):
-        frontier.main([*arguments, "--methods", "magic"])
 
 
 def test_tuning_and_evaluation_share_no_prompt(pipe, tmp_path):
@@ -127,3 +128,45 @@ def test_the_judge_prefers_the_image_of_the_prompt(judge):
     logits = [head(torch.from_numpy(features).float()).log_softmax(1) for head in heads]
     expected = float(logits[0][0, found[0]] + logits[1][0, background[0]])
     assert scores[0] == pytest.approx(expected, abs=1e-4) and np.isfinite(scores).all()
+
+
+def test_vendi_score_counts_different_images():
+    """Equal ones are one, orthogonal ones are all, two kinds are two."""
+    eye = np.eye(4)
+    assert variety.vendi_score(np.ones((4, 3))) == pytest.approx(1)
+    assert variety.vendi_score(3 * eye) == pytest.approx(4)
+    assert variety.vendi_score(eye[[0, 0, 1, 1]]) == pytest.approx(2)
+
+
+def test_variety_is_compared_at_equal_quality():
+    """Half way up the guided curve, from 10 to 6 of variety, are 8."""
+    estimates = {
+        name: {"q": np.array([quality] * 3), "v": np.array([width] * 3)}
+        for name, quality, width in (
+            ("unguided", 0, 10),
+            ("g 2", 1, 6),
+            ("s 1", 0.5, 9),
+            ("s 2", 2, 9),
+        )
+    }
+    curves = {"guided": {"g 2": None}, "refined": {"s 1": None, "s 2": None}}
+    found = variety.matched(estimates, curves, "q", ["v"])
+    assert found == {"s 1": {"v": 1.0, "v_interval": [1.0, 1.0]}}, "s 2 is beyond guidance"
+
+
+def test_variety_is_measured_over_seeds(tmp_path):
+    output = tmp_path / "variety.json"
+    arguments = [*SMALL, "--n", "4", "--seeds", "2", "--steps", "1", "--output", str(output)]
+    variety.main([*arguments, "--scales", "3", "--strengths", "1"])
+    result = json.loads(output.read_text())
+    assert result["prompts"] == 2 and result["arms"].keys() == {
+        "unguided",
+        "guided, g 3",
+        "refined, strength 1",
+    }
+    for arm in result["arms"].values():
+        assert 1 <= arm["vendi_score"] <= 2 and arm["feature_variance"] > 0
+    assert result["arms"]["refined, strength 1"]["forwards"] == 2
+    assert Image.open(output.with_suffix(".png")).width > 1000
+    with pytest.raises(SystemExit):
+        variety.parse([*arguments, "--n", "3"])

@@ -35,6 +35,7 @@ from train.metrics import Figure, Inception, Metric, Rows
 SCALES = (1.5, 2.0, 3.0, 4.0, 6.0)
 STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 SEEDS, MIN_SEEDS = 16, 2
+VARIETIES = ("vendi_score", "feature_variance")
 
 
 class Vendi(Metric):
@@ -93,7 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
     figures = all_figures(bench.metrics)
     estimates = measurement.estimates(texts, bench.metrics)
     quality = next(key for key, figure in figures.items() if figure.in_gap)
-    varieties = [key for key in ("vendi_score", "feature_variance") if key in figures]
+    sign = 1 if "↑" in figures[quality].title else -1
+    varieties: list[str] = [key for key in VARIETIES if key in figures]
     result = measurement.head(texts) | {
         "seeds": args.seeds,
         "steps": args.steps,
@@ -103,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
             name: measurement.cost(name) | summary(values, figures)
             for name, values in estimates.items()
         },
-        "refined_minus_guided": matched(estimates, curves, quality, varieties),
+        "refined_minus_guided": matched(estimates, curves, quality, varieties, sign),
     }
     write_json(args.output, result)
     plot(result, figures, varieties, args.output.with_suffix(".png"))
@@ -132,13 +134,18 @@ def matched(
     curves: dict[str, dict[str, Any]],
     quality: str,
     varieties: list[str],
+    sign: int,
 ) -> dict[str, dict[str, Any]]:
     """Return how much more variety each refined arm has than guidance at the same quality.
 
-    Between two scales the guided curve is a straight line; where it does not reach the quality, in
-    the estimate or in a resample, nothing is said.
+    Between two scales the guided curve is a straight line, and it ends at its best quality. Where
+    it does not reach the refined one, in the estimate or in a resample, nothing is said.
+
+    sign: -1 for a quality of which less is better
     """
     guided = [estimates[name] for name in ("unguided", *curves["guided"])]
+    best = max(range(len(guided)), key=lambda i: sign * guided[i][quality][0])
+    guided = guided[: best + 1]
     heights = np.stack([arm[quality] for arm in guided])  # (scales, 1 + resamples)
     found: dict[str, dict[str, Any]] = {}
     for name in curves["refined"]:

@@ -4,7 +4,6 @@ NOISEREFINE_TEST_DEVICE=cpu runs them on the processor, which tries their code.
 """
 
 import json
-import os
 
 import pytest
 import torch
@@ -16,13 +15,10 @@ from noiserefine.latents import decode
 from noiserefine.models.loading import load_pipeline
 from noiserefine.models.offload import offload
 from noiserefine.noise import encode_prompt
-from tests.conftest import EMOJI, EMOJI_REFINER, ROOT, script
+from tests.conftest import DEVICE, EMOJI, EMOJI_REFINER, ROOT, script
 
-DEVICE = torch.device(os.environ.get("NOISEREFINE_TEST_DEVICE", "cuda"))
+pytestmark = pytest.mark.cuda
 ON_CARD = DEVICE.type == "cuda"
-pytestmark = pytest.mark.skipif(
-    ON_CARD and not torch.cuda.is_available(), reason="needs a graphics card"
-)
 PROMPT, STEPS = "a red apple on a blue background", 4
 # Of a correction's root mean square, in float32; measured on no card yet.
 TOLERANCE = {torch.float16: 0.01, torch.bfloat16: 0.05}

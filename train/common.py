@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import importlib
-import importlib.metadata
 import json
 import os
 import signal
@@ -125,9 +124,3 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     """Return a Markdown table of the header's titles and the rows' cells."""
     lines = [f"| {' | '.join(map(str, cells))} |" for cells in (header, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that pixels depend on."""
-    packages = ("torch", "diffusers", "transformers", "peft")
-    return {name: importlib.metadata.version(name) for name in packages}

@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from noiserefine import Refiner, draw_noise
+from noiserefine.analysis.versions import package_versions
 from noiserefine.denoiser import ForwardCounter, canvas_like, denoiser, precision
 from noiserefine.guidance import sample
 from noiserefine.noise import encode_prompt
@@ -26,7 +27,6 @@ from train.common import (
     atomic,
     interval,
     markdown_table,
-    package_versions,
     with_interval,
     write_json,
 )

@@ -22,9 +22,9 @@ except ImportError:  # only Hugging Face's ZeroGPU needs it
 
 import gradio as gr
 
+from noiserefine.analysis.versions import package_versions
 from noiserefine.page.events import Event, Made
 from noiserefine.page.lazy import Lazy
-from noiserefine.page.record import versions
 from noiserefine.page.screen import Screen
 from noiserefine.page.settings import Settings
 from noiserefine.page.views import VIEWS
@@ -84,7 +84,7 @@ def handler_of(
             "settings": asdict(settings),
             "view": view,
             "controls": given,
-            "versions": versions(),
+            "versions": package_versions(),
         }
         session = request.session_hash or ""
         RUNNING[session] += 1

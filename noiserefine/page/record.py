@@ -1,6 +1,5 @@
 """Images that carry what they were made from: in their PNG files, on a contact sheet."""
 
-import importlib.metadata
 import json
 import textwrap
 from pathlib import Path
@@ -12,14 +11,6 @@ from noiserefine.page import a1111
 
 KEY = "noiserefine"  # of the text chunk
 MAX_PIXELS, MAX_TEXT = 16_000_000, 100_000  # of a file that is read back
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that pixels depend on."""
-    return {
-        name: importlib.metadata.version(name)
-        for name in ("torch", "diffusers", "transformers", "peft")
-    }
 
 
 def save_png(image: Image.Image, path: str | Path, record: dict) -> None:

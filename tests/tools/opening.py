@@ -10,12 +10,13 @@ from PIL import Image, ImageDraw
 from noiserefine.analysis.compare import arms
 from noiserefine.analysis.explore import nearness
 from noiserefine.analysis.recipe import Maker, Sample
+from noiserefine.analysis.versions import package_versions
 from noiserefine.models.catalogue import Model
 from noiserefine.models.pool import Models
 from noiserefine.page.jobs import recipe_of
 from noiserefine.page.layout import FAVICON
 from noiserefine.page.opening import EXAMPLES, FOLDER, default_settings
-from noiserefine.page.record import save_png, versions
+from noiserefine.page.record import save_png
 
 THUMBNAIL = 96
 
@@ -52,7 +53,12 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     settings, samples = asdict(default_settings()), make_arms()
     for arm, sample in samples.items():
-        record = {"settings": settings, "view": "compare", "arm": arm, "versions": versions()}
+        record = {
+            "settings": settings,
+            "view": "compare",
+            "arm": arm,
+            "versions": package_versions(),
+        }
         record |= {"forwards": sample.forwards, "recipe": asdict(sample.recipe)}
         if arm == "refined":
             record["nearness"] = nearness(samples)

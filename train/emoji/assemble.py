@@ -8,12 +8,12 @@ all.sh packs networks alone. This script adds the autoencoder to every model and
 those that read captions. Models whose network is missing stay as they are.
 """
 
-import argparse
 import shutil
 from pathlib import Path
 
 from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 
+from train.common import argument_parser
 from train.emoji import denoiser, flow, sit
 
 MODELS = {
@@ -25,9 +25,7 @@ MODELS = {
 
 def main() -> None:
     """Write every model, LoRA and judge that the training left."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--work_dir", type=Path, required=True, help="of the training")
     parser.add_argument("--assets", type=Path, default=Path("assets"))
     args = parser.parse_args()

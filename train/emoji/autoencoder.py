@@ -10,7 +10,6 @@ errors of a denoiser. The script prints the PSNR on held-out renders.
 With --start_from only the decoder is trained, on whole pictures: the latents do not change.
 """
 
-import argparse
 import os
 import time
 from functools import partial
@@ -21,6 +20,7 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
+from train.common import argument_parser
 from train.emoji.fit import Settings, add_options, fit
 from train.emoji.render import SIZE
 
@@ -109,9 +109,7 @@ def psnr(vae: AutoencoderKL, pictures: torch.Tensor) -> float:
 
 def main() -> None:
     """Train the autoencoder, or only its decoder, and write it with the pictures' latents."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--pictures", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--start_from", type=Path, help="autoencoder whose decoder to train")

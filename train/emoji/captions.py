@@ -15,6 +15,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
+from train.common import argument_parser
 from train.emoji.render import BACKGROUNDS, article, held_out_pairs, objects, prompt
 
 MAX_TOKENS = 32
@@ -116,6 +117,7 @@ def caption_tokens(tokenizer: CLIPTokenizer, variants: int, seed: int = 0) -> to
 
 def main() -> None:
     """Write the prompts of the pairs in training, those of the held-out pairs, and the classes."""
+    argument_parser(__doc__).parse_args()
     folder = Path("assets/prompts")
     folder.mkdir(parents=True, exist_ok=True)
     held_out = held_out_pairs()

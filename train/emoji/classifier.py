@@ -8,7 +8,6 @@ trained on real renders only, of all pairs, with some noise. Its 128 pooled feat
 Frechet distance; their mean and covariance over the held-out renders are stored beside the weights.
 """
 
-import argparse
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from train.common import argument_parser
 from train.emoji.autoencoder import pixels, read_pictures
 from train.emoji.fit import Settings, add_options, fit
 from train.emoji.render import BACKGROUNDS, SIZE, objects
@@ -93,9 +93,7 @@ class Judge(nn.Module):
 
 def main() -> None:
     """Train the judge, measure it on held-out renders and write it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--pictures", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/emoji/classifier.pt"))

@@ -7,7 +7,6 @@ noise schedule is Stable Diffusion's, with v-prediction; a tenth of the captions
 pipeline is written in half precision (the text encoder in single), in shards below 10 MB.
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,8 +21,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from train.emoji.examples import Captions, Examples, read_text_encoder, train
-from train.emoji.fit import add_options
+from train.emoji.examples import Captions, Examples, parse_options, read_text_encoder, train
 
 SHARD = "9MB"
 
@@ -104,18 +102,7 @@ def write_pipeline(unet: UNet2DConditionModel, work_dir: Path, output_dir: Path)
 
 def main() -> None:
     """Train the UNet and write the pipeline."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--work_dir", type=Path, required=True, help="pictures, latents, autoencoder, text encoder"
-    )
-    parser.add_argument(
-        "--output_dir", type=Path, required=True, help="where the pipeline is written"
-    )
-    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet")
-    add_options(parser, steps=15_000, lr=8e-4, batch_size=64)
-    args = parser.parse_args()
+    args = parse_options(__doc__, steps=15_000, lr=8e-4)
     captions = Captions(args.work_dir, args.device)
     torch.manual_seed(0)
     channels, side = Examples.SHAPE[0], Examples.SHAPE[1]

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedModel
 
+from train.common import argument_parser
 from train.emoji.autoencoder import LATENT_CHANNELS
 from train.emoji.captions import caption_tokens
-from train.emoji.fit import Settings, fit
+from train.emoji.fit import Settings, add_options, fit
 from train.emoji.render import SIZE
 
 CAPTIONS = 24  # of each picture
@@ -85,6 +86,17 @@ def wait_for(path: Path) -> None:
     """Wait until a file exists: another process may still be making the latents."""
     while not path.exists():
         time.sleep(0.2)
+
+
+def parse_options(description: str | None, *, steps: int, lr: float) -> argparse.Namespace:
+    """Return the command line's options of a denoiser's training."""
+    parser = argument_parser(description)
+    add = parser.add_argument
+    add("--work_dir", type=Path, required=True, help="pictures, latents, and the frozen parts")
+    add("--output_dir", type=Path, required=True, help="where the pipeline is written")
+    add("--compile", action="store_true", help="torch.compile the denoiser")
+    add_options(parser, steps=steps, lr=lr, batch_size=64)
+    return parser.parse_args()
 
 
 def train(

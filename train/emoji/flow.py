@@ -7,7 +7,6 @@ both CLIPs and no T5. Rectified flow: x_t = (1 - t) x + t noise, the network pre
 t is drawn from a logit-normal density (Esser et al. 2024). A tenth of the captions is empty.
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,8 +23,7 @@ from torch import nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from train.emoji.denoiser import SHARD
-from train.emoji.examples import Captions, Examples, read_text_encoder, train
-from train.emoji.fit import add_options
+from train.emoji.examples import Captions, Examples, parse_options, read_text_encoder, train
 
 NO_T5 = 256  # tokens of zeros that the pipeline puts in T5's place
 TIME_MEAN = 0.3  # of the logit of t: somewhat more noise than data, where shapes form
@@ -141,18 +139,7 @@ def write_pipeline(transformer: SD3Transformer2DModel, work_dir: Path, output_di
 
 def main() -> None:
     """Train the transformer and write the pipeline."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--work_dir", type=Path, required=True, help="pictures, latents, autoencoder, text encoder"
-    )
-    parser.add_argument(
-        "--output_dir", type=Path, required=True, help="where the pipeline is written"
-    )
-    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer")
-    add_options(parser, steps=20_000, lr=1e-3, batch_size=64)
-    args = parser.parse_args()
+    args = parse_options(__doc__, steps=20_000, lr=1e-3)
     captions = Captions(args.work_dir, args.device)
     torch.manual_seed(0)
     channels, side = Examples.SHAPE[0], Examples.SHAPE[1]

@@ -14,7 +14,6 @@ these pairs do not exist.
 The second command renders the pictures of a fine-tune.
 """
 
-import argparse
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
+
+from train.common import argument_parser
 
 SIZE = 128  # pixels
 GRID = 4  # pixels
@@ -216,9 +217,7 @@ def pictures(
 
 def main() -> None:
     """Render the pictures for training, for the figures and for the judge."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument(
         "--per_object", type=int, default=300, help="training pictures of each object"

@@ -9,7 +9,6 @@ noise unguided, guided and, with a refiner, refined. The figures are those of th
 each with the same --n noises at every scale.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from PIL import Image
 
 from noiserefine import Refiner
 from noiserefine.models.sit import SiTPipeline
+from train.common import argument_parser
 from train.emoji.classifier import Judge
 from train.emoji.render import SIZE, held_out_pairs, objects, prompt
 from train.metrics import frechet_distance
@@ -97,9 +97,7 @@ def tile(rows: list[list[Image.Image]], per_line: int = 12) -> Image.Image:
 
 def main() -> None:
     """Write the sheet and print the figures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of a pipeline")
     parser.add_argument("--pictures", type=Path, required=True, help="folder of render.py")
     parser.add_argument("--judge", type=Path, default=Path("train/emoji/classifier.safetensors"))

@@ -7,7 +7,6 @@ noise; the network predicts x - noise, and t is drawn from a logit-normal densit
 labels is "no class".
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ from torch import nn
 
 from noiserefine.models.sit import SiTPipeline
 from train.emoji.denoiser import SHARD
-from train.emoji.examples import Examples, train
-from train.emoji.fit import add_options
+from train.emoji.examples import Examples, parse_options, train
 from train.emoji.flow import TIME_MEAN
 from train.emoji.render import objects
 
@@ -87,18 +85,7 @@ def write_pipeline(transformer: DiTTransformer2DModel, work_dir: Path, output_di
 
 def main() -> None:
     """Train the transformer and write the pipeline."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--work_dir", type=Path, required=True, help="pictures, latents and autoencoder"
-    )
-    parser.add_argument(
-        "--output_dir", type=Path, required=True, help="where the pipeline is written"
-    )
-    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer")
-    add_options(parser, steps=20_000, lr=1e-3, batch_size=64)
-    args = parser.parse_args()
+    args = parse_options(__doc__, steps=20_000, lr=1e-3)
     torch.manual_seed(0)
     transformer = build_transformer(Examples.SHAPE[0], Examples.SHAPE[1]).to(args.device)
     denoise = torch.compile(transformer) if args.compile else transformer

@@ -5,7 +5,6 @@
 Pictures come from render.py with --style; the embedded model's own autoencoder encodes them.
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict
 
+from train.common import argument_parser
 from train.emoji.autoencoder import encode, read_pictures
 from train.emoji.denoiser import denoising_loss
 from train.emoji.examples import Captions, Examples
@@ -26,9 +26,7 @@ LAYERS += ["conv", "conv1", "conv2", "conv_shortcut", "conv_in", "conv_out"]
 
 def main(arguments: list[str] | None = None) -> None:
     """Train the LoRA and write it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--pictures", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True, help="where the LoRA is written")
     parser.add_argument("--backbone", type=Path, default=Path("assets/emoji"))

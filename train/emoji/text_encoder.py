@@ -7,7 +7,6 @@ and which background the caption names, or that it names none. As in Stable Diff
 is then trained on the frozen text encoder.
 """
 
-import argparse
 import random
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from train.common import argument_parser
 from train.emoji.captions import MAX_TOKENS, build_tokenizer, caption
 from train.emoji.fit import Settings, add_options, fit
 from train.emoji.render import BACKGROUNDS, held_out_pairs, objects
@@ -44,9 +44,7 @@ def build(vocabulary: int, eos_token_id: int) -> CLIPTextModel:
 
 def main() -> None:
     """Train the text encoder and write it with its tokenizer."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument(
         "--work_dir",
         type=Path,

@@ -285,20 +285,24 @@ def is_refiner_file(path: str | Path) -> bool:
 # Writing
 
 
+def about(config: RefinerConfig) -> dict[str, str]:
+    """Return the metadata by which a refiner's file says what it is."""
+    return {
+        MARK: "noise refiner",
+        "modelspec.title": f"Noise refiner for {config.base_model}",
+        "modelspec.description": "Corrects the initial noise in one forward. It is no style LoRA: "
+        "applied while sampling it destroys images.",
+    }
+
+
 def write(
     folder: str | Path, pipe: DiffusionPipeline, network: ModelMixin, config: RefinerConfig
 ) -> None:
     """Write refiner.json, the LoRA and, if there is one, the guidance scale's projection."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    about = {
-        MARK: "noise refiner",
-        "modelspec.title": f"Noise refiner for {config.base_model}",
-        "modelspec.description": "Corrects the initial noise in one forward. It is no style LoRA: "
-        "applied while sampling it destroys images.",
-    }
     with tempfile.TemporaryDirectory(dir=folder) as part:  # nobody reads half a file
-        save_lora(pipe, network, Path(part) / WEIGHTS_NAME, **about)
+        save_lora(pipe, network, Path(part) / WEIGHTS_NAME, **about(config))
         if config.guidance_scale_range is not None:
             save_file(network.scale_input.state_dict(), Path(part) / SCALE_NAME)
         (Path(part) / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")

@@ -7,6 +7,7 @@ keeps the rank that cancelling it takes. Prints the share of the updates' energy
 the file's size; measure what became of the images with train/evaluate.py.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from noiserefine.models.loading import load_pipeline
 from noiserefine.refiner import build
 from train.common import argument_parser, run_script
 
-MEGABYTE = 2**20
+MEGABYTE = 1e6
 
 
 @torch.no_grad()
@@ -34,8 +35,8 @@ def compress(refiner: Refiner, rank: int) -> tuple[Refiner, float]:
             f"This refiner has rank {refiner.config.rank}: choose a --rank from 1 to "
             f"{refiner.config.rank - 1}."
         )
-    config = type(refiner.config)(**vars(refiner.config) | {"rank": rank, "alpha": rank})
-    config.results = {}  # measured of the larger one
+    # What was measured of the larger one is left out.
+    config = replace(refiner.config, rank=rank, alpha=rank, results={})
     small = Refiner(refiner.pipe, config, build(denoiser(refiner.pipe), config))
     energies = []
     for (_, layer), (_, small_layer) in zip(
@@ -66,6 +67,13 @@ def _truncate(layer: LoraLayer, small: LoraLayer) -> tuple[float, float]:
     return s[:rank].square().sum().item(), s.square().sum().item()
 
 
+def load_refiner(name_or_path: str, backbone: str | None = None) -> Refiner:
+    """Return a refiner, unmerged, on its base or another backbone in float32."""
+    source = backbone or read_config(resolve(name_or_path)).base_model
+    pipe = load_pipeline(source, "cpu", torch.float32)
+    return Refiner.from_pretrained(name_or_path, pipe, merge=False)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Write the smaller refiner."""
     parser = argument_parser(__doc__)
@@ -74,9 +82,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--backbone", help="folder or hub id; by default the refiner's base")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(arguments)
-    backbone = args.backbone or read_config(resolve(args.refiner)).base_model
-    pipe = load_pipeline(backbone, "cpu", torch.float32)
-    refiner = Refiner.from_pretrained(args.refiner, pipe, merge=False)
+    refiner = load_refiner(args.refiner, args.backbone)
     small, share = compress(refiner, args.rank)
     small.save_pretrained(args.output_dir)
     size = (args.output_dir / WEIGHTS_NAME).stat().st_size / MEGABYTE

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 
 from noiserefine import Refiner
-from noiserefine.checkpoint import MARK, read_config, resolve
+from noiserefine.checkpoint import about
 from noiserefine.denoiser import denoiser, denoiser_name
 from noiserefine.lora import ADAPTER, adapted
-from noiserefine.models.loading import load_pipeline
 from train.common import argument_parser, atomic, run_script
+from train.tools.compress import load_refiner
 
 
 def kohya_state(refiner: Refiner) -> dict[str, torch.Tensor]:
@@ -39,17 +39,11 @@ def kohya_state(refiner: Refiner) -> dict[str, torch.Tensor]:
 def metadata(refiner: Refiner) -> dict[str, str]:
     """Return what the file says of itself, by the Stability AI model metadata standard."""
     config = refiner.config
-    return {
-        MARK: "noise refiner",
+    return about(config) | {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.title": f"Noise refiner for {config.base_model}",
         "modelspec.architecture": f"{type(refiner.pipe).__name__}/lora",
         "modelspec.implementation": "https://github.com/huggingface/diffusers",
         "modelspec.prediction_type": config.prediction_type,
-        "modelspec.description": (
-            "Corrects the initial noise in one forward at t = T. It is no style LoRA: applied "
-            "while sampling it destroys images."
-        ),
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(config.rank),
         "ss_network_alpha": str(config.alpha),
@@ -60,13 +54,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Write the file."""
     parser = argument_parser(__doc__)
     parser.add_argument("refiner", help="folder or hub id of the refiner")
-    parser.add_argument("--format", choices=["kohya"], default="kohya")
     parser.add_argument("--backbone", help="folder or hub id; by default the refiner's base")
     parser.add_argument("--output", type=Path, required=True, help="safetensors file")
     args = parser.parse_args(arguments)
-    backbone = args.backbone or read_config(resolve(args.refiner)).base_model
-    pipe = load_pipeline(backbone, "cpu", torch.float32)
-    refiner = Refiner.from_pretrained(args.refiner, pipe, merge=False)
+    refiner = load_refiner(args.refiner, args.backbone)
     state = kohya_state(refiner)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with atomic(args.output) as part:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from train.common import markdown_table
+
 ARMS_HEADER = [
     "Model and mode",
     "unguided s",
@@ -76,12 +78,11 @@ def suite_rows(found: dict[str, dict[str, Any]]) -> Iterator[list[Any]]:
             yield [name, figures["outcome"], figures["seconds"]]
 
 
-def table(header: list[str], rows: list[list[Any]]) -> str:
-    """Return a Markdown table, or nothing without rows."""
-    if not rows:
-        return ""
-    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (header, *rows)]
-    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]]) + "\n"
+TABLES = (
+    (ARMS_HEADER, arms_rows),
+    (TRAINING_HEADER, training_rows),
+    (["Test", "outcome", "s"], suite_rows),
+)
 
 
 def main() -> None:
@@ -94,9 +95,9 @@ def main() -> None:
             f"torch {versions.get('torch')}, diffusers {versions.get('diffusers')}, "
             f"transformers {versions.get('transformers')}\n"
         )
-        print(table(ARMS_HEADER, list(arms_rows(found))))
-        print(table(TRAINING_HEADER, list(training_rows(found))))
-        print(table(["Test", "outcome", "s"], list(suite_rows(found))))
+        for header, rows_of in TABLES:
+            if rows := list(rows_of(found)):
+                print(markdown_table(header, rows) + "\n")
         for name, part in measured["parts"].items():
             if part["status"] != "done":
                 print(f"{name}: {part['status']}")

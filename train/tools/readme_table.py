@@ -13,6 +13,9 @@ from pathlib import Path
 
 from noiserefine.models import catalogue
 from noiserefine.models.catalogue import ASSETS, BACKBONES
+from train.common import markdown_table, with_interval
+from train.emoji.judge import EmojiJudge
+from train.measurement import arms_table
 
 RESULTS = ASSETS / "results"
 PAGES = (ASSETS.parent / "README.md", RESULTS / "README.md")
@@ -30,19 +33,9 @@ def _evaluations() -> dict[str, dict]:
     return {name: json.loads(path.read_text()) for name, path in found.items() if path.exists()}
 
 
-def _number(figures: dict, name: str, digits: int = 2) -> str:
-    low, high = figures[f"{name}_interval"]
-    return f"{figures[name]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def _percent(figures: dict, name: str) -> str:
-    low, high = figures[f"{name}_interval"]
-    return f"{100 * figures[name]:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _number(figures: dict, name: str, digits: int = 2, factor: float = 1) -> str:
+    bounds = [factor * bound for bound in figures[f"{name}_interval"]]
+    return with_interval(factor * figures[name], bounds, digits)
 
 
 def models() -> str:
@@ -52,7 +45,7 @@ def models() -> str:
         title = re.sub(r",? \d+ px", "", backbone.title)
         groups.setdefault(backbone.tried, []).append(title)
     rows = [[tried, "; ".join(titles)] for tried, titles in groups.items()]
-    return _table(["runs here with", "models"], rows)
+    return markdown_table(["runs here with", "models"], rows)
 
 
 def summary() -> str:
@@ -62,34 +55,23 @@ def summary() -> str:
     for name, result in _evaluations().items():
         accuracy = [f"{result['arms'][arm]['object_accuracy']:.3f}" for arm in ARMS]
         closed = result["gap_closed"]
-        shares = [_percent(closed, metric) for metric in ("object_accuracy", "frechet_distance")]
+        metrics = ("object_accuracy", "frechet_distance")
+        shares = [_number(closed, metric, digits=0, factor=100) for metric in metrics]
         rows.append([BACKBONES[name].title, *accuracy, *shares])
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def arms() -> str:
     """Return all figures of every embedded model's three arms."""
-    metrics = {
-        "object_accuracy": ("object accuracy ↑", 3),
-        "background_accuracy": ("background accuracy ↑", 3),
-        "frechet_distance": ("Fréchet distance ↓", 2),
-        "feature_variance": ("feature variance ↑", 2),
-    }
     parts = []
     for name, result in _evaluations().items():
-        measured = result["arms"]["guided"]
-        shown = {metric: show for metric, show in metrics.items() if metric in measured}
-        rows = [
-            [title, *(_number(result["arms"][arm], metric, shown[metric][1]) for metric in shown)]
-            + [f"{result['arms'][arm]['forwards']:.0f}"]
-            for arm, title in ARMS.items()
-        ]
+        rows = [(title, result["arms"][arm]) for arm, title in ARMS.items()]
         run = result["settings"]
         parts.append(
             f"**{BACKBONES[name].title}**: n = {result['n']} images of {result['prompts']} "
             f"held-out prompts an arm, seeds from {result['first_seed']}, {run['steps']} steps of "
             f"{run['sampler']}, guidance scale {run['guidance_scale']}.\n\n"
-            + _table(["arm", *(title for title, _ in shown.values()), "forwards"], rows)
+            + arms_table(rows, EmojiJudge.figures)
         )
     return "\n\n".join(parts)
 
@@ -113,7 +95,7 @@ def training() -> str:
                 f"{results['validation_gaussian']:.3f}, {results['validation_refined']:.3f}",
             ]
         )
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def benchmark() -> str:
@@ -133,7 +115,7 @@ def benchmark() -> str:
                 *(f"{run[f'refined_over_{arm}']:.3f}" for arm in ("unguided", "guided")),
             ]
         )
-    return _table(header, rows)
+    return markdown_table(header, rows)
 
 
 def guidance_scales() -> str:
@@ -152,7 +134,9 @@ def guidance_scales() -> str:
         )
     ]
     header = ["g", "guided", "refined", *(f"to {scale:g}" for scale in scales)]
-    return f"n = {result['n']}, seeds from {result['first_seed']}.\n\n" + _table(header, rows)
+    return f"n = {result['n']}, seeds from {result['first_seed']}.\n\n" + markdown_table(
+        header, rows
+    )
 
 
 def msd() -> str:

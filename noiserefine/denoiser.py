@@ -291,6 +291,13 @@ def canvas_like(pipe: DiffusionPipeline, x: torch.Tensor) -> Canvas:
     return nearest
 
 
+def as_latents(pipe: DiffusionPipeline, x_T: torch.Tensor) -> torch.Tensor:
+    """Return noise (B, C, h, w) as the pipeline takes it for `latents`, on its device."""
+    return canvas_like(pipe, x_T).to_latents(
+        x_T.to(pipe._execution_device, precision(denoiser(pipe)))
+    )
+
+
 def exact_size(pipe: DiffusionPipeline) -> dict[str, bool]:
     """Return what keeps a pipeline from moving to the nearest size of its training."""
     binning = "use_resolution_binning"

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.analysis.versions import package_versions
-from noiserefine.denoiser import ForwardCounter, canvas_like, denoiser, precision
+from noiserefine.denoiser import ForwardCounter, as_latents, denoiser
 from noiserefine.guidance import sample
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
@@ -225,7 +225,7 @@ class Measurement:
         embeds: dict[str, Any],
     ) -> torch.Tensor:
         if not (arm.refined and refiner):
-            return canvas_like(pipe, x_T).to_latents(x_T.to(precision(denoiser(pipe))))
+            return as_latents(pipe, x_T)
         scale = refiner.scale_input(self.args.guidance_scale)
         return refiner(x_T, embeds, self.args.strength, scale)
 

@@ -19,7 +19,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from noiserefine import Refiner, draw_noise
-from noiserefine.denoiser import ForwardCounter, canvas_like, denoiser, precision
+from noiserefine.denoiser import ForwardCounter, as_latents, denoiser, precision
 from noiserefine.guidance import sample
 from noiserefine.models.devices import default_device, default_dtype
 from noiserefine.models.loading import load_pipeline
@@ -131,7 +131,7 @@ def _run_arm(
     """Make the images of an arm; the refiner and the sampling share one encoding."""
     embeds = encode_prompt(pipe, [PROMPT] * len(x_T), guided=arm == "guided")
     scales = refiner.config.guidance_scale_range
-    latents = canvas_like(pipe, x_T).to_latents(x_T.to(pipe.device, precision(denoiser(pipe))))
+    latents = as_latents(pipe, x_T)
     if arm == "refined":
         latents = refiner(x_T, embeds, guidance_scale=scales[1] if scales else None)
     scale = GUIDANCE_SCALE if arm == "guided" else 1.0

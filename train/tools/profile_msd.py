@@ -23,7 +23,7 @@ import torch
 from diffusers.training_utils import cast_training_params
 
 from noiserefine import Refiner, draw_noise
-from noiserefine.denoiser import canvas_like, denoiser, first_step, guidance_arguments
+from noiserefine.denoiser import as_latents, denoiser, first_step, guidance_arguments
 from noiserefine.guidance import sample_latents
 from noiserefine.models.devices import default_device
 from noiserefine.models.loading import load_pipeline
@@ -69,7 +69,7 @@ class Step:
     @torch.no_grad()
     def forwards(self) -> None:
         """Evaluate the bare network as often as the sampling does."""
-        call = {"latents": canvas_like(self.pipe, self.x_T).to_latents(self.x_T.to(self.dtype))}
+        call = {"latents": as_latents(self.pipe, self.x_T)}
         call |= guidance_arguments(self.pipe) | self.embeds
         for _ in range(STEPS):
             first_step(self.pipe, denoiser(self.pipe), **call)

@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from noiserefine import Refiner, draw_noise
+from noiserefine.analysis.versions import package_versions
 from noiserefine.guidance import sample_latents
 from noiserefine.lora import adapted
 from noiserefine.models.loading import load_pipeline
@@ -31,7 +32,6 @@ from train.common import (
     argument_parser,
     interval,
     markdown_table,
-    package_versions,
     run_script,
     with_interval,
     write_json,

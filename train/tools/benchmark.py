@@ -12,7 +12,7 @@ slows all three; the ratios are medians over the rounds of the ratio within a ro
 import argparse
 import json
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from noiserefine.noise import encode_prompt
 from noiserefine.samplers import SAMPLER_NAMES, with_sampler
 from train.common import argument_parser, run_script, write_json
 from train.tools.architectures import BACKBONE_HELP, DTYPES, random_pipeline
-from train.tools.memory import peak_bytes, reset_peak
+from train.tools.memory import peak_bytes, reset_peak, timed
 
 ARMS = ("unguided", "guided", "refined")
 PROMPT, GUIDANCE_SCALE = "a red apple on a blue background", 7.0
@@ -83,14 +83,12 @@ def measure(pipe: DiffusionPipeline, refiner: Refiner, args: argparse.Namespace)
     for round_number in range(args.rounds + args.warmup):
         for arm in ARMS:
             reset_peak(pipe.device)
-            synchronize(pipe.device)
-            began, counter = time.perf_counter(), ForwardCounter()
-            with counter.watch(denoiser(pipe), refiner.network):
-                _run_arm(arm, pipe, refiner, x_T, args.steps)
-            synchronize(pipe.device)
+            make = partial(_run_arm, arm, pipe, refiner, x_T, args.steps)
+            with ForwardCounter().watch(denoiser(pipe), refiner.network) as counter:
+                taken, _ = timed(make, pipe.device)
             forwards[arm], peaks[arm] = counter.count // args.batch_size, peak_bytes(pipe.device)
             if round_number >= args.warmup:
-                seconds[arm].append(time.perf_counter() - began)
+                seconds[arm].append(taken)
 
     settings = ("backbone", "random_weights", "sampler", "batch_size", "steps", "rounds", "warmup")
     return {
@@ -110,12 +108,6 @@ def measure(pipe: DiffusionPipeline, refiner: Refiner, args: argparse.Namespace)
             for arm in ARMS
         },
     }
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done its work."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
 
 
 def device_name(device: torch.device) -> str:

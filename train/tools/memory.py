@@ -1,10 +1,31 @@
-"""Peak memory: of the device on CUDA, of the whole process on a CPU under Linux."""
+"""The time and peak memory of work on a device.
 
+Memory is the device's on CUDA, and the whole process's on a CPU under Linux.
+"""
+
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 PROCESS = Path("/proc/self")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done its work."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Return the seconds that a call takes on the device, and what it returns."""
+    synchronize(device)
+    began = time.perf_counter()
+    result = call()
+    synchronize(device)
+    return time.perf_counter() - began, result
 
 
 def reset_peak(device: torch.device) -> None:

@@ -15,25 +15,22 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.training_utils import cast_training_params
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.denoiser import as_latents, denoiser, first_step, guidance_arguments
-from noiserefine.guidance import sample_latents
 from noiserefine.models.devices import default_device
 from noiserefine.models.loading import load_pipeline
-from noiserefine.msd import msd_loss, sampler_gain
 from noiserefine.noise import encode_prompt
-from noiserefine.samplers import with_sampler
 from train.common import argument_parser, run_script, write_json
+from train.options import Options
+from train.targets import Batch
 from train.tools.architectures import BACKBONE_HELP, DTYPES, random_pipeline
-from train.tools.benchmark import synchronize
-from train.tools.memory import peak_bytes
+from train.tools.memory import peak_bytes, timed
+from train.train_refiner import MSD
 
 STEPS = 10  # N of the timed step
 PEAK_STEPS = (5, 20)
@@ -42,52 +39,45 @@ PEAK_STEPS = (5, 20)
 class Step:
     """One step of training on random noise, and its parts."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, steps: int):
         self.dtype = DTYPES[args.dtype]
         load = random_pipeline if args.random_weights else load_pipeline
         self.pipe = load(args.backbone, default_device(), self.dtype)
         self.refiner = Refiner.create(self.pipe, args.rank)
         denoiser(self.pipe).requires_grad_(False)
         cast_training_params(self.refiner.network)
-        self.sampling_pipe = with_sampler(self.pipe, "DDIM")
-        self.x_T = draw_noise(self.pipe, 0, args.batch_size).to(self.pipe.device)
-        self.embeds: dict[str, Any] = encode_prompt(self.pipe, ["a cat"] * args.batch_size)
+        self.steps, self.loss = steps, MSD(self.pipe, Options(sampler="DDIM", steps=steps))
+        x_T = draw_noise(self.pipe, 0, args.batch_size).to(self.pipe.device)
+        embeds = encode_prompt(self.pipe, ["a cat"] * args.batch_size, guided=False)
+        scales = torch.ones(args.batch_size)
+        self.batch = Batch(x_T, embeds, scales, torch.zeros_like(x_T), extra={}, seed=0)
 
     def refine(self) -> torch.Tensor:
         """Return the correction, with gradient."""
         enabled = self.dtype != torch.float32
         with torch.autocast(self.pipe.device.type, self.dtype, enabled=enabled):
-            return self.refiner.correction(self.x_T, self.embeds)
+            return self.refiner.correction(self.batch.x_T, self.batch.embeds)
 
-    def whole(self, steps: int) -> None:
+    def whole(self) -> None:
         """Refine, sample, and go backward."""
-        x_hat = self.x_T + self.refine()
-        x0 = sample_latents(self.sampling_pipe, x_hat, self.embeds, steps).float()
-        gain = sampler_gain(self.sampling_pipe.scheduler, steps)
-        msd_loss(x0, x_hat, torch.zeros_like(x0), gain).backward()
+        self.loss(self.batch.x_T + self.refine(), self.batch).backward()
 
     @torch.no_grad()
     def forwards(self) -> None:
         """Evaluate the bare network as often as the sampling does."""
-        call = {"latents": as_latents(self.pipe, self.x_T)}
-        call |= guidance_arguments(self.pipe) | self.embeds
-        for _ in range(STEPS):
+        call = {"latents": as_latents(self.pipe, self.batch.x_T)}
+        call |= guidance_arguments(self.pipe) | self.batch.embeds
+        for _ in range(self.steps):
             first_step(self.pipe, denoiser(self.pipe), **call)
 
     def ratio(self) -> float:
         """Return the time of the step over that of its parts."""
-        whole, _ = self._time(lambda: self.whole(STEPS))
-        refining, correction = self._time(self.refine)
-        backward, _ = self._time(lambda: correction.square().mean().backward())
-        forwards, _ = self._time(self.forwards)
+        device = self.pipe.device
+        whole, _ = timed(self.whole, device)
+        refining, correction = timed(self.refine, device)
+        backward, _ = timed(lambda: correction.square().mean().backward(), device)
+        forwards, _ = timed(self.forwards, device)
         return whole / (refining + backward + forwards)
-
-    def _time(self, call):
-        synchronize(self.pipe.device)
-        began = time.perf_counter()
-        result = call()
-        synchronize(self.pipe.device)
-        return time.perf_counter() - began, result
 
 
 def peak(arguments: list[str], steps: int) -> int:
@@ -111,9 +101,9 @@ def main(arguments: list[str] | None = None) -> None:
     add("--output", type=Path, help="JSON file of the figures")
     add("--peak", type=int, help="print the peak memory of a step of this N, in bytes, and stop")
     args = parser.parse_args(arguments)
-    step = Step(args)
+    step = Step(args, args.peak or STEPS)
     if args.peak:
-        step.whole(args.peak)
+        step.whole()
         print(peak_bytes(step.pipe.device))
         return
     names = ("backbone", "random_weights", "dtype", "rank", "batch_size", "rounds")

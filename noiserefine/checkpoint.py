@@ -17,7 +17,7 @@ from huggingface_hub.utils import httpx
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from noiserefine.denoiser import denoiser
+from noiserefine.denoiser import denoiser, stored_in_8_bits
 from noiserefine.lora import UNET_TARGETS, save_lora
 
 # No such id, no permission, no network, not cached, no such file.
@@ -28,6 +28,8 @@ SCALE_NAME = "guidance_embedding.safetensors"
 FORMAT_VERSION = 2  # 1 knew UNets only: no head, targets, vector, adds_input
 PARAMETRISATION = "cancelled head"  # x_T + network_lora(x_T, t), whose last layer starts at zero
 SIGNATURE = 16  # weights that tell a base from its fine-tunes
+ROUNDING = 5e-3, 1e-5  # relative and absolute, of weights in half precision
+ROUNDING_8_BITS = 2**-3, 2**-9  # in float8_e4m3fn, rounded once or twice
 MAX_RANK = 4096
 MARK = "noiserefine"  # key of the LoRA file's metadata that says what it is
 # What has to agree for a LoRA of one UNet to fit another; of other networks the whole config has,
@@ -155,7 +157,8 @@ def misfit(config: RefinerConfig, pipe: DiffusionPipeline) -> str:
 
 def note_on(network: ModelMixin, config: RefinerConfig) -> str:
     """Return a sentence on a denoiser that is not the refiner's base; empty where it is."""
-    if same_weights(signature(network), config.base_signature):
+    tolerance = ROUNDING_8_BITS if stored_in_8_bits(network) else ROUNDING
+    if same_weights(signature(network), config.base_signature, tolerance):
         return ""
     return (
         f"This model is not {config.base_model}, which the refiner was trained on, but has its "
@@ -179,9 +182,12 @@ def signature(network: ModelMixin) -> list[float]:
     return [round(layer.flatten()[0].item(), 6) for layer in chosen]
 
 
-def same_weights(signature: list[float], other: list[float]) -> bool:
-    """Return whether two signatures are of the same weights, in half precision or not."""
-    return torch.allclose(torch.tensor(signature), torch.tensor(other), rtol=5e-3, atol=1e-5)
+def same_weights(
+    signature: list[float], other: list[float], tolerance: tuple[float, float] = ROUNDING
+) -> bool:
+    """Return whether two signatures are of the same weights, rounded or not."""
+    rtol, atol = tolerance
+    return torch.allclose(torch.tensor(signature), torch.tensor(other), rtol, atol)
 
 
 # Reading

@@ -54,6 +54,11 @@ def precision(network: nn.Module) -> torch.dtype:
     )
 
 
+def stored_in_8_bits(network: nn.Module) -> bool:
+    """Return whether layerwise casting stores some of the network's weights in 8 bits."""
+    return any(p.dtype.itemsize == 1 for p in network.parameters())
+
+
 def with_parts(
     pipe: DiffusionPipeline,
     network: nn.Module | None = None,

@@ -30,6 +30,7 @@ from noiserefine.denoiser import (
     precision,
     silent,
     size_arguments,
+    stored_in_8_bits,
 )
 from noiserefine.noise import encode_prompt, size_multiple
 
@@ -163,7 +164,7 @@ def plain_twin(network: ModelMixin) -> ModelMixin:
     twin = copy.deepcopy(network, memo={id(tensor): tensor for tensor in tensors})
     if hasattr(twin, "unload_lora"):
         twin.unload_lora()
-    if any(parameter.dtype.itemsize == 1 for parameter in network.parameters()):
+    if stored_in_8_bits(network):
         _undo_layerwise_casting(twin)
     return twin
 

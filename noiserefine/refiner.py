@@ -98,7 +98,8 @@ class Refiner:
         merge: whether the LoRA is folded into weights of the refiner's own (faster, nearly a
         second denoiser in memory) or stays apart over the pipeline's; None: folded in where that
         takes at most half of the free memory.
-        Move the pipeline to its device first: the refiner's own weights stay where they are made.
+        Move the pipeline to its device, and cast its layers, first: the refiner's own weights stay
+        as they are made, and the others are the pipeline's.
         Warns (UserWarning) where the pipeline is not the base but may work, a fine-tune.
         Raises FileNotFoundError where there is no refiner, and ValueError where the files are
         damaged or of another format, or the pipeline's denoiser has another architecture or

@@ -186,7 +186,8 @@ def with_lora(
 ) -> ModelMixin:
     """Return a twin of the network with a fresh LoRA and without the head's bias.
 
-    The head's LoRA has at least the rank of its weight, so that it can cancel it.
+    The head's LoRA has at least the rank of its weight, so that it can cancel it, and is in single
+    precision, so that it cancels it exactly.
     """
     flags = {parameter: parameter.requires_grad for parameter in network.parameters()}
     twin = plain_twin(network)
@@ -203,7 +204,10 @@ def with_lora(
     twin._hf_peft_config_loaded = True  # so that diffusers sees the adapter
     for parameter, flag in flags.items():
         parameter.requires_grad_(flag)
-    twin.get_submodule(head).get_base_layer().bias = None
+    head_layer = twin.get_submodule(head)
+    head_layer.get_base_layer().bias = None
+    head_layer.lora_A.float()
+    head_layer.lora_B.float()
     return twin
 
 

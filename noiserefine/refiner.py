@@ -137,7 +137,7 @@ class Refiner:
         if merge or merge is None and lora.merged_bytes(network) <= room:
             refiner.merge()
         for parameter in set(network.parameters()) - set(base.parameters()):
-            parameter.data = parameter.data.to(refiner.dtype)  # a new LoRA is in single precision
+            parameter.data = parameter.data.to(refiner.dtype)  # the head's LoRA is in single
         return refiner
 
     def merge(self) -> None:

@@ -229,6 +229,17 @@ def test_denoisers_stored_in_8_bits_are_refined(tmp_path, merge):
     assert sample_latents(pipe, x_T, embeds, 1).isfinite().all()
 
 
+def test_untrained_is_the_identity_in_half_precision(tmp_path):
+    """Merged, the last layer is cancelled more exactly than half precision holds its weight."""
+    pipe = copy.deepcopy(families.pipeline("sd15")).to(torch.bfloat16)
+    Refiner.create(pipe, 8).save_pretrained(tmp_path)
+    refiner = Refiner.from_pretrained(tmp_path, pipe, merge=True)
+    correction = refiner.correction(
+        draw_noise(pipe, 0), encode_prompt(pipe, PROMPT, guided=False)
+    ).detach()
+    assert correction.abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("part, says", [("unet", "denoising diverged"), ("vae", "overflows")])
 def test_a_picture_of_nan_is_said(part, says):
     """It would look like plain black."""

@@ -1,5 +1,7 @@
 """Sampling with classifier-free or perturbed-attention guidance, or both, on one set of weights."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -54,14 +56,9 @@ def sample(
         kwargs["negative_prompt"] = "" if isinstance(prompts, str) else [""] * len(prompts)
     if pag_scale == 0:
         return pipe(**kwargs)
-    # A PAG pipeline swaps attention processors on the shared network and restores them only if
-    # nothing interrupts it.
-    network = denoiser(pipe)
-    processors = dict(network.attn_processors)
-    try:
-        return _with_pag(pipe)(pag_scale=pag_scale, **kwargs)
-    finally:
-        network.set_attn_processor(processors)
+    guided = _with_pag(pipe)
+    with _attention_restored(pipe):
+        return guided(pag_scale=pag_scale, **kwargs)
 
 
 def check_guidance(
@@ -89,7 +86,7 @@ def _check_alone(pag_scale: float) -> None:
 def _with_pag(pipe: DiffusionPipeline) -> DiffusionPipeline:
     """Return diffusers' pipeline for perturbed-attention guidance on the same weights.
 
-    Raises ValueError where it has none.
+    Raises ValueError where it has none, and where the network lacks the layers that it perturbs.
     """
     try:
         guided = AutoPipelineForText2Image.from_pipe(pipe, enable_pag=True)
@@ -99,7 +96,31 @@ def _with_pag(pipe: DiffusionPipeline) -> DiffusionPipeline:
             "pag_scale at 0."
         ) from error
     guided.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
+    layers = guided.pag_applied_layers
+    try:
+        with _attention_restored(pipe):
+            guided._set_pag_attn_processor(layers, do_classifier_free_guidance=False)
+    except ValueError as error:
+        raise ValueError(
+            f"This {type(denoiser(pipe)).__name__} has no self-attention in its "
+            f"{', '.join(layers)} layers, which perturbed-attention guidance replaces: leave "
+            "pag_scale at 0."
+        ) from error
     return guided
+
+
+@contextlib.contextmanager
+def _attention_restored(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Give the denoiser its attention processors back on closing.
+
+    A PAG pipeline swaps them on the shared network and restores them only if nothing interrupts it.
+    """
+    network = denoiser(pipe)
+    processors = dict(network.attn_processors)
+    try:
+        yield
+    finally:
+        network.set_attn_processor(processors)
 
 
 def sample_latents(

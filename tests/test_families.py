@@ -24,14 +24,14 @@ from noiserefine.denoiser import (
     size_arguments,
     with_parts,
 )
-from noiserefine.guidance import sample, sample_latents
+from noiserefine.guidance import check_guidance, sample, sample_latents
 from noiserefine.latents import decode, fit_preview
 from noiserefine.lora import save_lora
 from noiserefine.models.offload import offload
 from noiserefine.msd import msd_loss, sampler_gain
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import is_flow, samplers_of, watch_x0, with_sampler
-from tests.families import FAMILIES, pipeline
+from tests.families import FAMILIES, pipeline, unet
 
 PROMPTS = ["a red apple", "two cats on a roof"]
 STEPS = 3
@@ -365,6 +365,18 @@ def test_perturbed_attention_guidance(name):
         sample(pipe, pag_scale=3.0, no_such_argument=1, **embeds)
     assert list(denoiser(pipe).attn_processors.values()) == processors
     assert torch.equal(raw(pipe, x), before)
+
+
+@pytest.mark.parametrize("middle", [None, "UNetMidBlock2D"])
+def test_perturbed_attention_needs_attention_in_the_middle(middle):
+    """Small distilled UNets have none there."""
+    pipe = with_parts(pipeline("sd15"), unet(mid_block_type=middle))
+    for call in (
+        lambda: check_guidance(pipe, 1.0, 3.0),
+        lambda: sample(pipe, prompt="a cat", pag_scale=3.0),
+    ):
+        with pytest.raises(ValueError, match="no self-attention in its mid"):
+            call()
 
 
 def test_guidance_that_a_pipeline_lacks():

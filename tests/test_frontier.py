@@ -1,5 +1,6 @@
 """Comparisons of whole methods by their forwards."""
 
+import argparse
 import json
 
 import numpy as np
@@ -9,10 +10,13 @@ from PIL import Image
 
 from noiserefine import draw_noise
 from noiserefine.denoiser import ForwardCounter
+from noiserefine.guidance import sample_latents
 from noiserefine.noise import encode_prompt
 from tests.conftest import EMOJI, EMOJI_REFINER, ROOT
+from tests.families import FAMILIES, pipeline
+from tests.test_families import PROMPTS, noise
 from train.emoji.render import prompt
-from train.experiments import frontier, variety
+from train.experiments import compatibility, frontier, variety
 from train.experiments.bench import Bench
 from train.experiments.methods import families, preference, sharpen
 from train.measurement import Batch
@@ -171,3 +175,42 @@ def test_variety_is_measured_over_seeds(tmp_path):
     assert Image.open(output.with_suffix(".png")).width > 1000
     with pytest.raises(SystemExit):
         variety.parse([*arguments, "--n", "3"])
+
+
+def test_compatibility(tmp_path, capsys):
+    """Each condition has a gap of its own, or says why the model does not take it."""
+    output = tmp_path / "compatibility.json"
+    arguments = [*SMALL, "--steps", "1", "--output", str(output), "--sizes", "64x128", "100x128"]
+    style = ["--lora", INK, f"judge={ROOT / 'train/emoji/classifier-ink.safetensors'}"]
+    compatibility.main(
+        [*arguments, *style, "--negative_prompt", "a blue background", "--cache", "0.1"]
+    )
+    found = json.loads(output.read_text())["conditions"]
+    assert "is not one of them" in found["size 100x128"]["impossible"]
+    assert "caches no blocks of UNet" in found["first block cache 0.1"]["impossible"]
+    measured = {name: each["arms"] for name, each in found.items() if "arms" in each}
+    assert list(measured) == ["as trained", "LoRA emoji-ink", "size 64x128", "negative prompt"]
+    for arms in measured.values():
+        assert [arm["forwards"] for arm in arms.values()] == [1, 2, 2]
+    first = [arms["gaussian"]["frechet_distance"] for arms in measured.values()]
+    assert len(set(first)) == 3 and first[0] == first[3], "only guidance follows a negative prompt"
+    guided = [measured[name]["guided"]["frechet_distance"] for name in measured]
+    assert len(set(guided)) == 4
+    assert "| LoRA emoji-ink |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        compatibility.parse([*arguments, "--sizes", "64"])
+
+
+def test_cached_blocks_of_a_transformer(monkeypatch):
+    """The images are others, and the same again: a call leaves nothing in the cache."""
+    pipe, twin = pipeline("cogview4"), FAMILIES["cogview4"]()
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module):
+            twin.components[name].load_state_dict(part.state_dict())
+    monkeypatch.setattr(compatibility, "load_pipeline", lambda *_: twin)
+    bench, _ = compatibility.cached(Bench(pipe, 2.0), argparse.Namespace(backbone="", cache=0.9))
+    x, embeds = noise(pipe), encode_prompt(pipe, PROMPTS)
+    exact, fast, again = (
+        sample_latents(each, x, embeds, 6) for each in (pipe, bench.pipe, bench.pipe)
+    )
+    assert not torch.equal(fast, exact) and torch.equal(fast, again)

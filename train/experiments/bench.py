@@ -97,6 +97,7 @@ class Bench:
             batch_size=args.batch_size,
             bootstrap=args.bootstrap,
             images=None,
+            reference="guided",
         )
         measurement = Measurement(settings, self.process)
         prompts_sha256 = hashlib.sha256("\n".join(prompts).encode()).hexdigest()

@@ -467,7 +467,17 @@ def test_an_arm_restores_the_settings_that_make_it_again(client):
 
 
 @pytest.mark.parametrize(
-    "view", ["strength", "trajectory", "two_prompts", "interpolation", "frequencies", "attention"]
+    "view",
+    [
+        "strength",
+        "trajectory",
+        "two_prompts",
+        "interpolation",
+        "frequencies",
+        "attention",
+        "guided_from_refined",
+        "seeds",
+    ],
 )
 def test_a_views_image_restores_the_view_that_makes_it_again(client, tiny, view):
     controls = controls_of(view) | ({"word": "panda"} if view == "attention" else {})

@@ -5,6 +5,7 @@ import base64
 import functools
 import gc
 import io
+import itertools
 import pickle
 import re
 import socket
@@ -18,6 +19,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from mcp import ClientSession
@@ -25,6 +27,7 @@ from mcp.client.streamable_http import streamable_http_client
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.analysis.explore import INTERPOLATIONS, SCALES, STEPS, STRENGTHS
@@ -580,12 +583,42 @@ def test_hints_on_prompts(prompt, says):
     assert says in shown(prompt, *GOOD[1:3], 1)["note"] and says not in shown(*GOOD)["note"]
 
 
-def test_a_picture_that_the_safety_checker_blacked_out_is_explained(monkeypatch):
-    sample = Maker.sample
-    monkeypatch.setattr(
-        Maker, "sample", lambda make, *args: replace(sample(make, *args), blocked=True)
-    )
-    assert "safety checker" in shown(*GOOD)["note"]
+def test_what_the_safety_checker_flags_is_black_everywhere(tiny, tmp_path, monkeypatch):
+    """In images, previews, trajectory, film and where Stop stopped; the page says why."""
+    vision = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision |= {"intermediate_size": 8, "image_size": 32, "patch_size": 16}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=4))
+    checker.concept_embeds_weights.data.fill_(2.0)  # thresholds of cosines: nothing is flagged
+    pipe = load_pipeline(tiny[2], "cpu")
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    pipe.register_modules(safety_checker=checker, feature_extractor=processor)
+    pipe.save_pretrained(tmp_path)
+    monkeypatch.setattr(jobs, "MODELS", models.Models())
+    monkeypatch.setattr(jobs, "ON_SPACE", True)
+    inputs, notes = Settings(*tiny[:2], str(tmp_path), 2, *tiny[4:]), []
+
+    def pictures(view):
+        """Yield every picture that a view shows, and what is shown where Stop is pressed."""
+        for event in itertools.chain(*handlers.run(view, inputs, {}, {})):
+            match event:
+                case Progress():
+                    yield event.preview
+                    yield jobs.decoded(inputs.model, event.x0)
+                case Arm():
+                    yield event.sample.image
+                case Picture():
+                    yield event.image
+                case Figure():
+                    yield Image.open(io.BytesIO(event.figure))
+                case Note():
+                    notes.append(event.text)
+
+    assert all(image.getbbox() for image in pictures("compare"))
+    pipe = jobs.MODELS.find(inputs.model).pipe
+    pipe.safety_checker.concept_embeds_weights.data.fill_(-2.0)  # everything is flagged
+    black = [not image.getbbox() for view in ("compare", "trajectory") for image in pictures(view)]
+    assert black == [True] * (len(ARMS) * (2 * 2 + 1) + len(ARMS) * 2 + 1)
+    assert [text.count("blacked out by the model's safety checker") for text in notes] == [0, 1]
 
 
 def test_refine_gives_the_librarys_noise(client, pipe, refiner):

@@ -82,12 +82,15 @@ def fit_preview(pipe: DiffusionPipeline) -> Callable[[torch.Tensor], Image.Image
     """Return a function from latents (1, C, h, w) to a rough picture of h x w pixels.
 
     It costs one matrix product in place of the decoder.  The linear map from a latent to its
-    pixel is fitted, by least squares, to what the decoder makes of smooth random latents.
+    pixel is fitted, by least squares, to what the decoder makes of smooth random latents.  The
+    safety checker, which may mistake these for something, does not see them.
     """
+    unscreened = copy.copy(pipe)
+    vars(unscreened)["safety_checker"] = None
     channels = canvas(pipe).shape[0]
     coarse = torch.randn(8, channels, 4, 4, generator=torch.Generator().manual_seed(0))
     latents = interpolate(coarse, size=PREVIEW_SIDE, mode="bicubic")
-    pictures = torch.from_numpy(pipe.image_processor.pil_to_numpy(decode(pipe, latents)))
+    pictures = torch.from_numpy(pipe.image_processor.pil_to_numpy(decode(unscreened, latents)))
     colours = torch.nn.functional.adaptive_avg_pool2d(pictures.movedim(-1, 1), PREVIEW_SIDE)
     rows = _with_one(latents).flatten(0, 2)
     matrix = torch.linalg.lstsq(rows, colours.movedim(1, -1).flatten(0, 2)).solution

@@ -32,6 +32,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from noiserefine import Refiner, draw_noise
 from noiserefine.analysis.explore import INTERPOLATIONS, SCALES, STEPS, STRENGTHS
 from noiserefine.analysis.recipe import Maker, Recipe, Sample
+from noiserefine.latents import fit_preview
 from noiserefine.models import pool as models
 from noiserefine.models.catalogue import BACKBONES, Model
 from noiserefine.models.loading import load_pipeline
@@ -614,8 +615,10 @@ def test_what_the_safety_checker_flags_is_black_everywhere(tiny, tmp_path, monke
                     notes.append(event.text)
 
     assert all(image.getbbox() for image in pictures("compare"))
-    pipe = jobs.MODELS.find(inputs.model).pipe
-    pipe.safety_checker.concept_embeds_weights.data.fill_(-2.0)  # everything is flagged
+    loaded = jobs.MODELS.find(inputs.model)
+    loaded.pipe.safety_checker.concept_embeds_weights.data.fill_(-2.0)  # everything is flagged
+    x0 = torch.randn(1, 4, 8, 8)
+    assert np.array_equal(fit_preview(loaded.pipe)(x0), loaded.preview(x0)), "fitted to colours"
     black = [not image.getbbox() for view in ("compare", "trajectory") for image in pictures(view)]
     assert black == [True] * (len(ARMS) * (2 * 2 + 1) + len(ARMS) * 2 + 1)
     assert [text.count("blacked out by the model's safety checker") for text in notes] == [0, 1]

@@ -14,9 +14,8 @@ from noiserefine.denoiser import ForwardCounter, can_guide, denoiser
 from noiserefine.guidance import check_guidance, sample_latents
 from noiserefine.guiders import GUIDERS, EveryKth, forwards_of
 from noiserefine.noise import encode_prompt
-from tests.conftest import output
+from tests.conftest import ROOT, output
 from tests.families import FAMILIES, pipeline
-from tests.test_experiments import TINY
 from tests.test_families import PROMPTS, STEPS, noise
 from train import train_refiner
 from train.experiments.denoiser_lora import read_targets
@@ -28,6 +27,10 @@ REFUSED = {  # what their pipelines do with two predictions, no guider replaces
     "z_image": "hands its network a list",
 }
 SCALE = 3.0
+RUN = (
+    "--preset emoji --validation_prompts= --num_targets 8 --target_steps 2 --steps 2 "
+    f"--batch_size 8 --epochs 1 --warmup_steps 0 --prompts {ROOT}/assets/prompts/emoji.txt"
+).split()
 
 
 def latents(pipe, x, embeds, **guidance):
@@ -94,20 +97,23 @@ def test_named_guiders_change_the_image_in_their_own_ways(pipe):
             sample_latents(pipe, x, embeds, STEPS, **refused)
 
 
-def test_a_guider_teaches(tmp_path):
+def test_a_guider_teaches(tmp_path, tiny_folder):
     """Its name is kept with the refiner, its targets are others, and no other run's."""
     AcceleratorState._reset_state(reset_partial_state=True)
+    run = [*RUN, "--backbone", str(tiny_folder)]
     interval, cfg = tmp_path / "interval", tmp_path / "cfg"
-    train_refiner.main([*TINY, "--teacher", "interval", "--output_dir", str(interval)])
+    train_refiner.main([*run, "--teacher", "interval", "--output_dir", str(interval)])
     kept = json.loads((interval / "refiner.json").read_text())["training"]
     assert kept["teacher"] == "interval" and kept["guidance_scale"] == 2
-    train_refiner.main([*TINY, "--output_dir", str(cfg)])
-    taught, usual = (load_file(next((run / "targets").iterdir()))["x0"] for run in (interval, cfg))
+    train_refiner.main([*run, "--output_dir", str(cfg)])
+    taught, usual = (
+        load_file(next((folder / "targets").iterdir()))["x0"] for folder in (interval, cfg)
+    )
     assert not torch.equal(taught, usual)
-    cost = plan(parse([*TINY, "--teacher", "interval", "--output_dir", "x"]))[1]["targets"]
+    cost = plan(parse([*run, "--teacher", "interval", "--output_dir", "x"]))[1]["targets"]
     assert cost == 8 * (2 + 1), "one of two steps is guided"
     with pytest.raises(ValueError, match="teacher was 'interval', now 'cfg'"):
-        train_refiner.main([*TINY, "--targets_of", str(interval), "--output_dir", str(tmp_path)])
+        train_refiner.main([*run, "--targets_of", str(interval), "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="another --teacher"):
         read_targets(interval)
     for options, says in (
@@ -115,4 +121,4 @@ def test_a_guider_teaches(tmp_path):
         (["--teacher", "apg", "--pag_scale", "3"], "takes the place of other guidance"),
     ):
         with pytest.raises(ValueError, match=says):
-            parse([*TINY, *options, "--output_dir", "x"])
+            parse([*run, *options, "--output_dir", "x"])

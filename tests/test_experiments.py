@@ -29,13 +29,16 @@ from train.common import load_named
 from train.emoji import style
 from train.emoji.render import clay
 from train.experiments import (
+    compatibility,
     denoiser_lora,
+    frontier,
     inversion_error,
     latent_distance,
     noise_gradients,
     novelty,
     report,
     reproduce,
+    variety,
 )
 from train.experiments.denoiser_lora import read_targets
 from train.experiments.losses import INVERSION_STEPS
@@ -50,6 +53,12 @@ RUN = (
     "--validation_prompts= --num_targets 8 --target_steps 2 --steps 2 --batch_size 8 --epochs 1 "
     f"--warmup_steps 0 --preset emoji --prompts {ROOT}/assets/prompts/emoji.txt"
 ).split()
+
+
+COMPARISONS = {
+    f"train/experiments/{module.__name__.rpartition('.')[2]}.py": module.parse
+    for module in (frontier, variety, compatibility)
+}
 
 
 @pytest.fixture(scope="session")
@@ -331,6 +340,8 @@ def test_every_experiment_is_a_command_that_its_script_takes(tmp_path):
                 assert parse(list(command.options)).output_dir == str(command.result.parent)
             elif command.script == "train/evaluate.py":
                 assert evaluate.parse(list(command.options)).output == command.result
+            elif parse_options := COMPARISONS.get(command.script):
+                assert parse_options(list(command.options)).output == command.result
     assert plan(parse(list(chosen["table1"][1].options)), 1)[1]["training"] == reproduce.BUDGET, (
         "as many evaluations as the refiner's"
     )
@@ -418,6 +429,40 @@ def test_the_report_has_a_section_for_every_experiment(tmp_path, monkeypatch, ca
         (tmp_path / f"{name}.json").write_text(
             json.dumps(result | {"results": {"validation_refined": 0.25}})
         )
+    value = {"value": 0.5, "interval": [0.4, 0.6]}
+    point = value | {"forwards": 20.0}
+    row = value | {"budget": 20, "winner": "unguided, 20 steps", "refined_minus_winner": value}
+    tuning = {"n": 200, "prompts": 184, "budget": 20}
+    curve = {
+        "title": "object accuracy ↑",
+        "curves": {"unguided": [point]},
+        "winners": [row | {"refined": value | {"arm": "refined DDIM, 19 steps"}}],
+    }
+    methods = {"tuning": tuning, "titles": {"unguided": "unguided, DDIM"}}
+    varied = arm | {"vendi_score": 2.0, "vendi_score_interval": [1.9, 2.1]}
+    seeds = {
+        "seeds": 16,
+        "steps": 20,
+        "quality": "object_accuracy",
+        "varieties": ["vendi_score"],
+        "titles": {"object_accuracy": "object accuracy ↑", "vendi_score": "Vendi score ↑"},
+        "curves": {"guided": ["unguided"]},
+        "arms": {"unguided": varied},
+        "refined_minus_guided": {"refined": {"vendi_score": 0.1, "vendi_score_interval": [0, 1]}},
+    }
+    closed = {"object_accuracy": 0.75, "object_accuracy_interval": [0.7, 0.8]}
+    timed = {"guided": {"seconds": 0.4}, "refined": {"seconds": 0.2}}
+    asked = {
+        "as trained": {"arms": timed, "gap_closed": closed},
+        "negative prompt": {"impossible": "SiTPipeline takes no negative prompt."},
+    }
+    for model in reproduce.MODELS:
+        for name, made in (
+            ("frontier", methods | {"figures": {"object_accuracy": curve}}),
+            ("variety", seeds),
+            ("compatibility", {"steps": 20, "conditions": asked}),
+        ):
+            (tmp_path / f"{name}-{model}.json").write_text(json.dumps(result | made))
     (tmp_path / "inversion.json").write_text(
         json.dumps({"n": 2, "steps": {"10": {"psnr": 12.0, "psnr_interval": [11, 13]}}})
     )
@@ -454,6 +499,10 @@ def test_the_report_has_a_section_for_every_experiment(tmp_path, monkeypatch, ca
     )
     assert "| refined, unguided | 0.500 [0.400, 0.600] |" in text and "42.71" in text
     assert "| refined, unguided | ![refined, unguided](base-refined.webp) |" in text
+    assert "| 20 | unguided, 20 steps | 0.500 [0.400, 0.600] | refined DDIM, 19 steps |" in text
+    assert "| as trained | 75 [70, 80] | 0.400 / 0.200 |" in text
+    assert "| negative prompt | SiTPipeline takes no negative prompt. |" in text
+    assert all((tmp_path / f"{name}-emoji-sit.png").is_file() for name in ("frontier", "variety"))
     (tmp_path / "mlp.json").unlink()
     report.main([])
     text = (tmp_path / "report.md").read_text()

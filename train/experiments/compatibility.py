@@ -25,6 +25,7 @@ from diffusers import CacheMixin, FirstBlockCacheConfig
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.denoiser import call_parameters, denoiser
+from noiserefine.guidance import sample_latents
 from noiserefine.models.loading import load_pipeline
 from noiserefine.models.user_lora import add_lora
 from noiserefine.noise import encode_prompt, image_size
@@ -119,6 +120,13 @@ def at_size(size: str, bench: Bench, args: argparse.Namespace) -> tuple[Bench, C
     """Return noise for pictures of another size. Raise ValueError where the model has none."""
     width, height = map(int, size.split("x"))
     image_size(bench.pipe, height, width)
+    # A step tells what only the network refuses, such as more positions than it has.
+    sample_latents(
+        bench.pipe,
+        draw_noise(bench.pipe, 0, 1, height, width),
+        encode_prompt(bench.pipe, "", guided=False),
+        steps=1,
+    )
 
     def redraw(batch: Batch) -> Batch:
         seed = FIRST_EVALUATION_SEED + batch.start

@@ -10,16 +10,25 @@ quoted.
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 
 from matplotlib.figure import Figure
 
 from train.captions import held_out_prompts
 from train.common import ROOT, argument_parser, markdown_table, run_script
 from train.emoji.judge import EmojiJudge
-from train.experiments import inversion_error, noise_gradients, novelty
+from train.experiments import (
+    compatibility,
+    frontier,
+    inversion_error,
+    noise_gradients,
+    novelty,
+    variety,
+)
 from train.experiments.reproduce import (
     FEW_STEPS,
     LEARNING_RATES,
+    MODELS,
     RESULTS,
     SAMPLERS_TRIED,
     STEPS,
@@ -193,6 +202,47 @@ def tuning(results: Results) -> str:
     )
 
 
+def forwards_spent(results: Results, model: str) -> str:
+    """Return a model's frontier: the plot and the winners."""
+    name = f"frontier-{model}"
+    result = results[name]
+    frontier.plot(result, RESULTS / f"{name}.png")
+    tuning = result["tuning"]
+    return (
+        f"n = {result['n']} images of {result['prompts']} prompts an arm; settings chosen on "
+        f"{tuning['n']} images of {tuning['prompts']} other prompts in {tuning['budget']} "
+        f"forwards.\n\n![Quality by forwards]({name}.png)\n\n{frontier.table(result)}"
+    )
+
+
+def seeds_of_a_prompt(results: Results, model: str) -> str:
+    """Return a model's quality and variety: the plot and the tables."""
+    name = f"variety-{model}"
+    result = results[name]
+    variety.plot(result, RESULTS / f"{name}.png")
+    return (
+        f"{result['seeds']} seeds of {result['prompts']} prompts an arm, {result['steps']} steps."
+        f"\n\n![Quality by variety]({name}.png)\n\n{variety.table(result)}"
+    )
+
+
+def conditions(results: Results, model: str) -> str:
+    """Return what refined noise closes of a model's gap in each condition."""
+    result = results[f"compatibility-{model}"]
+    settings = f"n = {result['n']} an arm, {result['steps']} steps"
+    return f"{settings}.\n\n{compatibility.table(result)}"
+
+
+def of_each_model(
+    title: str, name: str, write: Callable[..., str]
+) -> list[tuple[str, list[str], Callable[[Results], str], str]]:
+    """Return a section for each embedded model."""
+    return [
+        (f"{title}: {model}", [f"{name}-{model}"], partial(write, model=model), "")
+        for model in MODELS
+    ]
+
+
 FID = "| | FID ↓ | IS ↑ |"
 # Title, the results it needs, what writes it, and the paper's own table.
 SECTIONS: list[tuple[str, list[str], Callable[[Results], str], str]] = [
@@ -353,6 +403,9 @@ SECTIONS: list[tuple[str, list[str], Callable[[Results], str], str]] = [
         tuning,
         "",
     ),
+    *of_each_model("Quality by forwards", "frontier", forwards_spent),
+    *of_each_model("Variety among seeds", "variety", seeds_of_a_prompt),
+    *of_each_model("With what else people do", "compatibility", conditions),
     ("The gradient (figures 6, 31 to 36)", ["gradients"], gradients, ""),
     (
         "Nearness to training pictures (figure 12)",

@@ -1,4 +1,4 @@
-"""Reproduce the paper's tables and figures in miniature, on the embedded model.
+"""Reproduce the paper's tables and figures in miniature, on the embedded models.
 
     python train/experiments/reproduce.py --work_dir runs/paper    # all of it: hours
     python train/experiments/reproduce.py --work_dir runs/paper --only table1 table5
@@ -12,6 +12,7 @@ model, remove them first. The pictures of the style clay need assets/ of the npm
 assets/results/paper/report.md.
 """
 
+import math
 import os
 import shlex
 import shutil
@@ -26,6 +27,7 @@ from train.options import PRESETS, Options, plan
 
 RESULTS = ROOT / "assets" / "results" / "paper"
 REFINER = "assets/refiners/emoji"
+TURBO = "assets/loras/emoji-turbo"
 LORAS, LORA = ROOT / "assets" / "loras", "pytorch_lora_weights.safetensors"
 NETWORKS = {  # compared with the refiner
     "mlp": "train.experiments.networks:Mlp",
@@ -43,6 +45,13 @@ SAMPLERS_TRIED = {  # beside DDIM, by the name of their results
     "euler": "Euler",
     "heunedm": "Heun (EDM)",
 }
+SIT_PROMPTS = "assets/prompts/emoji_objects.txt"
+MODELS = {  # that whole methods are compared on, and the options that they need
+    "emoji": "",
+    "emoji-flow": "",
+    "emoji-sit": f"--prompts {SIT_PROMPTS}",
+}
+VARIETY_SEEDS = 16
 STEPS, FEW_STEPS, TURBO_STEPS = (10, 20, 50), (4, 6, 10, 14), (1, 2, 4)
 STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5)
 EPOCHS = PRESETS["emoji"]["epochs"]
@@ -94,6 +103,10 @@ class Commands:
         self.refiner = self.train("refiner")
         # One step, for its targets, which hold the inverted noise.
         self.inversions = self.train("inverted", f"--loss {NOISE_LOSS} --epochs 0.01")
+        guidance = f"--loss guidance --evaluations {BUDGET} --lr 3e-4"
+        self.guidance = self.denoiser("guidance", guidance)
+        turbo = ROOT / TURBO / LORA
+        self.consistency = self.denoiser("consistency", "--loss consistency --steps 500", turbo)
 
     def train(self, name: str, options: str = "", copy: Path | None = None) -> Command:
         """Train a refiner on the embedded model."""
@@ -173,11 +186,9 @@ class Commands:
 
     def turbo(self) -> list[Command]:
         """Train a few-step model, and measure the base's refiner on it."""
-        shipped = LORAS / "emoji-turbo" / LORA
-        lora = shipped.parent.relative_to(ROOT)
-        options = f"--lora {lora} --refiner {REFINER} --arms gaussian refined"
+        options = f"--lora {TURBO} --refiner {REFINER} --arms gaussian refined"
         return [
-            self.denoiser("consistency", "--loss consistency --steps 500", shipped),
+            self.consistency,
             *(
                 self.evaluate(f"turbo-{steps}", f"{options} --sampler Euler --steps {steps}")
                 for steps in TURBO_STEPS
@@ -189,6 +200,57 @@ class Commands:
         result = self.results / f"{name}.json"
         words = (*shlex.split(options), "--output", str(result))
         return Command(f"train/experiments/{script}.py", words, result, RESULTS / result.name)
+
+    def on_each_model(self, script: str, n: int, **options: str) -> list[Command]:
+        """Compare whole methods on every embedded model; options: those of one, by its name."""
+        return [
+            self.figures(
+                script,
+                f"{script}-{name}",
+                f"--backbone assets/{name} --refiner assets/refiners/{name} --n {n} {own} "
+                + options.get(name.replace("-", "_"), ""),
+            )
+            for name, own in MODELS.items()
+        ]
+
+    def frontier(self) -> list[Command]:
+        """Measure quality by forwards, beside LoRAs that are trained for it."""
+        distilled = shlex.quote(str(self.work / "guidance"))
+        return [
+            self.refiner,
+            self.guidance,
+            self.consistency,
+            *self.on_each_model(
+                "frontier",
+                self.n,
+                emoji=f"--distilled {distilled} --few_step {TURBO}",
+                emoji_sit=f"--tuning_prompts {SIT_PROMPTS}",
+            ),
+        ]
+
+    def variety(self) -> list[Command]:
+        """Measure quality against the variety among seeds."""
+        return [
+            self.consistency,
+            *self.on_each_model(
+                "variety",
+                math.ceil(self.n / VARIETY_SEEDS) * VARIETY_SEEDS,
+                emoji=f"--few_step {TURBO}",
+            ),
+        ]
+
+    def compatibility(self) -> list[Command]:
+        """Measure refined noise with what else people do to a model."""
+        loras = " ".join(
+            f"--lora assets/loras/emoji-{style} judge=train/emoji/classifier-{style}.safetensors"
+            for style in ("clay", "ink")
+        )
+        against = '--negative_prompt "a blue background" --cache 0.1'
+        sizes = "--sizes 64x64 64x128 128x64 128x256 192x192 256x256"
+        every = f"{sizes} {against}"
+        return self.on_each_model(
+            "compatibility", self.n, emoji=f"{loras} {every}", emoji_flow=every, emoji_sit=every
+        )
 
     def novelty(self) -> list[Command]:
         """Render the training pictures again and measure how near images are to them."""
@@ -218,7 +280,7 @@ def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
         "table2": [
             make.base,
             refiner,
-            make.denoiser("guidance", f"--loss guidance --evaluations {BUDGET} --lr 3e-4"),
+            make.guidance,
             make.evaluate_denoiser("guidance-distilled", "guidance"),
         ],
         "table1": [
@@ -274,6 +336,9 @@ def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
             for name, sampler in SAMPLERS_TRIED.items()
             for steps in STEPS
         ],
+        "frontier": make.frontier(),
+        "variety": [refiner, *make.variety()],
+        "compatibility": make.compatibility(),
         "novelty": make.novelty(),
         "gradients": [
             make.figures(

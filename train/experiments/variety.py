@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     arms = {"unguided": partial(_guided, bench, args, 1.0), **curves["guided"], **curves["refined"]}
     if bench.few_step:
         arms["few-step"] = partial(_few_step, bench, args)
-    measurement = bench.measure(args.output.with_suffix(""), arms, texts, args)
+    measurement = bench.measure(args.output.with_suffix("") / "measured", arms, texts, args)
     if not bench.process.is_main_process:
         return
 
@@ -100,6 +100,8 @@ def main(arguments: list[str] | None = None) -> None:
         "seeds": args.seeds,
         "steps": args.steps,
         "quality": quality,
+        "varieties": varieties,
+        "titles": {key: figures[key].title for key in (quality, *varieties)},
         "curves": {name: ["unguided", *arms] for name, arms in curves.items() if arms},
         "arms": {
             name: measurement.cost(name) | summary(values, figures)
@@ -108,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
         "refined_minus_guided": matched(estimates, curves, quality, varieties, sign),
     }
     write_json(args.output, result)
-    plot(result, figures, varieties, args.output.with_suffix(".png"))
+    plot(result, args.output.with_suffix(".png"))
     print(table(result))
 
 
@@ -165,14 +167,12 @@ def matched(
     return found
 
 
-def plot(
-    result: dict[str, Any], figures: dict[str, Figure], varieties: list[str], path: Path
-) -> None:
+def plot(result: dict[str, Any], path: Path) -> None:
     """Draw quality by variety: a curve over guidance scales, and one over strengths."""
+    varieties, titles = result["varieties"], result["titles"]
     drawn = Plot(figsize=(6 * len(varieties), 5), layout="constrained", dpi=110)
-    for axes, key in zip(
-        drawn.subplots(1, len(varieties), squeeze=False)[0], varieties, strict=True
-    ):
+    panels = drawn.subplots(1, len(varieties), squeeze=False)[0]
+    for axes, key in zip(panels, varieties, strict=True):
         for title, names in result["curves"].items():
             points = [result["arms"][name] for name in names]
             xs, ys = ([point[figure] for point in points] for figure in (key, result["quality"]))
@@ -181,7 +181,7 @@ def plot(
                 axes.annotate(name.split()[-1], (x, y), fontsize="small")
         if few := result["arms"].get("few-step"):
             axes.plot(few[key], few[result["quality"]], "s", label="few-step")
-        axes.set(xlabel=figures[key].title, ylabel=figures[result["quality"]].title)
+        axes.set(xlabel=titles[key], ylabel=titles[result["quality"]])
         axes.legend()
     drawn.savefig(path)
 

@@ -32,7 +32,7 @@ from noiserefine.denoiser import (
     size_arguments,
     stored_in_8_bits,
 )
-from noiserefine.noise import encode_prompt, size_multiple
+from noiserefine.noise import encode_prompt, half_size
 
 ADAPTER = "refiner"  # beside whatever adapters the user has on the denoiser
 VECTOR = 2  # dimensions of a batch of them; tokens have three, maps four
@@ -100,9 +100,7 @@ def trace(pipe: DiffusionPipeline, network: ModelMixin) -> Layers:
     for module in modules:
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after))
-    native, multiple = canvas(pipe), size_multiple(pipe)
-    halves = (side // 2 // multiple * multiple for side in (native.height, native.width))
-    small = canvas(pipe, *halves)
+    small = canvas(pipe, *half_size(pipe))
     noise = torch.randn(1, *small.shape, generator=torch.Generator().manual_seed(0))
     unguided = guidance_arguments(pipe)
     call = unguided | size_arguments(pipe, small.height, small.width)

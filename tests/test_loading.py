@@ -1,5 +1,6 @@
 """Folders, hub ids and names as people have them: what loads, and what is refused why."""
 
+import copy
 import json
 import shutil
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import httpx
 from peft.tuners.lora import LoraLayer
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from noiserefine.analysis.compare import compare
 from noiserefine.analysis.recipe import Maker, Recipe
 from noiserefine.checkpoint import prediction_type
+from noiserefine.denoiser import with_parts
 from noiserefine.guidance import sample_latents
 from noiserefine.models import folder as layout
 from noiserefine.models import sources
@@ -23,6 +25,7 @@ from noiserefine.models.catalogue import BACKBONES, FAMILIES, table
 from noiserefine.models.devices import default_dtype
 from noiserefine.models.folder import check_weights
 from noiserefine.models.loading import check_source, load_pipeline
+from noiserefine.models.prediction_check import shown_prediction
 from noiserefine.models.refiners import refiner_for, training_command
 from noiserefine.models.sources import read_name
 from noiserefine.models.usage import usage_of
@@ -238,6 +241,39 @@ def test_folders_that_are_refused(sound, tmp_path, damage, says):
     with pytest.raises(ValueError, match=says) as refusal:
         load_pipeline(str(folder), "cpu")
     assert str(refusal.value).endswith((".", ").")) and "\n" not in str(refusal.value)
+
+
+@pytest.fixture(scope="module")
+def forgotten(tmp_path_factory):
+    """The embedded model, which predicts v, in a folder that says epsilon."""
+    folder = tmp_path_factory.mktemp("forgotten") / "model"
+    shutil.copytree(EMOJI, folder)
+    edit(folder / "scheduler/scheduler_config.json", prediction_type="epsilon")
+    return str(folder)
+
+
+def test_a_forgotten_prediction_is_noticed(forgotten, pipe):
+    with pytest.raises(ValueError, match=f"its network predicts “v_prediction”.*{forgotten}:v, or"):
+        load_pipeline(forgotten, "cpu")
+    assert torch.equal(output(load_pipeline(f"{forgotten}:v", "cpu")), output(pipe))
+    insisted = load_pipeline(f"{forgotten}:epsilon", "cpu")
+    assert prediction_type(insisted) == "epsilon"
+
+
+def test_what_a_network_predicts_shows(pipe, sound):
+    """Of trained networks, whatever the configuration says; random ones show neither."""
+    assert shown_prediction(pipe) == "v_prediction"
+    network = copy.copy(pipe.unet)
+    alphas = DDIMScheduler.from_config(pipe.scheduler.config).alphas_cumprod
+
+    def epsilon(sample, t, *args, **kwargs):
+        (v,) = pipe.unet(sample, t, *args, **kwargs | {"return_dict": False})
+        return (alphas[t].sqrt() * v + (1 - alphas[t]).sqrt() * sample,)
+
+    network.forward = epsilon
+    assert shown_prediction(with_parts(pipe, network)) == "epsilon"
+    for stated in ("v", "epsilon"):
+        assert shown_prediction(load_pipeline(f"{sound[0]}:{stated}", "cpu")) is None
 
 
 def test_a_part_of_a_pipeline_is_no_pipeline(sound):

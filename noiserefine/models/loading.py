@@ -9,6 +9,7 @@ from noiserefine.checkpoint import prediction_type
 from noiserefine.models.catalogue import Backbone, backbone_of
 from noiserefine.models.devices import default_device
 from noiserefine.models.folder import examine, load_folder
+from noiserefine.models.prediction_check import check_prediction
 from noiserefine.models.single_file import Prediction, identify, load_single_file, prediction_of
 from noiserefine.models.sources import is_safetensors, local_file, read_name
 
@@ -47,7 +48,12 @@ def load_pipeline(
     if backbone:
         _complete(pipe, backbone)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device) if move else pipe
+    if not move:
+        return pipe
+    pipe.to(device)
+    if not backbone and not asked:
+        check_prediction(name, pipe)
+    return pipe
 
 
 def check_source(source: str) -> None:

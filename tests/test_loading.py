@@ -260,6 +260,23 @@ def test_a_forgotten_prediction_is_noticed(forgotten, pipe):
     assert prediction_type(insisted) == "epsilon"
 
 
+@pytest.mark.parametrize(
+    "source, says",
+    [
+        ("emoji:epsilon", "predicts “v_prediction”: leave “:epsilon” out"),
+        ("emoji-flow:v", "predicts “flow_prediction”: leave “:v” out"),
+        (f"{EMOJI}-sit/../emoji-flow:v", "predicts neither v nor epsilon"),
+    ],
+)
+def test_predictions_that_a_model_cannot_have(source, says):
+    with pytest.raises(ValueError, match=says):
+        load_pipeline(source, "cpu")
+
+
+def test_a_name_of_the_catalogue_may_say_its_prediction():
+    check_source("emoji:v")
+
+
 def test_what_a_network_predicts_shows(pipe, sound):
     """Of trained networks, whatever the configuration says; random ones show neither."""
     assert shown_prediction(pipe) == "v_prediction"

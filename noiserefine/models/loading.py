@@ -12,8 +12,9 @@ from noiserefine.models.folder import examine, load_folder
 from noiserefine.models.prediction_check import check_prediction
 from noiserefine.models.single_file import Prediction, identify, load_single_file, prediction_of
 from noiserefine.models.sources import is_safetensors, local_file, read_name
+from noiserefine.samplers import is_flow
 
-ASKED = re.compile(r"(.+):(v|epsilon|v-zsnr)")  # model.safetensors:v
+ASKED = re.compile(r"(.+):(v|epsilon|v-zsnr)")  # model.safetensors:v, folder:epsilon
 
 
 def load_pipeline(
@@ -31,10 +32,11 @@ def load_pipeline(
     device, dtype: where it will compute, in which precision; the machine's and the family's best
     where None.
     prediction_type: v, epsilon or v-zsnr (v with zero terminal SNR), for a model whose files say it
-    wrongly or not at all; it may also end the source, as in model.safetensors:v.
-    move: False leaves the pipeline on the CPU.
+    wrongly or not at all; it may also end the source, as in model.safetensors:v or folder:v.
+    move: False leaves the pipeline on the CPU, where its prediction is not checked.
     Raises FileNotFoundError where the source cannot be reached, and ValueError where it holds no
-    text-to-image model, damaged files or other weights.
+    text-to-image model, damaged files, other weights, or a network that predicts v where its files
+    say epsilon, or the reverse.
     """
     device = torch.device(device or default_device())
     name, asked, backbone = _read(source, prediction_type)
@@ -43,6 +45,11 @@ def load_pipeline(
     else:
         pipe = load_folder(name, device, dtype, backbone)
         if asked:
+            if is_flow(pipe.scheduler) or "beta_schedule" not in pipe.scheduler.config:
+                raise ValueError(
+                    f"{name} predicts neither v nor epsilon, as its scheduler shows: leave the "
+                    "prediction type out."
+                )
             pipe.scheduler = asked.scheduler(pipe.scheduler)
     _check_channels(name, pipe)
     if backbone:
@@ -72,9 +79,16 @@ def _read(
     backbone = backbone_of(source)
     if backbone is None and (found := ASKED.fullmatch(source.strip())):
         source, prediction_type = found[1], prediction_type or found[2]
+        backbone = backbone_of(source)
     name = backbone.source if backbone else read_name(source)
+    backbone = backbone or backbone_of(name)
     asked = prediction_of(prediction_type) if prediction_type else None
-    return name, asked, backbone or backbone_of(name)
+    if backbone and asked and asked != Prediction(backbone.prediction_type):
+        raise ValueError(
+            f"{backbone.title} predicts “{backbone.prediction_type}”: leave “:{prediction_type}” "
+            "out."
+        )
+    return name, asked, backbone
 
 
 def _check_channels(source: str, pipe: DiffusionPipeline) -> None:

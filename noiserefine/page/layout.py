@@ -247,7 +247,10 @@ def _settings(page: Page) -> None:
                 value=default.backbone,
                 label="Model",
                 allow_custom_value=FREE_CHOICE,
-                info="or a hub id, a folder, a .safetensors file" if FREE_CHOICE else None,
+                info="or a hub id, a folder, a .safetensors file; ending in :v or :epsilon where "
+                "its files say wrongly what it predicts"
+                if FREE_CHOICE
+                else None,
             )
             inputs["sampler"] = gr.Dropdown(SAMPLER_NAMES, value=default.sampler, label="Sampler")
             inputs["steps"] = gr.Slider(

@@ -19,6 +19,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
 )
 
 from noiserefine import Refiner
@@ -206,6 +208,7 @@ def test_metrics_of_the_big_models(tmp_path, pipe):
     names = [
         f"clip_score={tmp_path}/clip",
         f"pick_score={tmp_path}/clip",
+        f"hpsv2={tmp_path}/clip",
         f"aesthetic={tmp_path}/aesthetic",
     ]
     metrics = load_metrics(names, None, torch.device("cpu"))
@@ -235,6 +238,7 @@ def test_metrics_of_the_big_models(tmp_path, pipe):
     expected = {
         "clip_score": 100 * cosines.clamp(min=0),
         "pick_score": scale * cosines,
+        "hpsv2": scale * cosines,
         "aesthetic": (hidden @ state["layers.2.weight"].T + state["layers.2.bias"])[:, 0],
     }
     for (name, values), metric in zip(expected.items(), metrics, strict=True):
@@ -322,11 +326,36 @@ def test_inception(tmp_path, monkeypatch):
     assert metric.summarise(metric.measure(shifted, [""] * len(shifted)), [])["fid"] > 1
 
 
+def test_dinov2(tmp_path):
+    """The distance of images to themselves is none, whatever their size; of others it is one."""
+    torch.manual_seed(0)
+    config = Dinov2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=224)
+    Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
+    name = [f"dinov2={tmp_path}/dinov2"]
+    with pytest.raises(ValueError, match="dinov2 needs --real_images"):
+        load_metrics(name, None, torch.device("cpu"))
+    rng = np.random.default_rng(0)
+    images = [
+        Image.fromarray(rng.integers(256, size=(8, 16, 3), dtype=np.uint8)).resize((64, 32))
+        for _ in range(12)
+    ]
+    (tmp_path / "real").mkdir()
+    for i, image in enumerate(images):
+        image.save(tmp_path / "real" / f"{i:02d}.png")
+    (metric,) = load_metrics(name, tmp_path / "real", torch.device("cpu"))
+    rows = metric.measure(images, [""] * 12)
+    assert rows["dinov2_features"].shape == (12, 8)
+    assert metric.summarise(rows, [])["fd_dinov2"] == pytest.approx(0, abs=1e-6)
+    dark = [Image.fromarray(np.asarray(image) // 4) for image in images]
+    assert metric.summarise(metric.measure(dark, [""] * 12), [])["fd_dinov2"] > 0.01
+    assert metric.about["dinov2"] == f"{tmp_path}/dinov2" and metric.about["real_images"] == 12
+
+
 @pytest.mark.parametrize(
     "names, says",
     [
         (["nonsense"], "no metric 'nonsense'"),
-        (["hpsv2"], "OpenCLIP checkpoint only"),
+        (["hpsv2.1"], "OpenCLIP's names"),
         (["image_reward"], "does not import"),
         (["clip_score=nowhere/at-all"], "can't be loaded"),
     ],
@@ -359,7 +388,15 @@ def test_prompts_of_files(tmp_path, pipe):
     arguments = ["--prompts", str(tmp_path / "prompts.txt"), "--arms", "gaussian"]
     with pytest.raises(ValueError, match="judge of the embedded model knows prompts such as"):
         evaluate.main([*EVALUATE, *arguments, "--output", str(tmp_path / "r.json")])
-    assert list(METRICS) == ["judge", "inception", "clip_score", "pick_score", "aesthetic"]
+    assert list(METRICS) == [
+        "judge",
+        "inception",
+        "dinov2",
+        "clip_score",
+        "pick_score",
+        "hpsv2",
+        "aesthetic",
+    ]
 
 
 def test_benchmark_runs(tmp_path):

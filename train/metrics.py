@@ -10,6 +10,7 @@ module:Class too.
 import hashlib
 import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,15 +36,18 @@ from train.common import load_named
 METRICS = {
     "judge": "train.emoji.judge:EmojiJudge",
     "inception": "train.metrics:Inception",
+    "dinov2": "train.dinov2:DinoV2",
     "clip_score": "train.metrics:ClipScore",
     "pick_score": "train.metrics:PickScore",
+    "hpsv2": "train.metrics:HPSv2",
     "aesthetic": "train.metrics:Aesthetic",
 }
-UNAVAILABLE = {  # metrics of the paper, and why they are not offered
-    "hpsv2": "HPSv2's weights are published as an OpenCLIP checkpoint only, not in safetensors",
+UNAVAILABLE = {  # metrics that people ask for, and why they are not offered
+    "hpsv2.1": "its weights in safetensors have OpenCLIP's names, which transformers does not read",
     "image_reward": "the package image-reward 1.5 does not import with transformers 5",
 }
 IMAGE_FILES = (".jpg", ".jpeg", ".png")
+REAL_BATCH = 64  # real images in one forward
 INCEPTION_PARTS = 10  # of the images, whose inception scores are averaged
 
 Rows = dict[str, np.ndarray]
@@ -123,6 +127,26 @@ def frechet_distance(features: np.ndarray, real: Moments) -> float:
     return float(apart + np.trace(made.covariance) + np.trace(real.covariance) - 2 * cross)
 
 
+def real_files(folder: Path | None, metric: str) -> list[Path]:
+    """Return the real images that a metric compares with. Raise ValueError if there are none."""
+    files = sorted(
+        path for path in (folder.rglob("*") if folder else ()) if path.suffix.lower() in IMAGE_FILES
+    )
+    if not files:
+        raise ValueError(
+            f"The metric {metric} needs --real_images, a folder of JPEG or PNG files to compare "
+            "with."
+        )
+    return files
+
+
+def fitted_to(files: list[Path], features_of: Callable[[list[Image.Image]], np.ndarray]) -> Moments:
+    """Return the moments of the features, (N, D), of image files."""
+    batches = [files[i : i + REAL_BATCH] for i in range(0, len(files), REAL_BATCH)]
+    features = [features_of([Image.open(path) for path in batch]) for batch in batches]
+    return Moments.fitted(np.concatenate(features))
+
+
 class Inception(Metric):
     """FID (Heusel et al. 2017) and inception score (Salimans et al. 2016, the mean of ten parts).
 
@@ -149,16 +173,7 @@ class Inception(Metric):
                 "The metric inception needs torch-fidelity and a torchvision of this torch "
                 f"({error}): pip install torch-fidelity."
             ) from error
-        files = sorted(
-            path
-            for path in (real_images.rglob("*") if real_images else ())
-            if path.suffix.lower() in IMAGE_FILES
-        )
-        if not files:
-            raise ValueError(
-                "The metric inception needs --real_images, a folder of JPEG or PNG files to "
-                "compare with."
-            )
+        files = real_files(real_images, "inception")
         path = Path(source) if Path(source).is_file() else _download(source)
         with tempfile.TemporaryDirectory() as folder:
             # torch-fidelity unpickles the file: give it a copy that was read as tensors only.
@@ -179,15 +194,7 @@ class Inception(Metric):
             "real_images": len(files),
         }
         self.device = device
-        real = np.concatenate(
-            [
-                self.measure([Image.open(path) for path in files[i : i + 64]], [])[
-                    "inception_features"
-                ]
-                for i in range(0, len(files), 64)
-            ]
-        )
-        self.real = Moments.fitted(real)
+        self.real = fitted_to(files, lambda images: self.measure(images, [])["inception_features"])
 
     @torch.inference_mode()
     def measure(self, images: list[Image.Image], prompts: list[str]) -> Rows:
@@ -233,9 +240,9 @@ class ClipScore(Metric):
     figures = {"clip_score": Figure("CLIPScore ↑")}
 
     def __init__(self, source: str, real_images: Path | None, device: torch.device):
-        self.model, self.device = _from_hub(CLIPModel, source).to(device), device
+        self.model, self.device = from_hub(CLIPModel, source).to(device), device
         processor = self.processor_of(source)
-        self.processor = _from_hub(AutoProcessor, processor)
+        self.processor = from_hub(AutoProcessor, processor)
         self.about = {
             self.name: source,
             f"{self.name}_processor": processor,
@@ -281,6 +288,17 @@ class PickScore(ClipScore):
         return scaled_cosines
 
 
+class HPSv2(PickScore):
+    """HPSv2 (Wu et al. 2023), times 100, by its port to transformers' CLIP.
+
+    It rises with guidance alone (Guidance Matters, 2602.22570): compare at equal guidance.
+    """
+
+    name = "hpsv2"
+    default_source = "adams-story/HPSv2-hf"
+    figures = {"hpsv2": Figure("HPSv2 ↑")}
+
+
 class Aesthetic(Metric):
     """The LAION aesthetic score (Schuhmann 2022): linear layers on CLIP's image embedding."""
 
@@ -289,10 +307,10 @@ class Aesthetic(Metric):
 
     def __init__(self, source: str, real_images: Path | None, device: torch.device):
         self.model, self.device = (
-            _from_hub(CLIPVisionModelWithProjection, source).to(device),
+            from_hub(CLIPVisionModelWithProjection, source).to(device),
             device,
         )
-        self.processor = _from_hub(CLIPImageProcessorPil, source)
+        self.processor = from_hub(CLIPImageProcessorPil, source)
         folder = (
             Path(source)
             if Path(source).is_dir()
@@ -342,7 +360,7 @@ def _download(url: str) -> Path:
     return path
 
 
-def _from_hub(kind: Any, source: str) -> Any:
+def from_hub(kind: Any, source: str) -> Any:
     """Return a model, in safetensors only, or a processor of a hub id or folder.
 
     Raise FileNotFoundError if it cannot be reached or read.

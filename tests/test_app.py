@@ -334,7 +334,7 @@ def test_an_unforeseen_error_is_a_sentence_too(monkeypatch, caplog):
         raise ZeroDivisionError("a secret of the program")
 
     monkeypatch.setattr(jobs, "work", broken)
-    with pytest.raises(gr.Error, match="the page's log has the details") as error:
+    with pytest.raises(gr.Error, match="see the server's log") as error:
         shown(*GOOD)
     assert "secret" not in str(error.value) and "a secret of the program" in caplog.text
 

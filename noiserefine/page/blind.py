@@ -1,4 +1,4 @@
-"""A blind comparison of two arms by a person (tables 3, 16 and 17)."""
+"""Blind test: pairs, votes and their tally (paper, tables 3, 16, 17)."""
 
 import math
 import random

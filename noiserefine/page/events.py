@@ -23,7 +23,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Tick:
-    """A step was sampled, which shows nothing: the moment at which work that was left stops."""
+    """One sampling step; reporting it lets an abandoned run stop."""
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,7 @@ def run(view: str, settings: Settings, controls: Mapping, known: Mapping) -> Ite
     except Exception as error:  # a fault of the program: its traceback is for the log alone
         _LOG.exception("%s with %s", view, settings)
         raise gr.Error(
-            "Something unforeseen went wrong, and the page's log has the details. Other settings "
-            "still work.",
+            "An unexpected error occurred; see the server's log. Other settings still work.",
             print_exception=False,
         ) from error
 

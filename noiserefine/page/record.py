@@ -1,4 +1,4 @@
-"""Images that carry what they were made from: in their PNG files, on a contact sheet."""
+"""Read and write PNGs with their settings; draw contact sheets."""
 
 import json
 import textwrap

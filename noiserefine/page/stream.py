@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Stopped(BaseException):
-    """Ends work that nobody waits for any more. No `except Exception` catches it."""
+    """Raised in the worker to abandon a run. No `except Exception` catches it."""
 
 
 class Worker:

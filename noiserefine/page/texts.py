@@ -48,14 +48,14 @@ def _whole(value: float | None) -> Any:
 
 
 def file_name(settings: dict, what: str) -> str:
-    """Return a speaking file name, without its ending: panda-pink-background-seed7-refined."""
+    """Return a descriptive file name, without its ending: panda-pink-background-seed7-refined."""
     words = re.findall(r"\w+", str(settings["prompt"]).lower())
     words = [word for word in words if word not in ("a", "an", "the", "on", "of")]
     return "-".join([*words[:4], f"seed{_whole(settings['seed'])}", what])[:80]
 
 
 def short(prompt: str) -> str:
-    """Return what a prompt shows, without article and background."""
+    """Return the prompt's object, without article and background."""
     return re.sub("^an? ", "", prompt).split(" on ")[0]
 
 

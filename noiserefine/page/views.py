@@ -60,7 +60,7 @@ OPPONENTS = [("guided", "guided"), ("plain", "gaussian")]  # of the refined arm:
 
 
 def refiner(job: "Job") -> str:
-    """Return why a view that needs a refiner cannot work."""
+    """Return why there is no refiner, or "" if there is one."""
     if job.loaded.refiner is not None:
         return ""
     return (
@@ -70,7 +70,7 @@ def refiner(job: "Job") -> str:
 
 
 def strength_above_0(job: "Job") -> str:
-    """Return why a view that shows what refining does cannot work."""
+    """Return why nothing is refined, or "" if the strength is above 0."""
     if job.recipe.strength > 0:
         return ""
     return (
@@ -80,13 +80,13 @@ def strength_above_0(job: "Job") -> str:
 
 
 def guidance(job: "Job") -> str:
-    """Return why a view about guidance cannot work."""
+    """Return why guidance does not apply, or "" if it does."""
     reason = job.no_guidance
     return f"This view is about guidance, which does not apply: {reason}" if reason else ""
 
 
 def refiner_with_scale(job: "Job") -> str:
-    """Return why a view that varies the refiner's guidance scale cannot work."""
+    """Return why no refiner takes the guidance scale, or "" if the model's does."""
     if job.loaded.refiner and job.loaded.refiner.takes_guidance_scale:
         return ""
     return (
@@ -96,7 +96,7 @@ def refiner_with_scale(job: "Job") -> str:
 
 
 def unet_attention(job: "Job") -> str:
-    """Return why the view of cross-attention cannot work."""
+    """Return why cross-attention cannot be shown, or "" if it can."""
     return attentions.hindrance(job.loaded.pipe)
 
 

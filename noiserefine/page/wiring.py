@@ -55,7 +55,7 @@ def _connect_views(page: Page, known: gr.State) -> gr.events.Dependency:
             **kwargs,
         )
 
-    # One event for all that starts a comparison, so that the last wish is what is shown.
+    # One event for all that starts a comparison, so that the latest request wins.
     compared = connect(parts["go"].change, "compare", page.compared, {}, trigger_mode="always_last")
     running = [compared]
     for name, tab in page.tabs.items():

@@ -179,7 +179,7 @@ def test_nan_is_refused(position):
 def shown(*inputs, view="compare", last=None, **controls):
     """Return what a view reports, by name; the pictures of its gallery as "images"."""
     state = {"images": [], "made": {}, "absent": {}}
-    for events in handlers.run(view, Settings(*inputs), controls, last or {}):
+    for events in handlers.run_view(view, Settings(*inputs), controls, last or {}):
         for event in pickle.loads(pickle.dumps(events)):  # ZeroGPU passes them between processes
             match event:
                 case Made():
@@ -386,7 +386,7 @@ def test_a_blind_pair_is_the_two_arms():
 def test_stop_leaves_everything_as_it_was():
     before = shown(*GOOD)
     for updates in (1, 2, 3):
-        running = handlers.run("compare", Settings(*GOOD[:3], 100, *GOOD[4:]), {}, {})
+        running = handlers.run_view("compare", Settings(*GOOD[:3], 100, *GOOD[4:]), {}, {})
         for _ in range(updates):
             next(running)
         running.close()
@@ -416,7 +416,7 @@ def test_two_at_once_do_not_disturb_each_other():
 
 
 def test_what_was_finished_before_a_stop_is_kept(sampled):
-    running, made = handlers.run("compare", Settings(*GOOD), {}, {}), {}
+    running, made = handlers.run_view("compare", Settings(*GOOD), {}, {}), {}
     while not made:
         made = {
             (event.model, event.sample.recipe): event.sample
@@ -442,7 +442,7 @@ def test_the_newest_images_are_kept(monkeypatch):
 
 def test_unfinished_images_are_shown():
     previews = set()
-    for events in handlers.run("compare", Settings(*GOOD[:3], 60, *GOOD[4:]), {}, {}):
+    for events in handlers.run_view("compare", Settings(*GOOD[:3], 60, *GOOD[4:]), {}, {}):
         previews |= {event.arm for event in events if isinstance(event, Progress)}
     assert previews == set(ARMS)
 
@@ -600,7 +600,7 @@ def test_what_the_safety_checker_flags_is_black_everywhere(tiny, tmp_path, monke
 
     def pictures(view):
         """Yield every picture that a view shows, and what is shown where Stop is pressed."""
-        for event in itertools.chain(*handlers.run(view, inputs, {}, {})):
+        for event in itertools.chain(*handlers.run_view(view, inputs, {}, {})):
             match event:
                 case Progress():
                     yield event.preview
@@ -819,7 +819,7 @@ def test_offload_reaches_the_page(monkeypatch):
     monkeypatch.setattr(jobs, "MODELS", models.Models())
     jobs.MODELS.offload = "sequential"
     loaded = jobs.MODELS.get(Model("emoji"))
-    assert "guidance scale" in loaded.says
+    assert "guidance scale" in loaded.notes
     assert (
         loaded.refiner.network.conv_in.weight.device.type
         == loaded.pipe.unet.conv_in.weight.device.type

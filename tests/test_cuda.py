@@ -115,7 +115,7 @@ def test_a_full_card_is_told_in_a_sentence():
     settings = Settings(PROMPT, 7, "emoji", STEPS, 2.5, 1.0, "DDIM", 0, 0, "", "", 1.0)
 
     def compare():
-        return list(handlers.run("compare", settings, {}, {}))
+        return list(handlers.run_view("compare", settings, {}, {}))
 
     expected = len(compare())
     torch.cuda.empty_cache()

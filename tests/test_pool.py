@@ -56,7 +56,7 @@ def test_lora_and_refiner_are_exchanged_on_the_loaded_pipeline(folder, loads):
     models, base = Models(), str(folder / "base")
     plain = models.get(Model(base))
     pipe, before, scheduler = plain.pipe, output(plain.pipe), plain.pipe.scheduler
-    assert plain.refiner is None and "This trains one" in plain.says
+    assert plain.refiner is None and "This trains one" in plain.notes
 
     styled = models.get(Model(base, lora=str(folder / "style.safetensors")))
     in_style = output(pipe)
@@ -65,18 +65,18 @@ def test_lora_and_refiner_are_exchanged_on_the_loaded_pipeline(folder, loads):
     both = models.get(
         Model(base, str(folder / "refiner"), str(folder / "style.safetensors"), lora_weight=-0.5)
     )
-    assert both.pipe is pipe and both.refiner.config.rank == 8 and "trains one" not in both.says
+    assert both.pipe is pipe and both.refiner.config.rank == 8 and "trains one" not in both.notes
     assert not torch.equal(output(pipe), in_style)
 
     few = models.get(
         Model(base, str(folder / "other-refiner"), str(folder / "other-lcm.safetensors"))
     )
-    assert few.refiner.config.rank == 9 and "few steps" in few.says
+    assert few.refiner.config.rank == 9 and "few steps" in few.notes
     assert type(pipe.scheduler).__name__ == "LCMScheduler"
 
     again = models.get(Model(base))
     assert again.pipe is pipe and pipe.scheduler is scheduler and again.refiner is None
-    assert "few steps" not in again.says and torch.equal(output(pipe), before)
+    assert "few steps" not in again.notes and torch.equal(output(pipe), before)
     assert loads == [base]
 
 

@@ -44,8 +44,8 @@ class Loaded:
     revision: str | None  # commit of the hub repository
 
     @property
-    def says(self) -> str:
-        """Return what to say of LoRA and refiner."""
+    def notes(self) -> str:
+        """Return the notes on LoRA and refiner as one text."""
         return " ".join(each for each in (self.lora_note, self.note) if each)
 
     @functools.cached_property

@@ -4,13 +4,13 @@ From the button to the image:
 
 1. `layout` builds the components, `wiring` connects them. Generate runs JavaScript that settles the
    seed and sets the hidden number `go`; its change calls the handler of the view "compare".
-2. `handlers.handler_of` reads the inputs into `Settings` and iterates `handlers.run`, the function
-   that ZeroGPU gives a card.
+2. `handlers.handler_of` reads the inputs into `Settings` and iterates `handlers.run_view`, the
+   function that ZeroGPU gives a card.
 3. `jobs.work` checks the settings, gets the models from `noiserefine.models.pool`, and runs the
    view on the worker thread, `stream`.
 4. The view, a function of `views`, makes its images with `noiserefine.analysis.recipe.Maker`, which
    draws the noise, refines it and calls the pipeline. It reports `events`.
-5. `screen.Screen` turns each event into values of the page's components, and writes the PNGs
+5. `screen.Screen.show` turns each event into values of the page's components, and writes the PNGs
    (`record`) that `restoring` can read back.
 
 `settings` are the inputs of the page, the API, a link and a PNG; `texts` and `vocabulary` hold

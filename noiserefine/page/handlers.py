@@ -29,6 +29,7 @@ from noiserefine.page.screen import Screen
 from noiserefine.page.settings import Settings
 from noiserefine.page.views import VIEWS
 
+# noiserefine/page/jobs.py, imported at first use, since it imports PyTorch.
 jobs: Any = Lazy("noiserefine.page.jobs")
 _LOG = logging.getLogger(__name__)
 # Bounds of what a session keeps so that it is not made again.
@@ -40,12 +41,14 @@ STOPPED: set[str] = set()  # sessions whose Stop was pressed
 
 
 def seconds_of_gpu(view: str, settings: Settings, controls: Mapping, *_: Any) -> int:
-    """Return the seconds of a ZeroGPU card that a run asks for; takes the arguments of `run`."""
+    """Return the seconds of a ZeroGPU card that a run asks for; takes `run_view`'s arguments."""
     return VIEWS[view].gpu_seconds(settings, controls)
 
 
 @GPU(duration=seconds_of_gpu)
-def run(view: str, settings: Settings, controls: Mapping, known: Mapping) -> Iterator[list[Event]]:
+def run_view(
+    view: str, settings: Settings, controls: Mapping, known: Mapping
+) -> Iterator[list[Event]]:
     """Yield the events of a view; errors become messages on the page."""
     if not hasattr(sys.modules.get("noiserefine.page.jobs"), "work"):
         gr.Info("Loading PyTorch and diffusers …")
@@ -87,7 +90,7 @@ def handler_of(
         }
         session = request.session_hash or ""
         RUNNING[session] += 1
-        events = run(view, settings, given, dict(known))
+        events = run_view(view, settings, given, dict(known))
         try:
             with tempfile.TemporaryDirectory() as folder:
                 screen = Screen(outputs, settings, record, Path(folder))
@@ -110,7 +113,8 @@ def handler_of(
             if not RUNNING[session]:
                 del RUNNING[session]
 
-    # Gradio reads the names of the API's parameters and its description from the function.
+    # Gradio reads the names of the API's parameters and its description from the function, and
+    # passes `known`, `request` and `progress` last.
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind) for name in (*names, *controls, "known", "request")]
     parameters.append(inspect.Parameter("progress", kind, default=gr.Progress()))

@@ -136,14 +136,14 @@ def work(
     if not MODELS.find(model):
         on_load(f"Loading {model.title} …")
 
-    def run(report: Callable[[Event], None]) -> None:
+    def load_and_show(report: Callable[[Event], None]) -> None:
         job = _prepare(MODELS.get(model), model, asked, known, report)
         if reason := view.unmet(job):
             raise ValueError(reason)
         view.function(job, **controls)
 
     try:
-        yield from stream(WORKER, run, PREVIEW_SECONDS)
+        yield from stream(WORKER, load_and_show, PREVIEW_SECONDS)
     except RuntimeError as error:
         if not _memory_is_full(error):
             raise

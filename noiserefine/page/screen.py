@@ -69,7 +69,7 @@ class Screen:
         return False
 
     @show.register
-    def _(self, event: Source) -> bool:
+    def _show_source(self, event: Source) -> bool:
         self.record |= asdict(event)
         if "caption" in self.values:
             self.values["caption"] = texts.caption(self.settings)
@@ -77,14 +77,14 @@ class Screen:
         return False
 
     @show.register
-    def _(self, event: Progress) -> bool:
+    def _show_progress(self, event: Progress) -> bool:
         self.unfinished = event
         self.values[event.arm] = self._file(f"{event.arm}-preview", event.preview)
         self.values[f"{event.arm}_cost"] = f"step {event.step} of {event.steps}"
         return True
 
     @show.register
-    def _(self, event: Arm) -> bool:
+    def _show_arm(self, event: Arm) -> bool:
         self.unfinished = None
         self.samples[event.arm], self.nearness[event.arm] = event.sample, event.nearness
         about: dict[str, Any] = {"arm": event.arm}
@@ -99,12 +99,12 @@ class Screen:
         return True
 
     @show.register
-    def _(self, event: NoArm) -> bool:
+    def _show_no_arm(self, event: NoArm) -> bool:
         self.values[f"{event.arm}_cost"] = event.reason
         return True
 
     @show.register
-    def _(self, event: Compared) -> bool:
+    def _show_compared(self, event: Compared) -> bool:
         self.values["keep"] = self._files_to_keep()
         self.values["link"] = link(self.settings)
         refined = self.samples.get("refined")
@@ -113,7 +113,7 @@ class Screen:
         return True
 
     @show.register
-    def _(self, event: Picture) -> bool:
+    def _show_picture(self, event: Picture) -> bool:
         name = self._name(f"{self.record['view']}-{len(self.gallery) + 1:02}")
         self.gallery.append((self._file(name, event.image, caption=event.caption), event.caption))
         self.values["images"] = list(self.gallery)
@@ -123,24 +123,24 @@ class Screen:
         return True
 
     @show.register
-    def _(self, event: Figure) -> bool:
+    def _show_figure(self, event: Figure) -> bool:
         self.values[event.output] = self._file(self._name(event.output), event.figure)
         return True
 
     @show.register
-    def _(self, event: Note) -> bool:
+    def _show_note(self, event: Note) -> bool:
         self.values["note"] = event.text
         return True
 
     @show.register
-    def _(self, event: Pair) -> bool:
+    def _show_pair(self, event: Pair) -> bool:
         self.values["left"] = self._file("left", event.left)
         self.values["right"] = self._file("right", event.right)
         self.values["pair"] = (event.model, event.prompt, event.seed, *event.arms)
         return True
 
     @show.register
-    def _(self, event: Noise) -> bool:
+    def _show_noise(self, event: Noise) -> bool:
         path = self.folder / f"{self._name('noise')}.safetensors"
         path.write_bytes(event.data)
         self.values["noise"] = str(path)

@@ -28,10 +28,10 @@ class Worker:
         self.jobs.put(job)
         with self.lock:
             if self.thread is None or not self.thread.is_alive():  # a fork loses its threads
-                self.thread = threading.Thread(target=self._run, daemon=True)
+                self.thread = threading.Thread(target=self._loop, daemon=True)
                 self.thread.start()
 
-    def _run(self) -> None:
+    def _loop(self) -> None:
         while True:
             self.jobs.get()()
             _return_freed_memory()

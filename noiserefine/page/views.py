@@ -59,7 +59,7 @@ OPPONENTS = [("guided", "guided"), ("plain", "gaussian")]  # of the refined arm:
 # What a view can need: each returns the sentence that says what is missing, or "".
 
 
-def refiner(job: "Job") -> str:
+def has_refiner(job: "Job") -> str:
     """Return why there is no refiner, or "" if there is one."""
     if job.loaded.refiner is not None:
         return ""
@@ -69,7 +69,7 @@ def refiner(job: "Job") -> str:
     )
 
 
-def strength_above_0(job: "Job") -> str:
+def has_strength(job: "Job") -> str:
     """Return why nothing is refined, or "" if the strength is above 0."""
     if job.recipe.strength > 0:
         return ""
@@ -79,13 +79,13 @@ def strength_above_0(job: "Job") -> str:
     )
 
 
-def guidance(job: "Job") -> str:
+def has_guidance(job: "Job") -> str:
     """Return why guidance does not apply, or "" if it does."""
     reason = job.no_guidance
     return f"This view is about guidance, which does not apply: {reason}" if reason else ""
 
 
-def refiner_with_scale(job: "Job") -> str:
+def has_scale_refiner(job: "Job") -> str:
     """Return why no refiner takes the guidance scale, or "" if the model's does."""
     if job.loaded.refiner and job.loaded.refiner.takes_guidance_scale:
         return ""
@@ -95,7 +95,7 @@ def refiner_with_scale(job: "Job") -> str:
     )
 
 
-def unet_attention(job: "Job") -> str:
+def has_unet_attention(job: "Job") -> str:
     """Return why cross-attention cannot be shown, or "" if it can."""
     return attentions.hindrance(job.loaded.pipe)
 
@@ -103,7 +103,7 @@ def unet_attention(job: "Job") -> str:
 # What a view costs: a function of its settings and controls that returns forwards.
 
 
-def images(count: int) -> Callable[[Settings, Mapping], float]:
+def cost_of_images(count: int) -> Callable[[Settings, Mapping], float]:
     """Return the cost of `count` images, of which a guided one counts two."""
     return lambda settings, controls: count * (_steps(settings) + 1)
 
@@ -134,7 +134,7 @@ def _many_cost(settings: Settings, controls: Mapping) -> float:
     prompts = controls.get("prompts")
     lines = len(prompts.splitlines()) if isinstance(prompts, str) else 0
     wanted = max(1, lines) * _count(controls, "count")
-    return images(1)(settings, controls) * min(4 * wanted, 4 * MOST_IMAGES / len(ARMS))
+    return cost_of_images(1)(settings, controls) * min(4 * wanted, 4 * MOST_IMAGES / len(ARMS))
 
 
 def _frames_per_row(settings: Settings) -> int:
@@ -216,7 +216,7 @@ def note() -> gr.Markdown:
     "",
     "One prompt and seed, three images: random noise without guidance, random noise with "
     "classifier-free guidance, refined noise without guidance.",
-    cost=images(4),
+    cost=cost_of_images(4),
 )
 def compare(job: "Job") -> None:
     """Report the three arms, and what is to be said of them."""
@@ -224,14 +224,14 @@ def compare(job: "Job") -> None:
     if reason := job.no_guidance:
         job.report(NoArm("guided", f"**Not applicable**: {reason}"))
     if job.loaded.refiner is None:
-        job.report(NoArm("refined", job.loaded.says))
+        job.report(NoArm("refined", job.loaded.notes))
     samples: dict[str, Any] = {}
     for arm, recipe in job.arms().items():
         samples[arm] = job.previewed(arm, recipe)
         nearness = explore.nearness(samples) if arm == "refined" else None
         job.report(Arm(arm, samples[arm], nearness))
     job.report(Compared())
-    notes = [job.loaded.says] if job.loaded.refiner else []
+    notes = [job.loaded.notes] if job.loaded.refiner else []
     if job.loaded.refiner and job.recipe.strength == 0:
         notes.append("The strength is 0: the third column starts from the noise as drawn.")
     if any(sample.blocked for sample in samples.values()):
@@ -263,8 +263,8 @@ def prompt_notes(prompt: str, backbone: str) -> list[str]:
     "",
     "The initial noise of a seed and the noise refined for the prompt, as tensors x_T and refined "
     "in a safetensors file.",
-    cost=images(1),
-    needs=(refiner,),
+    cost=cost_of_images(1),
+    needs=(has_refiner,),
 )
 def refine(job: "Job") -> None:
     """Report x_T and the refined noise."""
@@ -277,7 +277,7 @@ def refine(job: "Job") -> None:
     "One prompt, many seeds: a row for each arm. Guidance makes the images of different seeds "
     "alike; how much variety is left stands above them.",
     columns=8,
-    cost=lambda settings, controls: images(4)(settings, {}) * _count(controls, "count"),
+    cost=lambda settings, controls: cost_of_images(4)(settings, {}) * _count(controls, "count"),
     controls={"count": lambda: gr.Slider(2, 16, 8, step=1, label="Seeds", info="counting up")},
     outputs={"note": note},
 )
@@ -300,8 +300,8 @@ def seeds(job: "Job", count: float) -> None:
     "Strength",
     "The refined image as the correction of the noise grows from nothing to one and a half times "
     "what was trained, and the guided image to compare with. Move the slider to see it change.",
-    cost=images(10),
-    needs=(refiner,),
+    cost=cost_of_images(10),
+    needs=(has_refiner,),
     flip=True,
 )
 def strength(job: "Job") -> None:
@@ -367,7 +367,7 @@ def many(job: "Job", prompts: str, count: float) -> None:
     "the three side by side.",
     columns=7,
     per_row=_frames_per_row,
-    cost=images(5),
+    cost=cost_of_images(5),
     outputs={"film": lambda: picture("The three arms as a film", label="film")},
 )
 def trajectory(job: "Job") -> None:
@@ -392,8 +392,8 @@ def trajectory(job: "Job") -> None:
     "this session.",
     button="New pair",
     columns=0,
-    cost=images(3),
-    needs=(refiner, strength_above_0),
+    cost=cost_of_images(3),
+    needs=(has_refiner, has_strength),
     controls={
         "opponent": lambda: gr.Radio(OPPONENTS, value="guided", label="Refined against"),
         "prompts": lambda: gr.Radio(
@@ -431,7 +431,7 @@ def blind(job: "Job", opponent: str, prompts: str) -> None:
     "The same two noises through every sampler with few and with many steps.",
     columns=6,
     cost=_samplers_cost,
-    needs=(refiner, strength_above_0),
+    needs=(has_refiner, has_strength),
 )
 def samplers(job: "Job") -> None:
     """Show both noises through every sampler."""
@@ -444,8 +444,8 @@ def samplers(job: "Job") -> None:
     "Noise refined with the prompt above, denoised with another one: what stays is what the noise "
     "itself says.",
     columns=3,
-    cost=images(8),
-    needs=(refiner, strength_above_0),
+    cost=cost_of_images(8),
+    needs=(has_refiner, has_strength),
     controls={
         "other": lambda: gr.Textbox(
             "a green frog on a yellow background", label="The other prompt", max_lines=2
@@ -466,8 +466,8 @@ def two_prompts(job: "Job", other: str) -> None:
     "From one seed to another along the sphere: above from Gaussian noise, below refined on the "
     "way.",
     columns=7,
-    cost=images(14),
-    needs=(refiner, strength_above_0),
+    cost=cost_of_images(14),
+    needs=(has_refiner, has_strength),
     controls={"other_seed": lambda: gr.Number(8, label="The other seed")},
 )
 def interpolation(job: "Job", other_seed: float) -> None:
@@ -481,8 +481,8 @@ def interpolation(job: "Job", other_seed: float) -> None:
     "Frequencies",
     "Where in frequency the correction is, and what the frequencies below and above the cutoff do "
     "alone.",
-    cost=images(8),
-    needs=(refiner, strength_above_0),
+    cost=cost_of_images(8),
+    needs=(has_refiner, has_strength),
     controls={
         "cutoff": lambda: gr.Slider(
             0, 1, 0.3, step=0.05, label="Cutoff", info="of the largest radial frequency"
@@ -520,8 +520,8 @@ def frequencies(job: "Job", cutoff: float) -> None:
     "Refined images over the guidance scale that the refiner is given, above guided images at the "
     "same scales. It takes the refiner that was trained for it, where the model has one.",
     columns=5,
-    cost=images(15),
-    needs=(refiner, strength_above_0, guidance, refiner_with_scale),
+    cost=cost_of_images(15),
+    needs=(has_refiner, has_strength, has_guidance, has_scale_refiner),
     wants_scale_refiner=True,
 )
 def guidance_scale(job: "Job") -> None:
@@ -533,8 +533,8 @@ def guidance_scale(job: "Job") -> None:
     "Both",
     "Guidance and refining together: guided sampling from refined noise beside guided sampling "
     "from Gaussian noise.",
-    cost=images(6),
-    needs=(refiner, strength_above_0, guidance),
+    cost=cost_of_images(6),
+    needs=(has_refiner, has_strength, has_guidance),
 )
 def guided_from_refined(job: "Job") -> None:
     """Show both noises without and with guidance."""
@@ -546,8 +546,8 @@ def guided_from_refined(job: "Job") -> None:
     "Where the model looks for a word of the prompt while it denoises, over the finished image.",
     columns=7,
     per_row=_frames_per_row,
-    cost=images(8),
-    needs=(unet_attention,),
+    cost=cost_of_images(8),
+    needs=(has_unet_attention,),
     controls={
         "word": lambda: gr.Textbox(
             "",

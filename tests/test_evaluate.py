@@ -92,7 +92,7 @@ def test_evaluate_runs_and_goes_on(tmp_path, capsys):
     assert (images / "gaussian" / "00001.png").is_file()
     for metric in ("object_accuracy", "frechet_distance_interval"):
         assert again["arms"]["refined"][metric] == pytest.approx(result["arms"]["refined"][metric])
-    with pytest.raises(ValueError, match="holds measurements of other settings"):
+    with pytest.raises(ValueError, match="holds results of other settings"):
         evaluate.main([*arguments, "--strength", "0.5"])
 
 

@@ -226,7 +226,7 @@ def test_denoiser_lora_refuses(run, tmp_path):
     with pytest.raises(SystemExit):
         denoiser_lora.main([*images, *nothing])
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds another run"):
+    with pytest.raises(ValueError, match="holds results of other settings"):
         denoiser_lora.main([*images, *targets, "--steps", "1"])
 
 

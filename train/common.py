@@ -74,6 +74,15 @@ def write_json(path: Path, value: Any) -> None:
         part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def check_recorded(path: Path, settings: dict[str, Any]) -> None:
+    """Raise ValueError if a folder's settings file has other ones than these."""
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != settings:
+        raise ValueError(
+            f"{path.parent} holds results of other settings: give the same options, or another "
+            "folder for the output, or remove this one."
+        )
+
+
 @contextlib.contextmanager
 def interruptible() -> Iterator[threading.Event]:
     """Yield an event that the first Ctrl-C or SIGTERM sets; a second Ctrl-C ends the process."""

@@ -1,7 +1,6 @@
 """Images of several arms, measured on disk, and their figures with intervals."""
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from noiserefine.samplers import with_sampler
 from train.common import (
     FIRST_EVALUATION_SEED,
     atomic,
+    check_recorded,
     interval,
     markdown_table,
     with_interval,
@@ -83,11 +83,7 @@ class Measurement:
         }
         self.settings = binding | {"about": about, "versions": package_versions()}
         path = self.folder / "settings.json"
-        if path.exists() and json.loads(path.read_text()) != self.settings:
-            raise ValueError(
-                f"{self.folder} holds measurements of other settings: give another --output, or "
-                "remove the folder."
-            )
+        check_recorded(path, self.settings)
         if self.process.is_main_process:
             write_json(path, self.settings)
         self.process.wait_for_everyone()

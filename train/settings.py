@@ -38,7 +38,7 @@ def open_run(folder: Path, settings: dict[str, Any], main_process: bool) -> None
     `--targets_of` names targets that these settings would not make.
     """
     if (folder / SETTINGS).exists():
-        earlier = _read(folder)
+        earlier = read_settings(folder)
         differing = _differences(earlier, settings, _target_settings(settings))
         differing += _differences(earlier, settings, _training_settings(earlier, settings))
         if differing:
@@ -62,14 +62,14 @@ def check_targets_of(run: Path, settings: dict[str, Any]) -> None:
             f"--targets_of {run} is no run of this script: it has no {SETTINGS}."
         )
     names = _target_settings(settings) + ["loss"] * (settings["loss"] != "msd")
-    if differing := _differences(_read(run), settings, names):
+    if differing := _differences(read_settings(run), settings, names):
         raise ValueError(
             f"The targets of {run} are others ({'; '.join(differing)}): give the same options, "
             "or leave --targets_of out."
         )
 
 
-def _read(run: Path) -> dict[str, Any]:
+def read_settings(run: Path) -> dict[str, Any]:
     """Return a run's settings; an earlier version's lack newer options."""
     return asdict(Options()) | json.loads((run / SETTINGS).read_text())
 

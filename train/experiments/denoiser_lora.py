@@ -32,10 +32,11 @@ from noiserefine.checkpoint import WEIGHTS_NAME, signature
 from noiserefine.lora import save_lora
 from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt
-from train.common import argument_parser, run_script, write_json
+from train.common import argument_parser, check_recorded, run_script, write_json
 from train.emoji.fit import Settings, fit
 from train.experiments.networks import Raw
 from train.experiments.trajectories import Trajectories
+from train.settings import SETTINGS, read_settings
 
 # Network evaluations for an item of a batch, as appendix A.7 counts: a backward pass is one.
 EVALUATIONS = {"guidance": 4, "images": 2, "consistency": 5}
@@ -47,11 +48,11 @@ def read_targets(folder: Path) -> tuple[torch.Tensor, list[str], float]:
     Raise FileNotFoundError if there are none, and ValueError unless one CFG scale guided them all.
     """
     files = sorted((folder / "targets").glob("*.safetensors"))
-    if not files or not (folder / "config.json").is_file():
+    if not files or not (folder / SETTINGS).is_file():
         raise FileNotFoundError(
             f"{folder} holds no targets: it is not the --output_dir of a run of train_refiner.py."
         )
-    run = json.loads((folder / "config.json").read_text())
+    run = read_settings(folder)
     plain_cfg = run.get("teacher", "cfg") == "cfg" and not run["pag_scale"]
     if not plain_cfg or run["guidance_scale_range"] or run["keep_top"]:
         raise ValueError(
@@ -96,7 +97,8 @@ class Distillation:
         t = self._timesteps(generator).to(self.pipe.device)
         x = self.path.at(t, x0, noise)
 
-        embeds = encode_prompt(self.pipe, [self.prompts[i] for i in chosen.tolist()])
+        prompts = [self.prompts[i] for i in chosen.tolist()]
+        embeds = encode_prompt(self.pipe, prompts, guided=self.loss != "images")
         prediction = self.student(x, t, embeds["prompt_embeds"]).sample
         if self.loss == "images":
             return F.mse_loss(prediction, self.path.truth(t, x0, noise))
@@ -164,27 +166,23 @@ def main(arguments: list[str] | None = None) -> None:
     if getattr(pipe, "text_encoder_2", None) is not None:
         raise ValueError(f"{args.backbone} has two text encoders; these comparisons take one.")
     targets = read_targets(args.targets)
-    _open(args, {"guidance_scale": targets[2], "unet": signature(pipe.unet)})
+    given = {name: str(value) for name, value in vars(args).items() if name != "output_dir"}
+    settings = given | {"guidance_scale": targets[2], "unet": signature(pipe.unet)}
+    check_recorded(args.output_dir / SETTINGS, settings)
+    write_json(args.output_dir / SETTINGS, settings)
     torch.manual_seed(0)
     pipe.unet.requires_grad_(False)
     student = Raw.create(pipe, args.rank).network  # the same weights, with a LoRA
     distillation = Distillation(pipe, student, targets, args)
     cast_training_params(student)
     checkpoint = args.output_dir / "checkpoint.pt"
-    settings = Settings(lr=args.lr, steps=args.total_steps, save_every=200)
-    fit(student, distillation, checkpoint, settings)
+    fit(
+        student,
+        distillation,
+        checkpoint,
+        Settings(lr=args.lr, steps=args.total_steps, save_every=200),
+    )
     save_lora(pipe, student.half(), args.output_dir / WEIGHTS_NAME)
-
-
-def _open(args: argparse.Namespace, facts: dict) -> None:
-    """Create or continue the run. Raise ValueError if the folder holds another one."""
-    settings = {name: str(value) for name, value in vars(args).items() if name != "output_dir"}
-    config = args.output_dir / "config.json"
-    if config.exists() and json.loads(config.read_text()) != settings | facts:
-        raise ValueError(
-            f"{args.output_dir} holds another run: give the same options, or another --output_dir."
-        )
-    write_json(config, settings | facts)
 
 
 if __name__ == "__main__":

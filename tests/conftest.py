@@ -100,6 +100,13 @@ def browser():
 @pytest.fixture(scope="session")
 def url():
     """Return the address of the running app, which all tests of a session share."""
+    with running_app() as address:
+        yield address
+
+
+@contextlib.contextmanager
+def running_app():
+    """Start the app on a free port, yield its address, and end it."""
     port = free_port()
     with script("app.py", "--host", "127.0.0.1", "--port", port) as process:
         line = ""

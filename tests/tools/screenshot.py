@@ -5,14 +5,12 @@ python -m tests.tools.screenshot --tab Frequencies --output assets/pictures/view
 """
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
 from tests.chromium import launch
-from tests.conftest import ROOT, free_port
+from tests.conftest import running_app
 
 
 def main() -> None:
@@ -25,49 +23,36 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1120)
     parser.add_argument("--dark", action="store_true")
     args = parser.parse_args()
-    port = free_port()
-    server = subprocess.Popen(
-        [sys.executable, "app.py", "--port", str(port)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        while "Running on local URL" not in server.stdout.readline():
-            if server.poll() is not None:
-                sys.exit("The app ended.")
-        with sync_playwright() as playwright:
-            browser = launch(playwright)
-            page = browser.new_page(
-                viewport={"width": args.width, "height": 900},
-                color_scheme="dark" if args.dark else "light",
-            )
-            page.goto(f"http://127.0.0.1:{port}")
-            page.wait_for_selector("gradio-app.ready", timeout=120_000)
-            page.get_by_label("Prompt", exact=True).fill(args.prompt)
-            page.get_by_label("Prompt", exact=True).press("Enter")
-            page.wait_for_function(
-                """prompt => document.querySelector("#caption").innerText.includes(prompt)
-                && /forward/.test(document.querySelector("#card-refined .cost").innerText)""",
-                arg=args.prompt,
-                timeout=120_000,
-            )
-            page.wait_for_timeout(12_000)  # the comparison and its messages end
-            if args.tab:
-                page.get_by_role("tab", name=args.tab, exact=True).click()
-                panel = page.locator("[role=tabpanel]").locator("visible=true")
-                panel.get_by_role("button", name="Show", exact=True).click()
-                images, seen = panel.locator(".images img"), -1
-                images.first.wait_for(timeout=120_000)
-                while seen < (seen := images.count()):  # they come one by one
-                    page.wait_for_timeout(4000)
-                page.mouse.move(0, 0)
-                panel.screenshot(path=args.output)
-            else:
-                page.screenshot(path=args.output)
-            browser.close()
-    finally:
-        server.kill()
+    with running_app() as address, sync_playwright() as playwright:
+        browser = launch(playwright)
+        page = browser.new_page(
+            viewport={"width": args.width, "height": 900},
+            color_scheme="dark" if args.dark else "light",
+        )
+        page.goto(address)
+        page.wait_for_selector("gradio-app.ready", timeout=120_000)
+        page.get_by_label("Prompt", exact=True).fill(args.prompt)
+        page.get_by_label("Prompt", exact=True).press("Enter")
+        page.wait_for_function(
+            """prompt => document.querySelector("#caption").innerText.includes(prompt)
+            && /forward/.test(document.querySelector("#card-refined .cost").innerText)""",
+            arg=args.prompt,
+            timeout=120_000,
+        )
+        page.wait_for_timeout(12_000)  # the comparison and its messages end
+        if args.tab:
+            page.get_by_role("tab", name=args.tab, exact=True).click()
+            panel = page.locator("[role=tabpanel]").locator("visible=true")
+            panel.get_by_role("button", name="Show", exact=True).click()
+            images, seen = panel.locator(".images img"), -1
+            images.first.wait_for(timeout=120_000)
+            while seen < (seen := images.count()):  # they come one by one
+                page.wait_for_timeout(4000)
+            page.mouse.move(0, 0)
+            panel.screenshot(path=args.output)
+        else:
+            page.screenshot(path=args.output)
+        browser.close()
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ class RefinerConfig:
             "adds_input": isinstance(self.adds_input, bool),
             "guidance_scale_range": self.guidance_scale_range is None
             or isinstance(self.guidance_scale_range, list)
-            and _rising(self.guidance_scale_range),
+            and is_scale_range(self.guidance_scale_range),
         }
         for name, holds in sound.items():
             if not holds:
@@ -99,7 +99,8 @@ def _finite(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def _rising(scales: list[Any]) -> bool:
+def is_scale_range(scales: list[Any]) -> bool:
+    """Return whether the list is a lowest guidance scale of at least 1 and a higher one."""
     match scales:
         case [low, high]:
             return _finite(low) and _finite(high) and 1 <= low < high

@@ -8,7 +8,6 @@ first.
 import functools
 import hashlib
 from collections.abc import Callable
-from typing import Any
 
 import diffusers as d
 import torch
@@ -16,13 +15,12 @@ import transformers as t
 from diffusers.pipelines.kolors.pipeline_kolors import KolorsPipeline
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from noiserefine.denoiser import denoiser
 from noiserefine.models.sit import SiTPipeline
+from train.tools.architectures import SD_NOISE
 
 VOCABULARY = 300  # bytes and special tokens, with room
 SMALL = {"height": 64, "width": 64}  # of pipelines whose call has 1024 for its default
-BETAS: dict[str, Any] = dict(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-)
 FAMILIES: dict[str, Callable[[], d.DiffusionPipeline]] = {}
 
 
@@ -39,12 +37,7 @@ def pipeline(name: str) -> d.DiffusionPipeline:
     """
     torch.manual_seed(0)
     pipe = FAMILIES[name]()
-    denoiser = next(
-        part
-        for part in map(pipe.components.get, ("unet", "transformer", "prior"))
-        if part is not None
-    )
-    for parameter in denoiser.requires_grad_(False).parameters():
+    for parameter in denoiser(pipe).requires_grad_(False).parameters():
         if not parameter.any():
             parameter.normal_(std=0.02)
     pipe.set_progress_bar_config(disable=True)
@@ -186,7 +179,7 @@ def flow(**kwargs):
 
 
 def ddim(**kwargs):
-    return d.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, **kwargs)
+    return d.DDIMScheduler(**SD_NOISE, clip_sample=False, set_alpha_to_one=False, **kwargs)
 
 
 def unet(**kwargs):
@@ -262,7 +255,7 @@ def stable_diffusion(kind, network, scheduler):
 
 @family
 def sd15():
-    scheduler = d.PNDMScheduler(**BETAS, skip_prk_steps=True)
+    scheduler = d.PNDMScheduler(**SD_NOISE, skip_prk_steps=True)
     return stable_diffusion(d.StableDiffusionPipeline, unet(), scheduler)
 
 
@@ -290,7 +283,7 @@ def sdxl():
         bytes_tokenizer(),
         bytes_tokenizer(),
         unet_xl(64),
-        d.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading"),
+        d.EulerDiscreteScheduler(**SD_NOISE, timestep_spacing="leading"),
         add_watermarker=False,
     )
 
@@ -315,7 +308,7 @@ class Kolors(KolorsPipeline):
 
 @family
 def kolors():
-    scheduler = d.EulerDiscreteScheduler(**BETAS, timestep_spacing="leading")
+    scheduler = d.EulerDiscreteScheduler(**SD_NOISE, timestep_spacing="leading")
     return Kolors(kl(), None, None, unet_xl(32), scheduler)
 
 
@@ -400,7 +393,7 @@ def hunyuan_dit():
         vocab_size=VOCABULARY,
     )
     scheduler = d.DDPMScheduler(
-        **BETAS | {"beta_end": 0.02}, clip_sample=False, prediction_type="v_prediction"
+        **SD_NOISE | {"beta_end": 0.02}, clip_sample=False, prediction_type="v_prediction"
     )
     return d.HunyuanDiTPipeline(
         kl(),

@@ -51,8 +51,9 @@ def test_a_family_is_trained_and_loaded(train, name):
 
 
 def test_other_samplers_of_a_family(train):
-    refiner, _ = train("sd3", "--sampler", "Heun")
+    refiner, _ = train("sd3", "--sampler", "Heun", "--num_validation", "5")
     assert refiner.config.training["sampler"] == "Heun"
+    assert refiner.config.training["num_validation"] == 2, "there are no more prompts"
 
 
 def test_guidance_that_a_pipeline_lacks_is_refused_first(train, tmp_path):

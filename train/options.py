@@ -11,6 +11,7 @@ from diffusers import SchedulerMixin
 from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
+from noiserefine.checkpoint import is_scale_range
 from noiserefine.guiders import GUIDERS, forwards_of
 from noiserefine.samplers import NATIVE, SAMPLER_NAMES, forwards
 from train.common import load_named
@@ -303,7 +304,7 @@ def _check_guidance(options: Options) -> None:
             f"--teacher {options.teacher} takes the place of other guidance: give it a "
             "--guidance_scale above 1, and --pag_scale 0."
         )
-    if scales and not (len(scales) == len(("low", "high")) and 1 <= scales[0] < scales[1]):
+    if scales and not is_scale_range(scales):
         raise ValueError(
             "--guidance_scale_range is two scales, the lower one first and at least 1, "
             f"e.g. 1 10; got {scales}."

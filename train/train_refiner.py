@@ -144,6 +144,8 @@ def run(options: Options) -> None:
     held_out = (
         read_prompts(options.validation_prompts, pipe) if options.validation_prompts else None
     )
+    if held_out:
+        options.num_validation = min(options.num_validation, len(held_out))
     loss_of = (MSD if options.loss == "msd" else load_named("loss", options.loss))(pipe, options)
     targets = Targets(options, pipe, prompts, getattr(loss_of, "extra_tensors", None))
     refiner = _create_refiner(options, pipe)

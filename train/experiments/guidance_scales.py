@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
         embeds = encode_prompt(pipe, batch_prompts)
         x0: dict[str, list[torch.Tensor]] = {arm: [] for arm in arms}
         for scale in args.scales:
-            x_hat = refiner(x_T, embeds, guidance_scale=scale)
+            x_hat = refiner.refine(x_T, embeds, guidance_scale=scale)
             guided = sample_latents(pipe, x_T, embeds, args.steps, guidance_scale=scale)
             x0["guided"].append(guided.float())
             x0["refined"].append(sample_latents(pipe, x_hat, embeds, args.steps).float())

@@ -22,13 +22,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from noiserefine.checkpoint import WEIGHTS_NAME
 from train.common import ROOT, argument_parser
 from train.options import PRESETS, Options, plan
 
 RESULTS = ROOT / "assets" / "results" / "paper"
 REFINER = "assets/refiners/emoji"
 TURBO = "assets/loras/emoji-turbo"
-LORAS, LORA = ROOT / "assets" / "loras", "pytorch_lora_weights.safetensors"
+LORAS = ROOT / "assets" / "loras"
 NETWORKS = {  # compared with the refiner
     "mlp": "train.experiments.networks:Mlp",
     "scratch": "train.experiments.networks:Scratch",
@@ -105,7 +106,7 @@ class Commands:
         self.inversions = self.train("inverted", f"--loss {NOISE_LOSS} --epochs 0.01")
         guidance = f"--loss guidance --evaluations {BUDGET} --lr 3e-4"
         self.guidance = self.denoiser("guidance", guidance)
-        turbo = ROOT / TURBO / LORA
+        turbo = ROOT / TURBO / WEIGHTS_NAME
         self.consistency = self.denoiser("consistency", "--loss consistency --steps 500", turbo)
 
     def train(self, name: str, options: str = "", copy: Path | None = None) -> Command:
@@ -124,7 +125,7 @@ class Commands:
         """Train a LoRA on the denoiser itself."""
         folder, targets = self.work / name, str(self.work / "refiner")
         words = ("--targets", targets, *shlex.split(options), "--output_dir", str(folder))
-        return Command("train/experiments/denoiser_lora.py", words, folder / LORA, copy)
+        return Command("train/experiments/denoiser_lora.py", words, folder / WEIGHTS_NAME, copy)
 
     def evaluate_denoiser(self, name: str, trained: str, n: int | None = None) -> Command:
         """Measure what `denoiser` trained, unguided."""
@@ -172,7 +173,7 @@ class Commands:
             self._script(
                 "emoji/style",
                 f"--pictures {folder} --output_dir {shlex.quote(str(lora))}",
-                lora / LORA,
+                lora / WEIGHTS_NAME,
             ),
             self._script(
                 "emoji/classifier", f"{train_judge} --output {shlex.quote(str(judge))}", judge

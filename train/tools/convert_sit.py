@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from noiserefine.models.sit import SiTPipeline
+from train.common import ROOT, argument_parser, run_script
 
 State = dict[str, torch.Tensor]
-IMAGENET_CLASSES = Path(__file__).resolve().parents[2] / "assets" / "imagenet_classes.txt"
+IMAGENET_CLASSES = ROOT / "assets" / "imagenet_classes.txt"
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width: SiT-S, B, L, XL
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NAMES = (  # of the published code -> of diffusers
@@ -181,26 +182,22 @@ def convert(  # noqa: PLR0913
     pipe.to(dtype).save_pretrained(output_dir)
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="the published .pt, or its .safetensors")
-    parser.add_argument("--vae", required=True, help="folder of the autoencoder, sd-vae-ft-ema")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument(
-        "--classes", type=Path, default=IMAGENET_CLASSES, help="names, one line each"
-    )
-    parser.add_argument(
+def main(arguments: list[str] | None = None) -> None:
+    """Convert what the command line names."""
+    parser = argument_parser(__doc__)
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="the published .pt, or its .safetensors")
+    add("--vae", required=True, help="folder of the autoencoder, sd-vae-ft-ema")
+    add("--output_dir", type=Path, required=True)
+    add("--dtype", choices=DTYPES, default="float32")
+    add("--classes", type=Path, default=IMAGENET_CLASSES, help="names, one line each")
+    add(
         "--guided_channels", type=int, default=3, help="guidance changes so many, 3 in the original"
     )
-    parser.add_argument("--num_attention_heads", type=int, help="for a width that is not SiT's")
-    return parser.parse_args(arguments)
+    add("--num_attention_heads", type=int, help="for a width that is not SiT's")
+    options = vars(parser.parse_args(arguments))
+    convert(**options | {"dtype": DTYPES[options["dtype"]]})
 
 
 if __name__ == "__main__":
-    settings = vars(parse_arguments())
-    try:
-        convert(**settings | {"dtype": DTYPES[settings["dtype"]]})
-    except (FileNotFoundError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+    run_script(main)

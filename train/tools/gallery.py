@@ -12,7 +12,7 @@ from noiserefine.analysis.compare import compare
 from noiserefine.analysis.recipe import Maker, Recipe
 from noiserefine.models.catalogue import BACKBONES
 from noiserefine.models.loading import load_pipeline
-from train.captions import HELD_OUT
+from train.captions import HELD_OUT, read_prompts
 from train.common import argument_parser, run_script
 
 ARMS = 3
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Draw the picture that the command line asks for."""
     parser = argument_parser(__doc__)
     add = parser.add_argument
-    add("--prompts", type=Path, default=Path(HELD_OUT))
+    add("--prompts", default=HELD_OUT)
     add("--columns", type=int, default=10, help="prompts, evenly spaced in the file")
     add("--seed", type=int, default=0, help="of the first column; the next ones count up")
     add("--side", type=int, default=128, help="pixels of a shown image")
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     backbone = BACKBONES["emoji"]
     pipe = load_pipeline(backbone.source)
     make = Maker(pipe, Refiner.from_pretrained(backbone.refiner, pipe))
-    prompts = args.prompts.read_text(encoding="utf-8").splitlines()
+    prompts = read_prompts(args.prompts, pipe)
     pitch = args.side + args.side // GAP
     gap = pitch - args.side
     sheet = Image.new("RGB", (args.columns * pitch - gap, ARMS * pitch - gap), "white")

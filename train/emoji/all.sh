@@ -3,10 +3,12 @@
 #
 #     bash train/emoji/all.sh WORK_DIR OUT [cuda|cpu]
 #
-# Run it from the repository's root. With the defaults it takes six and a half minutes of an H100 and 16 cores:
-# the pictures, then autoencoder and judge side by side while the denoisers compile, then UNet, flow
-# transformer and SiT side by side on the cached latents, then the fine-tunes and the figures.
-# A part that fails does not stop the others; OUT/log.txt says how each ended.
+# Run it from the repository's root: the pictures, then autoencoder and judge side by side while the
+# denoisers compile, then UNet, flow transformer and SiT side by side on the cached latents, then the
+# fine-tunes and the figures. The denoisers end 30 + AUTOENCODER + TRAIN seconds after the start, 390 with the
+# defaults, whatever the machine; the fine-tunes and the figures come after that. The shipped models had
+# further training: see "After all.sh" in train/emoji/README.md. A part that fails does not stop the others;
+# OUT/log.txt says how each ended.
 #
 # QUICK=1           a few steps of everything, to try it
 # AUTOENCODER, TRAIN, JUDGE, STYLE    seconds of each training

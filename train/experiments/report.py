@@ -33,6 +33,7 @@ from train.experiments.reproduce import (
     SAMPLERS_TRIED,
     STEPS,
     STRENGTHS,
+    TEACHERS,
     TURBO_STEPS,
 )
 from train.measurement import SHOWN, arms_table
@@ -385,6 +386,17 @@ SECTIONS: list[tuple[str, list[str], Callable[[Results], str], str]] = [
         "Seeds of training",
         ["base", "seed1", "seed2"],
         plain(("second seed", "seed1", "refined"), ("third seed", "seed2", "refined")),
+        "",
+    ),
+    (
+        "How the targets are guided",
+        ["base", *[f"teacher-{name}" for name in TEACHERS]],
+        plain(
+            *[
+                (f"refined, trained towards {name}", f"teacher-{name}", "refined")
+                for name in TEACHERS
+            ]
+        ),
         "",
     ),
     (

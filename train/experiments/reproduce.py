@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from noiserefine.checkpoint import WEIGHTS_NAME
+from noiserefine.guiders import GUIDERS
 from train.common import ROOT, argument_parser
 from train.options import PRESETS, Options, plan
 
@@ -53,6 +54,7 @@ MODELS = {  # that whole methods are compared on, and the options that they need
     "emoji-sit": f"--prompts {SIT_PROMPTS}",
 }
 VARIETY_SEEDS = 16
+TEACHERS = [name for name in GUIDERS if name != "cfg"]
 STEPS, FEW_STEPS, TURBO_STEPS = (10, 20, 50), (4, 6, 10, 14), (1, 2, 4)
 STRENGTHS = (0.25, 0.5, 0.75, 1.25, 1.5)
 EPOCHS = PRESETS["emoji"]["epochs"]
@@ -313,6 +315,11 @@ def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
             *make.compare("seed2", "--seed 20000000"),
         ],
         "longer": make.compare("longer", "--num_targets 11776 --target_steps 20 --steps 10"),
+        "teachers": [
+            command
+            for teacher in TEACHERS
+            for command in make.compare(f"teacher-{teacher}", f"--teacher {teacher}")
+        ],
         "strength": [
             make.evaluate(
                 f"strength-{strength}",

@@ -411,6 +411,18 @@ def test_which_of_several_files(tmp_path):
         find_lora("<lora:style:1>")
 
 
+def test_one_lora_at_a_time(pipe, tmp_path):
+    """A second one would find its layers taken; the first one stays as it is."""
+    for name, layers in (("first", attention(pipe.unet)), ("second", convolutions(pipe.unet))):
+        save_file(kohya(pipe, layers), tmp_path / f"{name}.safetensors")
+    add_lora(pipe, str(tmp_path / "first.safetensors"))
+    styled = output(pipe)
+    for name in ("first", "second"):
+        with pytest.raises(ValueError, match="has a LoRA already"):
+            add_lora(pipe, str(tmp_path / f"{name}.safetensors"))
+    assert torch.equal(output(pipe), styled)
+
+
 def test_a_refiner_is_no_lora(pipe, tmp_path):
     with pytest.raises(ValueError, match="is a refiner"):
         add_lora(pipe, EMOJI_REFINER)

@@ -43,15 +43,20 @@ def add_lora(pipe: DiffusionPipeline, name_or_path: str) -> str:
 
     name_or_path: a .safetensors file, a folder or a hub repository with one, as `read_name` reads
     them. A few-step LoRA changes the pipeline's scheduler too (see few_steps.py).
-    Raises FileNotFoundError where there is none and ValueError where it cannot be used; the
-    pipeline is then as it was.
+    Raises FileNotFoundError where there is none and ValueError where it cannot be used, or where
+    the pipeline has a LoRA already; the pipeline is then as it was.
     """
+    networks = _networks(pipe)
+    if any(isinstance(layer, BaseTunerLayer) for n in networks.values() for layer in n.modules()):
+        raise ValueError(
+            "This pipeline has a LoRA already: take it off first, by remove_lora or the pipeline's "
+            "unload_lora_weights."
+        )
     path, note = find_lora(name_or_path)
     state, configs = read_lora(path, name_or_path)
     try:
         layers, words = layers_of(_in_diffusers_names(pipe, state))
         set_alphas(layers, configs)
-        networks = _networks(pipe)
         found = placed(pipe, networks, layers)
         if not found:
             raise ValueError("matches no layer of this model: it belongs to another family")

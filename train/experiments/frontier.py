@@ -69,9 +69,13 @@ class Measured:
         self.costs = {name: measurement.cost(name) for name in self.estimates}
 
     def best(self, arms: list[Arm], key: str) -> Arm:
-        """Return the arm with the best value of a figure."""
+        """Return the arm with the best value of a figure; of equal ones the cheapest."""
         sign = 1 if "↑" in self.figures[key].title else -1
-        return max(arms, key=lambda arm: sign * self.estimates[arm.name][key][0])
+
+        def merit(arm: Arm) -> tuple[float, float]:
+            return sign * self.estimates[arm.name][key][0], -self.costs[arm.name]["forwards"]
+
+        return max(arms, key=merit)
 
     def value(self, arm: Arm, key: str, minus: Arm | None = None) -> dict[str, Any]:
         """Return a figure of an arm, or its difference to another's, with the interval."""

@@ -196,7 +196,7 @@ def _comparison(page: Page, first: Opening | None) -> None:
             page.parts["versus"] = gr.Radio(
                 OPPONENTS,
                 value="gaussian",
-                label="Drag the line: refined on the right, on the left",
+                label="Drag the line. Refined is on the right; on the left:",
                 elem_id="versus",
             )
             page.parts["slider"] = gr.ImageSlider(
@@ -252,7 +252,9 @@ def _settings(page: Page) -> None:
                 if FREE_CHOICE
                 else None,
             )
-            inputs["sampler"] = gr.Dropdown(SAMPLER_NAMES, value=default.sampler, label="Sampler")
+            inputs["sampler"] = gr.Dropdown(
+                SAMPLER_NAMES, value=default.sampler, label="Sampler", info="of every column"
+            )
             inputs["steps"] = gr.Slider(
                 1, MAX_STEPS, default.steps, step=1, label="Steps", info="of every column"
             )
@@ -330,7 +332,8 @@ def _view_tab(tab: gr.Tab, view: View) -> Tab:
         show = gr.Button(view.button, variant="primary", min_width=110, scale=0)
         stop = gr.Button("Stop", min_width=64, scale=0)
     outputs: Components = {}
-    with gr.Row(elem_classes="figures", visible=bool(view.outputs)):
+    name = view.function.__name__
+    with gr.Row(elem_classes=["figures", name], visible=bool(view.outputs)):
         outputs |= {name: make() for name, make in view.outputs.items()}
     if view.columns:
         outputs["images"] = gr.Gallery(

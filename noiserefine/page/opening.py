@@ -52,7 +52,7 @@ def opening() -> Opening | None:
     return Opening(
         {arm: str(path) for arm, path in arms.items()},
         {
-            arm: texts.cost(record["forwards"], 0, guided, record.get("nearness"))
+            arm: texts.cost(record["forwards"], None, guided, record.get("nearness"))
             for arm, record in records.items()
         },
         texts.caption(settings),

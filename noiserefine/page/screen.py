@@ -92,9 +92,14 @@ class Screen:
             about["nearness"] = event.nearness
         self.values[event.arm] = self._file(self._name(event.arm), event.sample, **about)
         guided = self.samples.get("guided")
+        # In all columns or in none: the first image alone can be slow, of what is done only once.
+        timed = all(sample.seconds >= texts.SHOWN_SECONDS for sample in self.samples.values())
         for arm, sample in self.samples.items():
             self.values[f"{arm}_cost"] = texts.cost(
-                sample.forwards, sample.seconds, guided and guided.forwards, self.nearness[arm]
+                sample.forwards,
+                sample.seconds if timed else None,
+                guided and guided.forwards,
+                self.nearness[arm],
             )
         return True
 

@@ -10,7 +10,9 @@ from noiserefine.page.settings import Settings, changed
 SHOWN_SECONDS = 1.0  # below it the time says more about the machine than about the method
 
 
-def cost(forwards: int, seconds: float, guided_forwards: int | None, nearness: float | None) -> str:
+def cost(
+    forwards: int, seconds: float | None, guided_forwards: int | None, nearness: float | None
+) -> str:
     """Return what an arm cost, beside the guided arm where there is one.
 
     nearness: how much nearer to the guided image it is than the plain one, in latents, from 0 to 1.
@@ -18,7 +20,7 @@ def cost(forwards: int, seconds: float, guided_forwards: int | None, nearness: f
     text = f"**{forwards}** forward{'s' * (forwards != 1)}"
     if guided_forwards and forwards != guided_forwards:
         text += f", {forwards / guided_forwards:.0%} of guided"
-    if seconds >= SHOWN_SECONDS:
+    if seconds is not None:
         text += f" · {seconds:.1f} s"
     if nearness is None:
         return text
@@ -30,9 +32,8 @@ def cost(forwards: int, seconds: float, guided_forwards: int | None, nearness: f
 
 def caption(settings: Settings) -> str:
     """Return what a comparison was made from, as one line of Markdown."""
-    prompt = re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(settings.prompt.split()))
     parts = [
-        f"“{prompt}”",
+        quoted(settings.prompt),
         f"seed {_whole(settings.seed)}",
         f"{settings.steps:g} steps, {settings.sampler}",
         f"guidance {settings.guidance_scale:g}",
@@ -40,6 +41,11 @@ def caption(settings: Settings) -> str:
         Model(str(settings.backbone)).title,
     ]
     return "Made from " + " · ".join(parts)
+
+
+def quoted(prompt: str) -> str:
+    """Return the prompt in quotation marks, as one line without Markdown."""
+    return "“" + re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(prompt.split())) + "”"
 
 
 def _whole(value: float | None) -> Any:
@@ -115,8 +121,8 @@ def remaining(done: int, total: int, seconds: float) -> str:
 
 
 def variety(distances: dict[str, float]) -> str:
-    """Return how different the images of several seeds are, against unguided ones."""
-    plain = distances["gaussian"]
+    """Return how different the images of several seeds are in every arm; plain is the unit."""
+    plain = distances["plain"]
     lines = ["**Variety** (mean distance between the images of two seeds, in latents; plain is 1):"]
     lines += [f"{arm} {distance / plain:.2f}" for arm, distance in distances.items()]
     return lines[0] + " " + ", ".join(lines[1:])
@@ -127,10 +133,11 @@ def nearness(values: list[float]) -> str:
     mean = sum(values) / len(values)
     filled = round(20 * min(max(mean, 0), 1))
     nearer = sum(value > 0 for value in values)
+    direction = "further from" if mean < 0 else "nearer to"
     return (
-        f"{'█' * filled}{'░' * (20 - filled)} The refined images are on average **{mean:.0%}** "
-        f"nearer to the guided ones than the plain images are (distance of latents); nearer in "
-        f"{nearer} of {len(values)}."
+        f"{'█' * filled}{'░' * (20 - filled)} The refined images are on average "
+        f"**{abs(mean):.0%}** {direction} the guided ones than the plain images are (distance of "
+        f"latents); nearer in {nearer} of {len(values)}."
     )
 
 

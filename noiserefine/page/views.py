@@ -248,7 +248,7 @@ def prompt_notes(prompt: str, backbone: str) -> list[str]:
     notes = []
     if re.search(r"\([^()]*:\s*[\d.]+\)|<lora:[^>]*>", prompt):
         notes.append(
-            "Weights such as (red:1.3) and tags such as <lora:…> are read as plain text here; a "
+            "Weights such as (red:1.3) and tags such as `<lora:…>` are read as plain text here; a "
             "LoRA has its own field under Settings."
         )
     if is_embedded(backbone) and not knows(prompt):
@@ -274,8 +274,8 @@ def refine(job: "Job") -> None:
 
 @view(
     "Seeds",
-    "One prompt, many seeds: a row for each arm. Guidance makes the images of different seeds "
-    "alike; how much variety is left stands above them.",
+    "One prompt, many seeds: a row for each arm. How much the images of different seeds differ "
+    "stands above them.",
     columns=8,
     cost=lambda settings, controls: cost_of_images(4)(settings, {}) * _count(controls, "count"),
     controls={"count": lambda: gr.Slider(2, 16, 8, step=1, label="Seeds", info="counting up")},
@@ -292,7 +292,7 @@ def seeds(job: "Job", count: float) -> None:
         for seed in range(job.recipe.seed, job.recipe.seed + count):
             rows[arm].append(job.make(replace(recipe, seed=seed)))
             job.show([(f"{ARMS[arm].title}, seed {seed}", rows[arm][-1])], len(arms) * count)
-    distances = {arm: explore.variety(samples) for arm, samples in rows.items()}
+    distances = {ARMS[arm].title.lower(): explore.variety(rows[arm]) for arm in arms}
     job.report(Note(texts.variety(distances)))
 
 

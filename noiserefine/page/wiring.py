@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 
 from noiserefine.models.catalogue import BACKBONES
-from noiserefine.page import blind, restoring
+from noiserefine.page import blind, restoring, texts
 from noiserefine.page.handlers import handler_of, jobs, request_stop
 from noiserefine.page.layout import Components, Page, about_model, build_components
 from noiserefine.page.settings import FREE_CHOICE, Settings
@@ -201,6 +201,7 @@ def _restore(blocks: gr.Blocks, page: Page) -> None:
         return restoring.from_address(page, dict(request.query_params))
 
     blocks.load(from_address, None, targets, show_progress="hidden", **PRIVATE)
+    blocks.load(None, None, page.parts["address"], js="() => location.href", **PRIVATE)
 
 
 def _model_chosen(page: Page) -> None:
@@ -272,7 +273,15 @@ def _answer(
     given = [*given, answer]
     if len(given) < len(blind.QUESTIONS):
         question = list(blind.QUESTIONS.values())[len(given)]
-        yield [given, gr.skip(), f"**{question}**", gr.skip(), gr.skip(), gr.skip()]
+        _, prompt, *_ = pair
+        yield [
+            given,
+            gr.skip(),
+            f"**{question}** {texts.quoted(prompt)}",
+            gr.skip(),
+            gr.skip(),
+            gr.skip(),
+        ]
         return
     votes = [*votes, blind.Vote(*pair, *given)]
     *_, left, right = pair

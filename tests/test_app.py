@@ -36,7 +36,7 @@ from noiserefine.latents import fit_preview
 from noiserefine.models import pool as models
 from noiserefine.models.catalogue import BACKBONES, Model
 from noiserefine.models.loading import load_pipeline
-from noiserefine.page import handlers, jobs, settings
+from noiserefine.page import handlers, jobs, settings, texts
 from noiserefine.page.events import Arm, Figure, Made, NoArm, Note, Pair, Picture, Progress
 from noiserefine.page.opening import default_settings, opening
 from noiserefine.page.record import read_png
@@ -570,6 +570,12 @@ def test_strength_zero_is_said():
     state = shown(PROMPT, 7, "emoji", 4, 2.5, 0.0)
     assert "strength is 0" in state["note"]
     assert same(state, state | {"gaussian": state["refined"]}) == [True] * 3
+
+
+def test_figures_in_words():
+    assert "**30%** further from the guided" in texts.nearness([-0.4, -0.2])
+    assert "**10%** nearer to the guided" in texts.nearness([0.4, -0.2])
+    assert texts.variety({"plain": 2.0, "guided": 3.0}).endswith("plain 1.00, guided 1.50")
 
 
 @pytest.mark.parametrize(

@@ -246,6 +246,7 @@ def test_the_blind_test_goes_on_by_itself(open_page):
         before = panel.locator("img").first.get_attribute("src")
         page.locator("body").press("ArrowLeft")
         panel.get_by_text("Which follows the prompt?", exact=True).wait_for(timeout=SECONDS)
+        panel.get_by_text(re.compile("“.+ on an? .+ background”")).wait_for(timeout=SECONDS)
         page.locator("body").press("0")
         panel.get_by_text("Left was").wait_for(timeout=SECONDS)
         page.wait_for_function(

@@ -358,6 +358,9 @@ def test_words(pipe):
         "the",
     ]
     assert word_tokens(pipe, PROMPT, "apple") == [3] and word_tokens(pipe, PROMPT, " Red ") == [2]
+    assert first_word("!!!") == "!!!"
+    quoted = "“a red” apple"
+    assert word_tokens(pipe, quoted, "red") == word_tokens(pipe, quoted, "“Red,”")
     assert len(word_tokens(pipe, "a zxqv, on blue", "zxqv")) > 1, (
         "an unknown word is several tokens"
     )

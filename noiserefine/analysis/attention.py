@@ -12,6 +12,8 @@ from noiserefine.analysis.recipe import Maker, Recipe, Sample
 from noiserefine.denoiser import canvas
 from noiserefine.noise import image_size
 
+PUNCTUATION = ",.;:!?()\"'“”‘’„«»…"
+
 
 def hindrance(pipe: DiffusionPipeline) -> str:
     """Return why the attention of a pipeline cannot be recorded, or ""."""
@@ -25,7 +27,7 @@ def hindrance(pipe: DiffusionPipeline) -> str:
 
 def plain_words(prompt: str) -> list[str]:
     """Return the prompt's words in lower case, without punctuation around them."""
-    return [word.strip(",.;:!?()\"'").lower() for word in prompt.split()]
+    return [word.strip(PUNCTUATION).lower() or word for word in prompt.split()]
 
 
 def first_word(prompt: str) -> str:
@@ -39,12 +41,12 @@ def word_tokens(pipe: DiffusionPipeline, prompt: str, word: str) -> list[int]:
 
     Raises ValueError for a word that the prompt does not hold.
     """
-    words, plain = prompt.split(), plain_words(prompt)
-    if word.strip().lower() not in plain:
+    words, plain, wanted = prompt.split(), plain_words(prompt), " ".join(plain_words(word))
+    if wanted not in plain:
         raise ValueError(
             f"The prompt holds no word {word!r}; choose one of {', '.join(dict.fromkeys(plain))}."
         )
-    i = plain.index(word.strip().lower())
+    i = plain.index(wanted)
     before, after = (len(pipe.tokenizer(" ".join(words[:end])).input_ids) - 1 for end in (i, i + 1))
     return list(range(before, after))
 

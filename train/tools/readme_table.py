@@ -15,6 +15,7 @@ from noiserefine.models import catalogue
 from noiserefine.models.catalogue import ASSETS, BACKBONES
 from train.common import markdown_table, with_interval
 from train.emoji.judge import EmojiJudge
+from train.experiments import latent_distance
 from train.measurement import arms_table
 
 RESULTS = ASSETS / "results"
@@ -69,7 +70,7 @@ def arms() -> str:
         run = result["settings"]
         parts.append(
             f"**{BACKBONES[name].title}**: n = {result['n']} images of {result['prompts']} "
-            f"held-out prompts an arm, seeds from {result['first_seed']}, {run['steps']} steps of "
+            f"prompts an arm, seeds from {result['first_seed']}, {run['steps']} steps of "
             f"{run['sampler']}, guidance scale {run['guidance_scale']}.\n\n"
             + arms_table(rows, EmojiJudge.figures)
         )
@@ -96,6 +97,19 @@ def training() -> str:
             ]
         )
     return markdown_table(header, rows)
+
+
+def distances() -> str:
+    """Return how far refining carries the latents to the guided ones, by rank and steps."""
+    parts = []
+    for path in sorted(RESULTS.glob("distances-*.json")):
+        result = json.loads(path.read_text())
+        model = path.stem.removeprefix("distances-")
+        parts.append(
+            f"`{model}`, n = {result['n']}, seeds from {result['first_seed']}, guidance scale "
+            f"{result['settings']['guidance_scale']}.\n\n" + latent_distance.table(result)
+        )
+    return "\n\n".join(parts)
 
 
 def benchmark() -> str:
@@ -158,6 +172,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "arms": arms,
     "training": training,
+    "distances": distances,
     "benchmark": benchmark,
     "guidance_scales": guidance_scales,
     "msd": msd,

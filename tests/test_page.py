@@ -2,6 +2,7 @@
 
 import base64
 import re
+import shutil
 import urllib.parse
 
 import pytest
@@ -9,6 +10,8 @@ from PIL import Image
 
 from noiserefine.page.opening import EXAMPLES
 from noiserefine.page.record import save_png
+from noiserefine.page.settings import Settings
+from noiserefine.page.training import plan_of
 from noiserefine.page.views import ARMS, VIEWS
 from train.tools.architectures import random_pipeline
 
@@ -189,6 +192,31 @@ def test_a_model_without_a_refiner_says_how_to_train_one(open_page, tmp_path):
     panel = page.locator("[role=tabpanel]").locator("visible=true")
     panel.get_by_text("This view needs a refiner").first.wait_for(timeout=SECONDS)
     assert not panel.get_by_role("button", name="Show", exact=True).is_enabled()
+
+
+def test_a_refiner_is_trained_in_the_tab(open_page, tiny_folder):
+    """The command and its cost, the curve and the pictures, and at the end the third column."""
+    settings = Settings("", backbone=str(tiny_folder))
+    plan = plan_of(settings, "demonstration", 16, "assets/prompts/emoji.txt")
+    page = open_page(query=f"?backbone={tiny_folder}&steps=1&guidance_scale=2")
+    page.locator("#card-refined", has_text="No refiner exists").wait_for(timeout=SECONDS)
+    page.get_by_role("tab", name="Train", exact=True).click()
+    panel = page.locator("[role=tabpanel]").locator("visible=true")
+    for label, value in (("Targets", "16"), ("Prompts", "assets/prompts/emoji.txt")):
+        panel.get_by_label(label).fill(value)
+        panel.get_by_label(label).blur()
+    panel.locator(".cm-content", has_text=plan.folder.name).wait_for(timeout=SECONDS)
+    panel.get_by_text("16 targets, 4 steps of 16").wait_for(timeout=SECONDS)
+    try:
+        panel.get_by_role("button", name="Start").click()
+        panel.get_by_text("The refiner is in").wait_for(timeout=2 * SECONDS)
+        card = page.locator("#card-refined .cost", has_text=re.compile("2 forwards.*of guided"))
+        card.wait_for(timeout=SECONDS)
+        alts = panel.locator("img").evaluate_all("images => images.map(image => image.alt)")
+        assert [alt.split()[0] for alt in alts] == ["How", "Held-out"]
+        assert plan.folder.name in page.get_by_label("Refiner").input_value()
+    finally:
+        shutil.rmtree(plan.folder, ignore_errors=True)
 
 
 def test_a_link_with_a_wrong_value_keeps_the_others(open_page):

@@ -6,6 +6,10 @@ from diffusers import DiffusionPipeline
 
 from noiserefine.checkpoint import CONFIG_NAME, misfit, prediction_type, read_config
 from noiserefine.models.catalogue import BACKBONES, Backbone
+from noiserefine.models.devices import default_device
+from noiserefine.models.folder import examine
+from noiserefine.models.single_file import identify
+from noiserefine.models.sources import is_safetensors, local_file, read_name
 
 
 def refiner_for(pipe: DiffusionPipeline, backbone: Backbone | None) -> str | None:
@@ -27,14 +31,36 @@ def training_command(pipe: DiffusionPipeline, source: str, backbone: Backbone | 
     """Return the command that trains the missing refiner, on the base that it belongs to."""
     output = "runs/refiner"
     if backbone:
-        # The distilled siblings and fine-tunes stand after the base whose refiner they take.
-        base = next(entry for entry in BACKBONES.values() if entry.refiner == backbone.refiner)
+        base = base_of(backbone)
         source, preset, output = base.source, base.preset, base.refiner
     else:
-        alike = [entry for entry in BACKBONES.values() if entry.pipeline == type(pipe).__name__]
-        alike.sort(key=lambda entry: entry.prediction_type != prediction_type(pipe))
-        preset = next((entry.preset for entry in alike if entry.download), "sd21")
+        preset = _preset_for(type(pipe).__name__, prediction_type(pipe))
     return (
         f"python train/train_refiner.py --preset {preset} --quick --backbone {source} "
         f"--output_dir {output}"
     )
+
+
+def base_of(backbone: Backbone) -> Backbone:
+    """Return the entry of the catalogue whose refiner a listed model takes."""
+    # The distilled siblings and fine-tunes stand after their base.
+    return next(entry for entry in BACKBONES.values() if entry.refiner == backbone.refiner)
+
+
+def preset_of(source: str) -> str:
+    """Return the trainer's preset for a model that is not listed, from its small files.
+
+    Raise what `examine` and `identify` raise.
+    """
+    name = read_name(source)
+    if is_safetensors(name):
+        return BACKBONES[identify(local_file(name))[0]].preset
+    kind, *_ = examine(name, default_device(), None, None)
+    return _preset_for(kind.__name__)
+
+
+def _preset_for(pipeline: str, prediction: str | None = None) -> str:
+    """Return the preset of the listed model most like one of this pipeline class."""
+    alike = [entry for entry in BACKBONES.values() if entry.pipeline == pipeline]
+    alike.sort(key=lambda entry: entry.prediction_type != prediction)
+    return next((entry.preset for entry in alike if entry.download), "sd21")

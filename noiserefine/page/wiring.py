@@ -16,6 +16,7 @@ from noiserefine.page import blind, restoring, texts
 from noiserefine.page.handlers import handler_of, jobs, request_stop
 from noiserefine.page.layout import Components, Page, about_model, build_components
 from noiserefine.page.settings import FREE_CHOICE, Settings
+from noiserefine.page.train_tab import train_tab
 from noiserefine.page.views import ARMS, VIEWS
 
 HISTORY = 12  # results
@@ -34,6 +35,7 @@ def build_page() -> gr.Blocks:
         _restore(blocks, page)
         _model_chosen(page)
         _vote(page)
+        train_tab(blocks, page)
     return blocks
 
 

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["noiserefine[train]"]
+#
+# [tool.uv.sources]
+# noiserefine = { path = "..", editable = true }
+# ///
 """Train a refiner: prompts -> guided targets -> multistep score distillation -> a LoRA.
 
     python train/train_refiner.py --preset emoji --output_dir runs/refiner-emoji

@@ -202,11 +202,12 @@ def test_a_refiner_is_trained_in_the_tab(open_page, tiny_folder):
     page.locator("#card-refined", has_text="No refiner exists").wait_for(timeout=SECONDS)
     page.get_by_role("tab", name="Train", exact=True).click()
     panel = page.locator("[role=tabpanel]").locator("visible=true")
-    for label, value in (("Targets", "16"), ("Prompts", "assets/prompts/emoji.txt")):
-        panel.get_by_label(label).fill(value)
-        panel.get_by_label(label).blur()
+    fields = panel.get_by_role("spinbutton", name="Targets"), panel.get_by_label("Prompts")
+    for field, value in zip(fields, ("16", "assets/prompts/emoji.txt"), strict=True):
+        field.fill(value)
+        field.blur()
     panel.locator(".cm-content", has_text=plan.folder.name).wait_for(timeout=SECONDS)
-    panel.get_by_text("16 targets, 4 steps of 16").wait_for(timeout=SECONDS)
+    panel.get_by_text("16 targets, 2 steps of 16").wait_for(timeout=SECONDS)
     try:
         panel.get_by_role("button", name="Start").click()
         panel.get_by_text("The refiner is in").wait_for(timeout=2 * SECONDS)

@@ -6,7 +6,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from noiserefine.checkpoint import prediction_type
-from noiserefine.models.catalogue import Backbone, backbone_of
+from noiserefine.models.catalogue import BACKBONES, Backbone, backbone_of
 from noiserefine.models.devices import default_device
 from noiserefine.models.folder import examine, load_folder
 from noiserefine.models.prediction_check import check_prediction
@@ -63,13 +63,17 @@ def load_pipeline(
     return pipe
 
 
-def check_source(source: str) -> None:
-    """Raise what load_pipeline raises for a source, as far as small files tell."""
+def check_source(source: str) -> str:
+    """Return the name of a source's pipeline class.
+
+    Raise what load_pipeline raises, as far as small files tell.
+    """
     name, asked, backbone = _read(source, None)
     if is_safetensors(name):
-        identify(local_file(name), asked)
-    else:
-        examine(name, default_device(), None, backbone)
+        base, _ = identify(local_file(name), asked)
+        return BACKBONES[base].pipeline
+    kind, *_ = examine(name, default_device(), None, backbone)
+    return kind.__name__
 
 
 def _read(

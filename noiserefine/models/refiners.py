@@ -6,10 +6,7 @@ from diffusers import DiffusionPipeline
 
 from noiserefine.checkpoint import CONFIG_NAME, misfit, prediction_type, read_config
 from noiserefine.models.catalogue import BACKBONES, Backbone
-from noiserefine.models.devices import default_device
-from noiserefine.models.folder import examine
-from noiserefine.models.single_file import identify
-from noiserefine.models.sources import is_safetensors, local_file, read_name
+from noiserefine.models.loading import check_source
 
 
 def refiner_for(pipe: DiffusionPipeline, backbone: Backbone | None) -> str | None:
@@ -48,15 +45,11 @@ def base_of(backbone: Backbone) -> Backbone:
 
 
 def preset_of(source: str) -> str:
-    """Return the trainer's preset for a model that is not listed, from its small files.
+    """Return the trainer's preset for a model that is not listed.
 
-    Raise what `examine` and `identify` raise.
+    Raise what check_source raises.
     """
-    name = read_name(source)
-    if is_safetensors(name):
-        return BACKBONES[identify(local_file(name))[0]].preset
-    kind, *_ = examine(name, default_device(), None, None)
-    return _preset_for(kind.__name__)
+    return _preset_for(check_source(source))
 
 
 def _preset_for(pipeline: str, prediction: str | None = None) -> str:

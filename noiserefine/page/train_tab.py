@@ -38,7 +38,7 @@ TEXT = (
     "there. At the end the refiner is chosen under Settings, and the third column shows it."
 )
 SIZES = {
-    "demonstration": "Demonstration: 64 targets",
+    "demonstration": "Demonstration: 128 targets",
     "quick": "Quick: --quick",
     "full": "Full: the whole preset",
 }

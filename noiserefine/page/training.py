@@ -31,10 +31,11 @@ STEP_FORWARDS = 2  # refining and the backward pass, beside the unguided steps
 SIZES: dict[str, dict[str, Any]] = {  # options of the trainer
     "demonstration": {
         "quick": True,
-        "num_targets": 64,
-        "target_steps": 8,
-        "steps": 4,
-        "epochs": 4,
+        "num_targets": 128,
+        "target_steps": 6,
+        "steps": 3,
+        "epochs": 2,
+        "lr": 5e-4,
         "target_batch_size": 16,
         "num_validation": 8,
         "validate_every": 4,
@@ -42,7 +43,7 @@ SIZES: dict[str, dict[str, Any]] = {  # options of the trainer
     "quick": {"quick": True},
     "full": {},
 }
-MORE_STEPS = {"batch_size": 8}  # of the demonstration on an embedded model
+MORE_STEPS = {"batch_size": 16}  # of the demonstration on an embedded model
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ SIZES = {
     "full": "Full: the whole preset",
 }
 INFO = (
-    "On the embedded models the demonstration takes about two minutes of two idle cores, and comes "
-    "a part of the way"
+    "On the embedded model the demonstration takes about two minutes of two idle cores, and comes "
+    "some 40 % of the way to the guided images"
 )
 
 

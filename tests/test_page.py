@@ -207,11 +207,12 @@ def test_a_refiner_is_trained_in_the_tab(open_page, tiny_folder):
         field.fill(value)
         field.blur()
     panel.locator(".cm-content", has_text=plan.folder.name).wait_for(timeout=SECONDS)
+    panel.get_by_role("button", name="Cost").click()
     panel.get_by_text("16 targets, 2 steps of 16").wait_for(timeout=SECONDS)
     try:
         panel.get_by_role("button", name="Start").click()
         panel.get_by_text("The refiner is in").wait_for(timeout=2 * SECONDS)
-        card = page.locator("#card-refined .cost", has_text="2 forwards")
+        card = page.locator("#card-refined .cost", has_text="2 forwards").first
         card.wait_for(timeout=SECONDS)
         alts = panel.locator("img").evaluate_all("images => images.map(image => image.alt)")
         assert [alt.split()[0] for alt in alts] == ["How", "Held-out"]

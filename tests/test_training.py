@@ -35,7 +35,7 @@ def started(tmp_path):
     def start(code):
         script = tmp_path / f"{len(runs)}.py"
         script.write_text(code)
-        runs.append(training.start(Plan((), tmp_path / "run"), script))
+        runs.append(training.start(Plan("", (), tmp_path / "run"), script))
         return runs[-1]
 
     yield start

@@ -15,6 +15,7 @@ from noiserefine.page.training import (
     ROOT,
     TRAINER,
     Clock,
+    Plan,
     Progress,
     Run,
     Training,
@@ -61,6 +62,7 @@ def train_tab(blocks: gr.Blocks, page: Page) -> None:
             prompts = gr.Textbox(
                 "", label="Prompts", info="a text file; empty: the preset's", max_lines=1
             )
+            count = gr.Button("Cost", min_width=64, scale=0)
             start = gr.Button("Start", variant="primary", min_width=110, scale=0)
             stop = gr.Button("Stop", min_width=64, scale=0)
         status = gr.HTML(elem_id="training", padding=False)
@@ -79,24 +81,23 @@ def train_tab(blocks: gr.Blocks, page: Page) -> None:
         opened, options = gr.State(False), [size, targets, prompts]
 
     inputs, hidden = page.inputs, {"show_progress": "hidden"} | PRIVATE
-    plan: Any = {
-        "fn": _plan,
-        "inputs": [opened, *options, *inputs.values()],
+    chosen = [*options, *inputs.values()]
+    command_of: Any = {
+        "fn": _command,
+        "inputs": [opened, *chosen],
         "outputs": [command, price],
+        "queue": False,
     }
-    tab.select(lambda: True, None, opened, **hidden).then(**plan, **hidden)
-    gr.on(
-        [size.change, prompts.blur, inputs["backbone"].change],
-        **plan,
-        trigger_mode="always_last",
-        **hidden,
-    )
+    tab.select(lambda: True, None, opened, queue=False, **hidden).then(**command_of, **hidden)
+    changes = [size.change, targets.blur, prompts.blur, inputs["backbone"].change]
+    gr.on(changes, **command_of, trigger_mode="always_last", **hidden)
+    count.click(_cost, chosen, price, concurrency_limit=None, **hidden)
 
     seen = [status, curve, sheet]
     many: Any = {"concurrency_limit": None} | hidden
     start.click(
         _train,
-        [*options, *inputs.values()],
+        chosen,
         [*seen, inputs["backbone"], inputs["refiner"], page.parts["go"]],
         trigger_mode="multiple",  # a second click is answered
         **many,
@@ -105,26 +106,34 @@ def train_tab(blocks: gr.Blocks, page: Page) -> None:
     blocks.load(_follow, None, seen, **many)  # a reloaded page
 
 
-def _plan(
-    opened: bool, size: str, targets: float | None, prompts: str, *values: Any
-) -> Iterator[list]:
-    """Yield the command, then what the trainer says of its cost, once the tab was opened."""
+def _command(opened: bool, *chosen: Any) -> list:
+    """Return the command, once the tab was opened, and no cost."""
     if not opened:
-        return
+        return [gr.skip(), gr.skip()]
     try:
-        plan = plan_of(Settings(*values), size, targets, prompts)
+        return [_plan(*chosen).command, ""]
     except (ValueError, OSError) as error:
-        yield ["", str(error)]
-        return
-    yield [plan.command, "The trainer counts what it costs …"]
-    yield [plan.command, cost(plan)]
+        return ["", str(error)]
 
 
-def _train(size: str, targets: float | None, prompts: str, *values: Any) -> Iterator[list]:
-    """Start a training and show it; at its end choose the refiner and start a comparison."""
-    settings, unchanged = Settings(*values), [gr.skip()] * 3
+def _cost(*chosen: Any) -> Iterator[str]:
+    """Yield what the trainer's --dry_run says."""
+    yield "The trainer counts …"
     try:
-        plan = plan_of(settings, size, targets, prompts)
+        yield cost(_plan(*chosen))
+    except (ValueError, OSError) as error:
+        yield str(error)
+
+
+def _plan(size: str, targets: float | None, prompts: str, *values: Any) -> Plan:
+    return plan_of(Settings(*values), size, targets, prompts)
+
+
+def _train(*chosen: Any) -> Iterator[list]:
+    """Start a training and show it; at its end choose the refiner and start a comparison."""
+    unchanged = [gr.skip()] * 3
+    try:
+        plan = _plan(*chosen)
         run = None if plan.is_trained else TRAINING.start(plan)
     except (ValueError, OSError) as error:
         raise gr.Error(str(error), print_exception=False) from error
@@ -135,7 +144,7 @@ def _train(size: str, targets: float | None, prompts: str, *values: Any) -> Iter
             return
     text = f"The refiner is in {shown(plan.folder)}, and the third column shows it."
     seen = [_status(text), gr.skip(), gr.skip()]
-    yield [*seen, settings.backbone, str(plan.folder), time.time()]
+    yield [*seen, plan.backbone, str(plan.folder), time.time()]
 
 
 def _follow() -> Iterator[list]:

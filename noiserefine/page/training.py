@@ -50,6 +50,7 @@ MORE_STEPS = {"batch_size": 16}  # of the demonstration on an embedded model
 class Plan:
     """A training that the page can start."""
 
+    backbone: str  # as the page names it
     arguments: tuple[str, ...]  # of the trainer
     folder: Path  # of the run and its refiner
 
@@ -97,7 +98,7 @@ def plan_of(settings: Settings, size: str, targets: float | None = None, prompts
     folder = Path("runs", f"{name}-{size}")
     options["output_dir"] = folder
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    return Plan(tuple(arguments), ROOT / folder)
+    return Plan(settings.backbone, tuple(arguments), ROOT / folder)
 
 
 @functools.lru_cache

@@ -23,7 +23,7 @@ SMALL = {  # two calls for the targets, 32 steps
     "num_validation": 2,
     "validate_every": 2,
 }
-OPTIONS = ("demonstration", None, "assets/prompts/emoji.txt")  # of the tab
+OPTIONS = ("demonstration", 0, "assets/prompts/emoji.txt")  # of the tab
 SECONDS = 120  # to wait for a process on a busy machine
 
 

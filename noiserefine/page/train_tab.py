@@ -58,7 +58,7 @@ def train_tab(blocks: gr.Blocks, page: Page) -> None:
         with gr.Row(elem_classes="controls"):
             choices = [(title, name) for name, title in SIZES.items()]
             size = gr.Radio(choices, value="demonstration", label="How much", info=INFO, scale=3)
-            targets = gr.Number(None, label="Targets", info="empty: as said", min_width=90)
+            targets = gr.Number(0, label="Targets", info="0: as said", min_width=90)
             prompts = gr.Textbox(
                 "", label="Prompts", info="a text file; empty: the preset's", max_lines=1
             )

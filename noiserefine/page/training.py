@@ -65,10 +65,10 @@ class Plan:
         return (self.folder / "refiner.json").is_file()
 
 
-def plan_of(settings: Settings, size: str, targets: float | None = None, prompts: str = "") -> Plan:
+def plan_of(settings: Settings, size: str, targets: float | None = 0, prompts: str = "") -> Plan:
     """Return how the trainer is started for the chosen model.
 
-    size: a key of SIZES. targets: their number, None for the size's. prompts: a file, from which
+    size: a key of SIZES. targets: their number, 0 for the size's. prompts: a file, from which
     the validation's are taken too, "" for the preset's.
     Raise ValueError or OSError for a model that cannot be named or read.
     """
@@ -88,7 +88,7 @@ def plan_of(settings: Settings, size: str, targets: float | None = None, prompts
         options |= MORE_STEPS
     if not embedded and devices.default_device().type == "cpu":
         options["mixed_precision"] = "no"
-    if targets is not None:
+    if targets:
         options["num_targets"] = whole(targets, "The number of targets")
         name += f"-{options['num_targets']}"
     if prompts := text(prompts, "The file of prompts").strip():

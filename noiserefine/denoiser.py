@@ -269,8 +269,8 @@ def canvas(pipe: DiffusionPipeline, height: int | None = None, width: int | None
     canvases, kind = _CANVASES.setdefault(denoiser(pipe), {}), type(pipe)
     if (kind, height, width) not in canvases:
         measured = _measure(pipe, height, width)
-        for size in ((height, width), (measured.height, measured.width)):  # None has a size too
-            canvases[(kind, *size)] = measured
+        key = kind, measured.height, measured.width  # which None and rounded sizes have too
+        canvases[kind, height, width] = canvases.setdefault(key, measured)
     return canvases[kind, height, width]
 
 

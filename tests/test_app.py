@@ -859,11 +859,11 @@ def test_many_has_a_column_for_each_arm(backbone, arms):
 def test_runs_without_the_spaces_package(tmp_path):
     code = (
         "import sys; sys.modules['spaces'] = None; import app; "
-        "from noiserefine.page.handlers import run; "
+        "from noiserefine.page.handlers import run_view; "
         "from noiserefine.page.settings import ZERO_GPU; "
-        "print(ZERO_GPU, run.__name__, 'torch' in sys.modules)"
+        "print(ZERO_GPU, run_view.__name__, 'torch' in sys.modules)"
     )
     with script("-c", code) as process:
-        assert process.communicate()[0].strip().endswith("False run False"), (
+        assert process.communicate()[0].strip().endswith("False run_view False"), (
             "torch is not imported before it is needed"
         )

@@ -13,7 +13,7 @@ import gradio as gr
 from noiserefine.models.catalogue import Model
 from noiserefine.page import jobs
 from noiserefine.page.events import Made
-from noiserefine.page.handlers import run
+from noiserefine.page.handlers import run_view
 from noiserefine.page.settings import Settings
 from noiserefine.page.stream import stream
 from noiserefine.sampler_names import SAMPLERS
@@ -93,7 +93,7 @@ def _settings(chance: random.Random, model: dict) -> Settings:
 
 def _visit(chance: random.Random, view: str, settings: Settings, known: dict) -> str:
     """Run a view, which may be left at any event; return how it ended."""
-    running = run(view, settings, CONTROLS[view], known)
+    running = run_view(view, settings, CONTROLS[view], known)
     try:
         for events in running:
             for event in events:

@@ -173,9 +173,9 @@ class Models:
             return None, (
                 "**No refiner exists for this model yet**, so there is no third column. This "
                 f"trains one:\n\n```\n{command}\n```\n\n"
-                "`prompts.txt` holds captions, one a line. With `--dry_run` the command prints "
-                "what it costs on this machine. The refiner is used from the app's next start; one "
-                "that was trained elsewhere can be named under Settings, Refiner."
+                "With `--dry_run` the command prints an estimate of what it costs. The Train tab, "
+                "if there is one, runs it here. The refiner is used from the app's next start, or "
+                "once it is named under Settings, Refiner."
             )
         refiner = Refiner.from_pretrained(folder, pipe, merge=True if self.keep_all else None)
         scales = "takes no guidance scale" + (

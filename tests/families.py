@@ -297,12 +297,12 @@ class Kolors(KolorsPipeline):
         if made[0] is None:
             prompt = [prompt] if isinstance(prompt, str) else prompt
             prompts = [prompt, negative_prompt or [""] * len(prompt)]
-            made = [embedding(each, 12, 32) for each in prompts]
-            made += [embedding(each, 32) for each in prompts]
-            made = [each.to(self.unet.dtype) for each in made]
+            made = [embedding(value, 12, 32) for value in prompts]
+            made += [embedding(value, 32) for value in prompts]
+            made = [value.to(self.unet.dtype) for value in made]
         return tuple(
-            each if each is None else each.repeat_interleave(num_images_per_prompt, 0)
-            for each in made
+            value if value is None else value.repeat_interleave(num_images_per_prompt, 0)
+            for value in made
         )
 
 

@@ -287,13 +287,13 @@ def controls_of(view):
 
 
 def test_the_slider_drives_a_refiner_that_is_told_the_scale():
-    told = [*GOOD[:9], EMOJI_REFINER + "-scales", "", 1.0]
-    first, second = shown(*told), shown(*told[:4], 3.5, *told[5:])
+    values = [*GOOD[:9], EMOJI_REFINER + "-scales", "", 1.0]
+    first, second = shown(*values), shown(*values[:4], 3.5, *values[5:])
     assert same(first, second) == [True, False, False] and not all(same(first, shown(*GOOD)))
     images = shown(*GOOD, view="guidance_scale")["images"]  # it takes that refiner by itself
     assert [caption for caption, _ in images][::SCALES] == ["refined for g = 1", "guided, g = 1"]
     with pytest.raises(gr.Error, match="takes a guidance scale from 1 to 4"):
-        shown(*told[:4], 5.0, *told[5:])
+        shown(*values[:4], 5.0, *values[5:])
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,7 @@ def test_transformers_are_offloaded_too(name, prompt, merge, tmp_path):
         pipe, refiner = build()
         offload(pipe, refiner, mode, "cpu")
         recipe = Recipe(prompt, steps=2, sampler="Native", strength=1.0)
-        return [Maker(pipe, refiner)(each).image for each in (recipe.gaussian, recipe)]
+        return [Maker(pipe, refiner)(variant).image for variant in (recipe.gaussian, recipe)]
 
     perturbed(families.pipeline(name)).save_pretrained(tmp_path)
     for plain, spared in zip(arms("none"), arms("model"), strict=True):

@@ -63,13 +63,13 @@ def plain(pipe, prompt=PROMPT, **kwargs):
 
 
 def test_equal_images_have_equal_recipes():
-    told = replace(RECIPE, negative_prompt="blurry", refiner_scale=3.0, refining_prompt="a cat")
+    varied = replace(RECIPE, negative_prompt="blurry", refiner_scale=3.0, refining_prompt="a cat")
     assert (
-        told.gaussian == RECIPE.gaussian
-        and told.guided != RECIPE.guided
-        and told.refined != RECIPE.refined
+        varied.gaussian == RECIPE.gaussian
+        and varied.guided != RECIPE.guided
+        and varied.refined != RECIPE.refined
     )
-    assert replace(told, refiner_scale=None, refining_prompt=None).refined == RECIPE.refined, (
+    assert replace(varied, refiner_scale=None, refining_prompt=None).refined == RECIPE.refined, (
         "unguided: the negative prompt changes nothing"
     )
 
@@ -104,16 +104,18 @@ def test_strengths(make):
 def test_guidance_scales(pipe, make):
     with pytest.raises(ValueError, match="takes no guidance scale"):
         list(explore.guidance_scales(make, RECIPE))
-    told = perturbed(pipe, guidance_scale_range=[1, 5])
-    torch.nn.init.normal_(told.network.scale_input.weight)
-    images = list(explore.guidance_scales(Maker(pipe, told), replace(RECIPE, refiner_scale=2.0), 3))
+    refiner = perturbed(pipe, guidance_scale_range=[1, 5])
+    torch.nn.init.normal_(refiner.network.scale_input.weight)
+    images = list(
+        explore.guidance_scales(Maker(pipe, refiner), replace(RECIPE, refiner_scale=2.0), 3)
+    )
     assert [caption for caption, _ in images] == [
         f"{what} g = {g}" for what in ("refined for", "guided,") for g in (1, 3, 5)
     ]
     assert not equal(images[0][1], images[1][1]) and equal(images[3][1], make(RECIPE.gaussian)), (
         "guided by 1 is unguided"
     )
-    expected = plain(pipe, latents=told(draw_noise(pipe, 3), PROMPT, guidance_scale=5.0))
+    expected = plain(pipe, latents=refiner(draw_noise(pipe, 3), PROMPT, guidance_scale=5.0))
     assert np.array_equal(images[2][1].image, expected)
 
 
@@ -137,7 +139,7 @@ def test_bands(make):
             part, make(RECIPE.refined).latents, atol=1e-5
         )  # all of it below 1, and above 0
     x_T, mixed = draw_noise(make.pipe, 3), dict(explore.bands(make, RECIPE, 0.3))
-    kept = torch.from_numpy(mixed["refined below 0.3, Gaussian above"].latents) - x_T
+    correction = torch.from_numpy(mixed["refined below 0.3, Gaussian above"].latents) - x_T
     zeroed = (
         mixed["refined below 0.3, zero above"].latents
         + mixed["zero below 0.3, refined above"].latents
@@ -150,9 +152,9 @@ def test_bands(make):
     np.testing.assert_allclose(
         redrawn, make(RECIPE.refined).latents + draw_noise(make.pipe, 4).numpy(), atol=1e-5
     )
-    quarter = kept.shape[-1] // 4
-    low = torch.fft.fft2(kept)[..., quarter:-quarter, quarter:-quarter].abs().max()
-    assert low < 1e-4 < kept.abs().max(), "nothing of the correction is above the cutoff"
+    quarter = correction.shape[-1] // 4
+    low = torch.fft.fft2(correction)[..., quarter:-quarter, quarter:-quarter].abs().max()
+    assert low < 1e-4 < correction.abs().max(), "nothing of the correction is above the cutoff"
 
 
 def test_two_prompts(make, pipe, refiner):
@@ -176,9 +178,9 @@ def test_two_prompts(make, pipe, refiner):
 
 def test_interpolation(make):
     images = [sample for _, sample in explore.interpolation(make, RECIPE, 8, 4)]
-    there = replace(RECIPE, seed=8)
-    assert equal(images[0], make(RECIPE.gaussian)) and equal(images[3], make(there.gaussian))
-    assert equal(images[4], make(RECIPE.refined)) and equal(images[7], make(there.refined))
+    other = replace(RECIPE, seed=8)
+    assert equal(images[0], make(RECIPE.gaussian)) and equal(images[3], make(other.gaussian))
+    assert equal(images[4], make(RECIPE.refined)) and equal(images[7], make(other.refined))
     x, y = draw_noise(make.pipe, 3), draw_noise(make.pipe, 8)
     np.testing.assert_allclose(images[1].latents, slerp(x, y, 1 / 3), atol=1e-6)
     norms = [slerp(x, y, f).norm().item() for f in (0, 0.25, 0.5, 1)]

@@ -218,6 +218,6 @@ def test_cached_blocks_of_a_transformer(monkeypatch):
     bench, _ = compatibility.cached(Bench(pipe, 2.0), argparse.Namespace(backbone="", cache=0.9))
     x, embeds = noise(pipe), encode_prompt(pipe, PROMPTS)
     exact, fast, again = (
-        sample_latents(each, x, embeds, 6) for each in (pipe, bench.pipe, bench.pipe)
+        sample_latents(model, x, embeds, 6) for model in (pipe, bench.pipe, bench.pipe)
     )
     assert not torch.equal(fast, exact) and torch.equal(fast, again)

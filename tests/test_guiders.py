@@ -103,8 +103,8 @@ def test_a_guider_teaches(tmp_path, tiny_folder):
     run = [*RUN, "--backbone", str(tiny_folder)]
     interval, cfg = tmp_path / "interval", tmp_path / "cfg"
     train_refiner.main([*run, "--teacher", "interval", "--output_dir", str(interval)])
-    kept = json.loads((interval / "refiner.json").read_text())["training"]
-    assert kept["teacher"] == "interval" and kept["guidance_scale"] == 2
+    config = json.loads((interval / "refiner.json").read_text())["training"]
+    assert config["teacher"] == "interval" and config["guidance_scale"] == 2
     train_refiner.main([*run, "--output_dir", str(cfg)])
     taught, usual = (
         load_file(next((folder / "targets").iterdir()))["x0"] for folder in (interval, cfg)

@@ -244,13 +244,13 @@ def test_targets_are_kept_and_filtered(tmp_path, tiny_pipe):
     before = [path.stat().st_mtime_ns for path in files]
     targets.make(OneProcess())
     assert [path.stat().st_mtime_ns for path in files] == before
-    kept = targets.selected
+    selected = targets.selected
     scores = torch.cat([load_file(path)["scores"] for path in files])
     assert torch.equal(
         targets.read([5, 0])["x0"],
         torch.stack([load_file(files[1])["x0"][1], load_file(files[0])["x0"][0]]),
     )
-    assert kept == sorted(scores.topk(2).indices.tolist())
+    assert selected == sorted(scores.topk(2).indices.tolist())
     assert torch.cat([load_file(path)["seeds"] for path in files]).tolist() == list(range(6))
 
 

@@ -89,7 +89,7 @@ def test_presets_have_a_cost(preset):
     """Every preset's options can be parsed; its cost is known, and quick means quick."""
     arguments = ["--preset", preset, "--output_dir", "x"]
     options, quick = parse(arguments), parse([*arguments, "--quick"])
-    evaluations, fewer = (sum(plan(each)[1].values()) for each in (options, quick))
+    evaluations, fewer = (sum(plan(chosen)[1].values()) for chosen in (options, quick))
     assert fewer <= evaluations / 1.9 and (preset.startswith("emoji") or fewer <= 60_000)
     assert ("hours at" in describe(options)) == (preset in FORWARDS)
     if preset in FORWARDS:

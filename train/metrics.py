@@ -280,8 +280,8 @@ class PickScore(ClipScore):
 
     def processor_of(self, source: str) -> str:
         """Return the processor that the model's card names."""
-        own = source == self.default_source
-        return "laion/CLIP-ViT-H-14-laion2B-s32B-b79K" if own else source
+        is_default = source == self.default_source
+        return "laion/CLIP-ViT-H-14-laion2B-s32B-b79K" if is_default else source
 
     def score(self, scaled_cosines: torch.Tensor) -> torch.Tensor:
         """Return the cosines with the model's own scale."""

@@ -46,7 +46,7 @@ class Loaded:
     @property
     def notes(self) -> str:
         """Return the notes on LoRA and refiner as one text."""
-        return " ".join(each for each in (self.lora_note, self.note) if each)
+        return " ".join(note for note in (self.lora_note, self.note) if note)
 
     @functools.cached_property
     def preview(self) -> Callable[[torch.Tensor], Image.Image]:
@@ -144,11 +144,11 @@ class Models:
         # Where the card is not there yet, or too small, the networks reach it later.
         by_way_of_cpu = self.keep_all or self.offload != "none"
         if device.type == "cuda" and not by_way_of_cpu and backbone:
-            there = torch.cuda.get_device_properties(device).total_memory / 2**30
-            if there < backbone.memory:
+            memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+            if memory < backbone.memory:
                 raise ValueError(
                     f"{backbone.title} needs about {backbone.memory:g} GiB of GPU memory and this "
-                    f"card has {there:.0f}: start the app with {self.smaller_mode()}."
+                    f"card has {memory:.0f}: start the app with {self.smaller_mode()}."
                 )
         pipe = load_pipeline(model.backbone, device, move=not by_way_of_cpu)
         scheduler = pipe.scheduler
@@ -189,7 +189,7 @@ class Models:
             )
         known = backbone and not model.refiner  # to be a fine-tune of the refiner's base
         notes = ["" if known else refiner.note, f"This refiner {scales}"]
-        return refiner, " ".join(each for each in notes if each)
+        return refiner, " ".join(note for note in notes if note)
 
     def smaller_mode(self) -> str:
         """Return the flag of the next offload mode that needs less memory."""

@@ -206,8 +206,8 @@ def model_of(settings: Settings, view: View) -> Model:
     model = settings.model
     if not view.wants_scale_refiner or model.refiner:
         return model
-    found = (each for each in REFINERS.values() if each.backbone == model.backbone)
-    return next((replace(model, refiner=each.folder) for each in found), model)
+    found = (entry for entry in REFINERS.values() if entry.backbone == model.backbone)
+    return next((replace(model, refiner=entry.folder) for entry in found), model)
 
 
 def hindrances(settings: Settings, views: Iterable[str]) -> dict[str, str]:

@@ -311,14 +311,14 @@ def about_model(name: str) -> str:
     if backbone is None:
         return ""
     download = f"download {backbone.download:g} GiB" if backbone.download else "no download"
-    there = (Path(backbone.refiner) / "refiner.json").is_file()
+    trained = (Path(backbone.refiner) / "refiner.json").is_file()
     facts = [
         f"{backbone.parameters:g} B parameters",
         download,
         f"{backbone.memory:g} GiB of memory",
         f"guidance {backbone.guidance}",
         backbone.licence,
-        "has a refiner" if there else "no refiner yet: the third card shows how to train one",
+        "has a refiner" if trained else "no refiner yet: the third card shows how to train one",
     ]
     return f"{backbone.title}: " + " · ".join(facts)
 

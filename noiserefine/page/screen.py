@@ -155,9 +155,9 @@ class Screen:
         """Say that the run was stopped; picture: the decoded x0 of its last step."""
         if self.unfinished:
             arm, step = self.unfinished.arm, self.unfinished.step
-            what = "the image it expected then" if picture else "a rough preview"
+            shown = "the image it expected then" if picture else "a rough preview"
             self.values[f"{arm}_cost"] = (
-                f"**Stopped** at step {step} of {self.unfinished.steps}: {what}"
+                f"**Stopped** at step {step} of {self.unfinished.steps}: {shown}"
             )
             if picture:
                 self.values[arm] = self._file(self._name(f"{arm}-step{step}"), picture)
@@ -206,14 +206,15 @@ def made_from(record: dict, sample: Any) -> dict:
     is_arm = recipe.noise is None and recipe.refining_prompt is None and recipe.prompt
     if not is_arm or (recipe.guidance_scale > 1 and recipe.strength):
         return record | made
-    own = {
+    settings = {
         "prompt": recipe.prompt,
         "seed": recipe.seed,
         "steps": recipe.steps,
         "sampler": recipe.sampler,
     }
     if recipe.strength:
-        own["strength"] = recipe.strength
+        settings["strength"] = recipe.strength
     if scale := recipe.refiner_scale or (recipe.guidance_scale > 1 and recipe.guidance_scale):
-        own["guidance_scale"] = scale
-    return record | made | {"settings": record["settings"] | own, "view": "compare", "controls": {}}
+        settings["guidance_scale"] = scale
+    settings = record["settings"] | settings
+    return record | made | {"settings": settings, "view": "compare", "controls": {}}

@@ -185,8 +185,8 @@ def _watch(run: Run) -> Iterator[list]:
 
 def _words(progress: Progress, left: float | None) -> str:
     """Return how far a training is."""
-    what = {"targets": "Guided targets:", "step": "Step"}[progress.doing]
-    words = [f"{what} {progress.done:,} of {progress.total:,}"]
+    unit = {"targets": "Guided targets:", "step": "Step"}[progress.doing]
+    words = [f"{unit} {progress.done:,} of {progress.total:,}"]
     if len(progress.curve) > 1:
         words.append(f"{progress.curve[-1][1]:.0f} % of the way to the guided images")
     if left is not None:

@@ -34,7 +34,7 @@ def make_thumbnails() -> dict[str, Image.Image]:
     loaded = Models().get(Model(default_settings().backbone))
     make = Maker(loaded.pipe, loaded.refiner)
     settings = [replace(default_settings(), prompt=prompt) for prompt in EXAMPLES]
-    return {each.prompt: make(recipe_of(each).refined).image for each in settings}
+    return {shown.prompt: make(recipe_of(shown).refined).image for shown in settings}
 
 
 def icon(noise: Image.Image, image: Image.Image) -> Image.Image:

@@ -162,22 +162,26 @@ def cached(bench: Bench, args: argparse.Namespace) -> tuple[Bench, Change]:
 
 def table(result: dict[str, Any]) -> str:
     """Return what of each figure's gap refined noise closes in each condition, as Markdown."""
-    measured = [each["gap_closed"] for each in result["conditions"].values() if "arms" in each]
+    measured = [
+        condition["gap_closed"]
+        for condition in result["conditions"].values()
+        if "arms" in condition
+    ]
     every = dict.fromkeys(key for closed in measured for key in closed)
     keys = [key for key in every if not key.endswith("_interval")]
     rows = []
-    for name, each in result["conditions"].items():
-        if "impossible" in each:
-            rows.append([name, each["impossible"], *[""] * len(keys)])
+    for name, condition in result["conditions"].items():
+        if "impossible" in condition:
+            rows.append([name, condition["impossible"], *[""] * len(keys)])
             continue
-        closed = each["gap_closed"]
+        closed = condition["gap_closed"]
         cells = [
             with_interval(100 * closed[key], [100 * x for x in closed[f"{key}_interval"]], 0)
             if key in closed
             else "no gap"
             for key in keys
         ]
-        seconds = [f"{each['arms'][arm]['seconds']:.3f}" for arm in ("guided", "refined")]
+        seconds = [f"{condition['arms'][arm]['seconds']:.3f}" for arm in ("guided", "refined")]
         rows.append([name, *cells, " / ".join(seconds)])
     header = [f"gap closed, %: {key.replace('_', ' ')}" for key in keys]
     return markdown_table(["condition", *header, "seconds guided / refined"], rows)

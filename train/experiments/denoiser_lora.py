@@ -127,8 +127,8 @@ class Distillation:
         earlier = t - self.span
         end, direction = self.path.x0_and_noise(t, x, guided)
         x_s, s = self.path.at(earlier, end, direction), earlier.clamp(min=0)
-        own = self.student(x_s, s, embeds["prompt_embeds"]).sample
-        student_end = self.path.x0_and_noise(s, x_s, own)[0]
+        prediction = self.student(x_s, s, embeds["prompt_embeds"]).sample
+        student_end = self.path.x0_and_noise(s, x_s, prediction)[0]
         end = torch.where((earlier < 0)[:, None, None, None], end, student_end)
         # In the units of x0 small t would hardly count, and what larger t learn is built on them.
         signal, deviation = self.path.signal_and_noise(t)

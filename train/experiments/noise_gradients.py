@@ -119,16 +119,16 @@ def jacobian(
         for i in range(len(x_t)):
             # Gradients of the drawn entries of epsilon, one copy of x_t for each.
             rows = torch.randperm(x_t[i].numel(), generator=generator)[: args.rows]
-            each = torch.arange(len(rows))
+            copies = torch.arange(len(rows))
             x = x_t[i : i + 1].repeat(len(rows), 1, 1, 1).requires_grad_(True)
             times = torch.full((len(rows),), t, device=x.device)
             text = embeds["prompt_embeds"][i : i + 1].expand(len(rows), -1, -1)
             noise = path.x0_and_noise(times, x, pipe.unet(x, times, text).sample)[1]
-            (gradient,) = torch.autograd.grad(noise.flatten(1)[each, rows].sum(), x)
+            (gradient,) = torch.autograd.grad(noise.flatten(1)[copies, rows].sum(), x)
             sizes = gradient.flatten(1).abs()
-            own = sizes[each, rows]
-            diagonal.append(own.mean().item())
-            others.append(((sizes.sum() - own.sum()) / (sizes.numel() - len(rows))).item())
+            entries = sizes[copies, rows]
+            diagonal.append(entries.mean().item())
+            others.append(((sizes.sum() - entries.sum()) / (sizes.numel() - len(rows))).item())
         means = {"diagonal": float(np.mean(diagonal)), "off_diagonal": float(np.mean(others))}
         result.append({"t": t} | means)
     return result

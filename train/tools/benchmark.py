@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
 def measure(pipe: DiffusionPipeline, refiner: Refiner, args: argparse.Namespace) -> dict:
     """Return seconds, forwards and peak bytes of each arm, and the ratios of their times."""
     weights = {id(p): p.numel() * p.element_size() for p in denoiser(pipe).parameters()}
-    own = [p for p in refiner.network.parameters() if id(p) not in weights]
+    added = [p for p in refiner.network.parameters() if id(p) not in weights]
     x_T = draw_noise(pipe, 0, args.batch_size)
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     forwards, peaks = {}, {}
@@ -98,7 +98,7 @@ def measure(pipe: DiffusionPipeline, refiner: Refiner, args: argparse.Namespace)
         "refined_over_unguided": _ratio(seconds["refined"], seconds["unguided"]),
         "refined_over_guided": _ratio(seconds["refined"], seconds["guided"]),
         "unet_bytes": sum(weights.values()),
-        "refiner_bytes": sum(p.numel() * p.element_size() for p in own),
+        "refiner_bytes": sum(p.numel() * p.element_size() for p in added),
         "arms": {
             arm: {
                 "seconds": statistics.median(seconds[arm]),

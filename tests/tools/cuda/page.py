@@ -42,7 +42,7 @@ def pictures(outputs: Any) -> list[str]:
     """Return the SHA-256 of the images' pixels among a view's outputs."""
     from PIL import Image  # noqa: PLC0415 (after the check for gradio)
 
-    paths = [each["path"] if isinstance(each, dict) else each for each in outputs[:6]]
+    paths = [value["path"] if isinstance(value, dict) else value for value in outputs[:6]]
     return [
         hashlib.sha256(Image.open(path).convert("RGB").tobytes()).hexdigest()
         for path in paths

@@ -60,9 +60,13 @@ class Server:
                 raise RuntimeError(self.log())
             time.sleep(0.1)
         functions = httpx.get(f"{self.url}/config").json()["dependencies"]
-        self.functions = {each["api_name"]: each["id"] for each in functions if each["api_name"]}
+        self.functions = {
+            function["api_name"]: function["id"] for function in functions if function["api_name"]
+        }
         self.upload = next(
-            each["id"] for each in functions if [name for _, name in each["targets"]] == ["upload"]
+            function["id"]
+            for function in functions
+            if [name for _, name in function["targets"]] == ["upload"]
         )
         endpoints = httpx.get(f"{self.url}/gradio_api/info").json()["named_endpoints"]
         self.views = {
@@ -126,7 +130,7 @@ class Server:
         outputs = await self.call(
             client, self.functions["compare"], self.data("compare", **values), session
         )
-        files = [each for each in outputs if isinstance(each, dict) and "path" in each]
+        files = [value for value in outputs if isinstance(value, dict) and "path" in value]
         return [await self._pixels(client, file["path"]) for file in files[: len(ARMS)]]
 
     async def _pixels(self, client: httpx.AsyncClient, path: str) -> np.ndarray:

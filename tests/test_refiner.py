@@ -295,7 +295,7 @@ def test_the_shipped_refiner_refines(pipe, refiner):
     """On held-out prompts, in the steps it was trained with, the refined arm ends nearer to the
     guided images, and closes half of the gap in objects recognised.
     """
-    prompts = held_out_prompts(48)
+    prompts = held_out_prompts(20)
     x_T, embeds = draw_noise(pipe, 10**6, len(prompts)), encode_prompt(pipe, prompts)
     (judge,) = load_metrics(["judge"], None, pipe.device)
 

@@ -54,7 +54,7 @@ CLIP_WIDTH = 768  # of Stable Diffusion 1, whose text encoder has transformers' 
 
 def single_file(pipe: DiffusionPipeline) -> dict[str, torch.Tensor]:
     """Return the state of a Stable Diffusion 2 or XL pipeline as its single file holds it."""
-    state = {f"model.diffusion_model.{name}": value for name, value in _unet(pipe.unet)}
+    state = unet_state(pipe.unet)
     state |= {f"first_stage_model.{name}": value for name, value in _vae(pipe.vae)}
     if isinstance(pipe, StableDiffusionXLPipeline):
         state |= _clip(pipe.text_encoder, "conditioner.embedders.0.transformer.text_model.")
@@ -71,11 +71,14 @@ def _renamed(name: str, table: dict[str, str]) -> str:
     return name
 
 
-def _unet(unet: torch.nn.Module):
+def unet_state(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return a UNet's state as the single file holds it."""
     layers = unet.config.layers_per_block
     attends = [hasattr(block, "attentions") for block in unet.up_blocks]
-    for name, value in unet.state_dict().items():
-        yield unet_name(name, layers, attends), value
+    return {
+        f"model.diffusion_model.{unet_name(name, layers, attends)}": value
+        for name, value in unet.state_dict().items()
+    }
 
 
 def unet_name(name: str, layers: int, attends: list[bool] | None = None) -> str:

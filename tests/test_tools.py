@@ -5,20 +5,29 @@ import shutil
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import safe_open
+from safetensors.torch import load_file
 
-from noiserefine import Refiner, draw_noise
+from noiserefine import Refiner, checkpoint, draw_noise
+from noiserefine.checkpoint import RefinerConfig
 from noiserefine.lora import ADAPTER, adapted
+from noiserefine.models.lora_formats import layers_of, placed
+from noiserefine.refiner import build
 from tests.conftest import EMOJI, EMOJI_REFINER, perturbed
+from tests.single_file import unet_state
 from train.tools import compress, export, share
+from train.tools.architectures import build_denoiser
 
 
 @pytest.fixture
 def folder(pipe, tmp_path):
     """A refiner that does something, saved, with a sheet beside it."""
     refiner = perturbed(pipe, rank=16, guidance_scale_range=[1, 5])
+    torch.nn.init.normal_(refiner.network.scale_input.weight, std=0.1)
     refiner.config.training = {"steps": 6, "guidance_scale": 2.5, "num_validation": 32}
     refiner.config.results = {"validation_gaussian": 0.5, "validation_refined": 0.2}
     refiner.save_pretrained(tmp_path / "refiner")
@@ -58,26 +67,87 @@ def test_compressing_as_a_script(tmp_path, capsys):
     assert "rank 8" in capsys.readouterr().out and (tmp_path / "refiner.json").exists()
 
 
-def test_kohya_naming_is_exact(folder, pipe, tmp_path):
-    """Every layer is there, its alpha rightly, and the head's bias; no value changes."""
-    export.main([str(folder), "--backbone", EMOJI, "--output", str(tmp_path / "k.safetensors")])
+def test_kohya_export_is_exact(folder, pipe, tmp_path):
+    """Every layer is there, its alpha rightly, and the biases; read back, no value changes."""
+    arguments = [str(folder), "--backbone", EMOJI, "--output", str(tmp_path / "k.safetensors")]
+    with pytest.raises(ValueError, match="takes a guidance scale from 1 to 5"):
+        export.main(arguments)
+    export.main([*arguments, "--guidance_scale", "2"])
     refiner = Refiner.from_pretrained(folder, pipe, merge=False)
-    layers = dict(adapted(refiner.network))
     with safe_open(tmp_path / "k.safetensors", "pt") as file:
-        about, names = file.metadata(), set(file.keys())
-        assert len(names) == 3 * len(layers) + 1
-        for name, layer in layers.items():
-            key = "lora_unet_" + name.replace(".", "_")
-            down, up = (file.get_tensor(f"{key}.lora_{end}.weight") for end in ("down", "up"))
-            assert torch.equal(down, layer.lora_A[ADAPTER].weight)
-            scale = file.get_tensor(f"{key}.alpha").item() / len(down)
-            delta = scale * (up.flatten(1) @ down.flatten(1))
-            own = layer.get_delta_weight(ADAPTER).flatten(1)
-            torch.testing.assert_close(delta, own, rtol=1e-4, atol=1e-5)
-        bias = file.get_tensor("lora_unet_conv_out.diff_b")
-    assert torch.equal(bias, -pipe.unet.conv_out.bias)
+        about = file.metadata()
     assert about["modelspec.sai_model_spec"] and "destroys" in about["modelspec.description"]
     assert about["noiserefine"] and about["ss_network_dim"] == "16"
+    assert about["modelspec.prediction_type"] == "v"
+
+    layers = dict(adapted(refiner.network))
+    read, _ = layers_of(load_file(tmp_path / "k.safetensors"))
+    found = {name: parts for (_, name), parts in placed(pipe, {"unet": pipe.unet}, read).items()}
+    assert found.keys() == layers.keys() | {"time_embedding.linear_1"}
+    for name, layer in layers.items():
+        parts = found[name]
+        assert torch.equal(parts["lora_down"], layer.lora_A[ADAPTER].weight)
+        assert torch.equal(parts["lora_up"], layer.lora_B[ADAPTER].weight)
+        assert parts["alpha"].item() / len(parts["lora_down"]) == layer.scaling[ADAPTER]
+    assert torch.equal(found["conv_out"]["diff_b"], -pipe.unet.conv_out.bias)
+
+    # The bias does what the guidance scale's projection did.
+    x_T = draw_noise(pipe, 0)
+    expected = refiner(x_T, "a cat", guidance_scale=2.0)
+    torch.nn.init.zeros_(refiner.network.scale_input.weight)
+    layer = refiner.network.time_embedding.linear_1
+    layer.bias = torch.nn.Parameter(layer.bias + found["time_embedding.linear_1"]["diff_b"])
+    torch.testing.assert_close(refiner(x_T, "a cat", guidance_scale=2.0), expected)
+
+
+def test_kohya_files_are_for_models_whose_layers_programs_find(tmp_path):
+    arguments = ["assets/refiners/emoji-sit", "--output", str(tmp_path / "k.safetensors")]
+    with pytest.raises(ValueError, match="no kohya names for the layers of DiTTransformer2DModel"):
+        export.main(arguments)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "architecture"),
+    [
+        ("sd21", 226, "stable-diffusion-v2-768-v"),
+        ("sdxl", 751, "stable-diffusion-xl-v1-base"),
+    ],
+)
+def test_kohya_names_on_the_real_architectures(name, count, architecture):
+    """ComfyUI finds every layer.
+
+    For each weight in a model's single file it knows lora_unet_ and its name in diffusers, with
+    underscores for dots; diffusers' own converter says which names those are.
+    """
+    with torch.device("meta"):
+        unet = build_denoiser(name)
+    kind = StableDiffusionXLPipeline if name == "sdxl" else StableDiffusionPipeline
+    pipe = kind.__new__(kind)
+    vars(pipe)["unet"] = unet
+    config = RefinerConfig(
+        rank=1,
+        alpha=1,
+        prediction_type="epsilon" if name == "sdxl" else "v_prediction",
+        architecture=checkpoint.architecture(unet),
+        base_model=name,
+        base_signature=[0.0] * checkpoint.SIGNATURE,
+    )
+    refiner = Refiner(pipe, config, build(unet, config))
+    state = export.kohya_state(refiner)
+
+    converted = convert_ldm_unet_checkpoint(unet_state(unet), unet.config)
+    weights = {
+        "lora_unet_" + key.removesuffix(".weight").replace(".", "_"): tensor
+        for key, tensor in converted.items()
+    }
+    layers = {key.partition(".")[0] for key in state}
+    assert len(layers) == count and len(state) == 3 * count + 1
+    for layer in layers:
+        down, up = state[f"{layer}.lora_down.weight"], state[f"{layer}.lora_up.weight"]
+        assert up.shape[:1] + down.shape[1:] == weights[layer].shape
+    assert state["lora_unet_conv_out.diff_b"].shape == unet.conv_out.bias.shape
+    assert export.metadata(refiner)["modelspec.architecture"] == f"{architecture}/lora"
 
 
 class Hub:

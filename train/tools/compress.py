@@ -67,10 +67,12 @@ def _truncate(layer: LoraLayer, small: LoraLayer) -> tuple[float, float]:
     return s[:rank].square().sum().item(), s.square().sum().item()
 
 
-def load_refiner(name_or_path: str, backbone: str | None = None) -> Refiner:
-    """Return a refiner, unmerged, on its base or another backbone in float32."""
+def load_refiner(
+    name_or_path: str, backbone: str | None = None, dtype: torch.dtype = torch.float32
+) -> Refiner:
+    """Return a refiner, unmerged, on its base or another backbone in the given precision."""
     source = backbone or read_config(resolve(name_or_path)).base_model
-    pipe = load_pipeline(source, "cpu", torch.float32)
+    pipe = load_pipeline(source, "cpu", dtype)
     return Refiner.from_pretrained(name_or_path, pipe, merge=False)
 
 

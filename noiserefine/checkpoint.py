@@ -303,15 +303,24 @@ def about(config: RefinerConfig) -> dict[str, str]:
 
 
 def write(
-    folder: str | Path, pipe: DiffusionPipeline, network: ModelMixin, config: RefinerConfig
+    folder: str | Path,
+    pipe: DiffusionPipeline,
+    network: ModelMixin,
+    config: RefinerConfig,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write refiner.json, the LoRA and, if there is one, the guidance scale's projection."""
+    """Write refiner.json, the LoRA and, if there is one, the guidance scale's projection.
+
+    dtype: precision of the tensors in the files; None for their own.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as part:  # nobody reads half a file
-        save_lora(pipe, network, Path(part) / WEIGHTS_NAME, **about(config))
+        save_lora(pipe, network, Path(part) / WEIGHTS_NAME, dtype, **about(config))
         if config.guidance_scale_range is not None:
-            save_file(network.scale_input.state_dict(), Path(part) / SCALE_NAME)
+            projection = network.scale_input.state_dict()
+            projection = {name: tensor.to(dtype) for name, tensor in projection.items()}
+            save_file(projection, Path(part) / SCALE_NAME)
         (Path(part) / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")
         for file in Path(part).iterdir():
             os.replace(file, folder / file.name)

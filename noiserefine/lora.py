@@ -259,17 +259,25 @@ def lora_state(network: ModelMixin) -> dict[str, torch.Tensor]:
 
 
 def save_lora(
-    pipe: DiffusionPipeline, network: ModelMixin, path: str | Path, **metadata: str
+    pipe: DiffusionPipeline,
+    network: ModelMixin,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    **metadata: str,
 ) -> None:
     """Write the LoRA to a safetensors file in diffusers' format, with metadata beside its own.
 
     Pipelines read it by load_lora_weights, those of them that have it.
+    dtype: precision of its tensors; None for their own.
     """
     name, config = denoiser_name(pipe), network.peft_config[ADAPTER].to_dict()
     config["target_modules"] = sorted(config["target_modules"])
     about = json.dumps({f"{name}.{key}": value for key, value in config.items()}, sort_keys=True)
     save_file(
-        {f"{name}.{key}": tensor.contiguous() for key, tensor in lora_state(network).items()},
+        {
+            f"{name}.{key}": tensor.to(dtype).contiguous()
+            for key, tensor in lora_state(network).items()
+        },
         path,
         metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: about} | metadata,
     )

@@ -149,9 +149,10 @@ class Refiner:
         """Return whether the LoRA is folded into the refiner's weights."""
         return not lora.adapted(self.network)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write refiner.json and the LoRA, which pipe.load_lora_weights also reads.
 
+        dtype: precision of the file; None for that of the weights.
         Raises ValueError for a merged refiner.
         """
         if self.merged:
@@ -159,7 +160,7 @@ class Refiner:
                 "This refiner was loaded merged: its LoRA is gone. Load it with merge=False to "
                 "save it."
             )
-        checkpoint.write(folder, self.pipe, self.network, self.config)
+        checkpoint.write(folder, self.pipe, self.network, self.config, dtype)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -61,9 +61,9 @@ class Alternative(Refiner, ABC):
             if id(parameter) not in shared
         }
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the trained tensors and refiner.json."""
-        tensors = {name: value.contiguous() for name, value in self.trained().items()}
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the trained tensors, in this precision or their own, and refiner.json."""
+        tensors = {name: value.to(dtype).contiguous() for name, value in self.trained().items()}
         with atomic(Path(folder) / WEIGHTS_NAME) as part:
             save_file(tensors, part)
         write_json(Path(folder) / CONFIG_NAME, asdict(self.config))

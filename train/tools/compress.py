@@ -3,8 +3,9 @@
     python train/tools/compress.py runs/refiner-sd21 --rank 16 --output_dir runs/refiner-sd21-r16
 
 Each layer's update B A is replaced by its truncated singular value decomposition. The last layer
-keeps the rank that cancelling it takes. Prints the share of the updates' energy that is left, and
-the file's size; measure what became of the images with train/evaluate.py.
+keeps the rank that cancelling it takes. The file has 16 bits a weight. Prints the share of the
+updates' energy that is left, and the file's size; measure what became of the images with
+train/evaluate.py.
 """
 
 from dataclasses import replace
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     refiner = load_refiner(args.refiner, args.backbone)
     small, share = compress(refiner, args.rank)
-    small.save_pretrained(args.output_dir)
+    small.save_pretrained(args.output_dir, torch.float16)
     size = (args.output_dir / WEIGHTS_NAME).stat().st_size / MEGABYTE
     print(f"{args.output_dir}: rank {args.rank}, {size:.1f} MB, {100 * share:.1f} % of the energy.")
 

@@ -265,12 +265,18 @@ def test_a_forgotten_prediction_is_noticed(forgotten, pipe):
     [
         ("emoji:epsilon", "predicts “v_prediction”: leave “:epsilon” out"),
         ("emoji-flow:v", "predicts “flow_prediction”: leave “:v” out"),
-        (f"{EMOJI}-sit/../emoji-flow:v", "predicts neither v nor epsilon"),
+        ("assets/emoji-flow:v", "predicts “flow_prediction”: leave “:v” out"),
     ],
 )
 def test_predictions_that_a_model_cannot_have(source, says):
     with pytest.raises(ValueError, match=says):
         load_pipeline(source, "cpu")
+
+
+def test_predictions_that_an_unlisted_model_cannot_have(tmp_path):
+    (tmp_path / "flow").symlink_to(f"{EMOJI}-flow")
+    with pytest.raises(ValueError, match="predicts neither v nor epsilon"):
+        load_pipeline(f"{tmp_path}/flow:v", "cpu")
 
 
 def test_a_name_of_the_catalogue_may_say_its_prediction():

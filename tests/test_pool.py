@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from noiserefine.models import pool as module
 from noiserefine.models.catalogue import BACKBONES, Model, backbone_of
 from noiserefine.models.pool import Models
-from noiserefine.models.usage import usage_of
+from noiserefine.models.usage import usage_by_name, usage_of
 from tests import families
-from tests.conftest import EMOJI_REFINER, output, perturbed
+from tests.conftest import EMOJI, EMOJI_REFINER, output, perturbed
 from train.tools.architectures import random_pipeline
 
 
@@ -131,12 +131,17 @@ def test_the_embedded_model_stays(folder, loads):
     assert not models.find(Model(str(folder / "base"))), "one other model at a time"
 
 
-def test_where_the_sliders_start(pipe, sdxl):
+def test_where_the_sliders_start(pipe, sdxl, folder):
     """Of the catalogue's entry, else of the family, else as the pipeline's own call has it."""
     emoji = usage_of(pipe, backbone_of("emoji"))
     assert (emoji.guidance_scale, emoji.steps, emoji.sampler) == (2.0, 20, "DDIM")
     assert usage_of(pipe, None).guidance_scale == 7.0
     assert usage_of(sdxl, None).title == "Stable Diffusion XL"
+
+    for name in ("emoji:v", "assets/emoji", "assets/emoji:v", EMOJI):
+        assert usage_by_name(name) == BACKBONES["emoji"].usage
+    assert usage_by_name(f"{folder / 'base'}:v").guidance_scale == 7.0
+    assert Models().load(Model("assets/emoji:v")).usage.guidance_scale == 2.0
 
     usage = usage_of(families.pipeline("cogview4"), None)
     assert (usage.title, usage.guidance_scale, usage.steps) == ("CogView4", 5.0, 50)

@@ -10,6 +10,7 @@ from noiserefine import Refiner, draw_noise
 from noiserefine.models.catalogue import BACKBONES
 from noiserefine.models.loading import load_pipeline
 from noiserefine.models.single_file import Prediction, identify, prediction_of
+from noiserefine.models.usage import usage_by_name
 from tests.conftest import perturbed
 from tests.single_file import single_file
 from train.tools.architectures import random_pipeline
@@ -61,6 +62,15 @@ def test_markers_of_the_prediction(tmp_path, tensors, metadata, base, prediction
     assert identify(path) == (base, prediction)
     asked = prediction_of("epsilon" if prediction.kind == "v_prediction" else "v")
     assert identify(path, asked)[1] == asked, "the user's word counts above the file's"
+
+
+def test_where_the_sliders_start(tmp_path):
+    """The prediction that a name ends with counts before anything is loaded, too."""
+    path = checkpoint(tmp_path, SD2)
+    with pytest.raises(ValueError, match="doesn't say whether it predicts v"):
+        usage_by_name(str(path))
+    assert usage_by_name(f"{path}:v") == BACKBONES["sd21"].usage
+    assert usage_by_name(f"{path}:epsilon") == BACKBONES["sd21-base"].usage
 
 
 def test_the_yaml_beside_it(tmp_path):

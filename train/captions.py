@@ -44,7 +44,12 @@ def read_prompts(path: str | Path, pipe: DiffusionPipeline) -> list[str]:
         shown = ", ".join(map(str, numbers[:SHOWN_PROBLEMS]))
         more = f" and {len(numbers) - SHOWN_PROBLEMS} more" if len(numbers) > SHOWN_PROBLEMS else ""
         plural = "s" * (len(numbers) > 1)
-        raise ValueError(f"{path}, prompt{plural} {shown}{more}: {problems[numbers[0]]}")
+        fitting = len(prompts) - len(problems)
+        raise ValueError(
+            f"{path}, prompt{plural} {shown}{more}: {problems[numbers[0]]} Of its {len(prompts)} "
+            f"prompts {fitting} are short enough: leave the others out, or take a file of short "
+            "ones, as assets/prompts/emoji.txt is."
+        )
     return prompts
 
 

@@ -1,5 +1,6 @@
 """The models and modes the app offers, as data: nothing in this module takes time to import."""
 
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -358,7 +359,8 @@ def backbone_of(source: str) -> Backbone | None:
     """Return the catalogue's entry of a name in it, a hub id or a folder."""
     if source in BACKBONES:
         return BACKBONES[source]
-    return next((entry for entry in BACKBONES.values() if entry.source == source), None)
+    names = (source, os.path.abspath(source))
+    return next((entry for entry in BACKBONES.values() if entry.source in names), None)
 
 
 @dataclass(frozen=True)

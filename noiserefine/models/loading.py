@@ -39,7 +39,7 @@ def load_pipeline(
     say epsilon, or the reverse.
     """
     device = torch.device(device or default_device())
-    name, asked, backbone = _read(source, prediction_type)
+    name, asked, backbone = read_source(source, prediction_type)
     if is_safetensors(name):
         pipe = load_single_file(name, device, dtype, asked)
     else:
@@ -68,7 +68,7 @@ def check_source(source: str) -> str:
 
     Raise what load_pipeline raises, as far as small files tell.
     """
-    name, asked, backbone = _read(source, None)
+    name, asked, backbone = read_source(source)
     if is_safetensors(name):
         base, _ = identify(local_file(name), asked)
         return BACKBONES[base].pipeline
@@ -76,16 +76,17 @@ def check_source(source: str) -> str:
     return kind.__name__
 
 
-def _read(
-    source: str, prediction_type: str | None
+def read_source(
+    source: str, prediction_type: str | None = None
 ) -> tuple[str, Prediction | None, Backbone | None]:
-    """Return a source's path or hub id, the prediction that the user names, and its entry."""
-    backbone = backbone_of(source)
-    if backbone is None and (found := ASKED.fullmatch(source.strip())):
+    """Return a source's path or hub id, the prediction that the user names, and its entry.
+
+    Raises ValueError for a name that cannot be one, and a prediction that the model cannot have.
+    """
+    if not backbone_of(source) and (found := ASKED.fullmatch(source.strip())):
         source, prediction_type = found[1], prediction_type or found[2]
-        backbone = backbone_of(source)
-    name = backbone.source if backbone else read_name(source)
-    backbone = backbone or backbone_of(name)
+    name = BACKBONES[source].source if source in BACKBONES else read_name(source)
+    backbone = backbone_of(source) or backbone_of(name)
     asked = prediction_of(prediction_type) if prediction_type else None
     if backbone and asked and asked != Prediction(backbone.prediction_type):
         raise ValueError(

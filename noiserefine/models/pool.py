@@ -13,9 +13,9 @@ from PIL import Image
 from noiserefine.checkpoint import read_config, resolve, revision
 from noiserefine.denoiser import denoiser
 from noiserefine.latents import fit_preview
-from noiserefine.models.catalogue import OFFLOADS, Model, Usage, backbone_of
+from noiserefine.models.catalogue import OFFLOADS, Model, Usage
 from noiserefine.models.devices import default_device
-from noiserefine.models.loading import check_source, load_pipeline
+from noiserefine.models.loading import check_source, load_pipeline, read_source
 from noiserefine.models.offload import offload
 from noiserefine.models.refiners import refiner_for, training_command
 from noiserefine.models.usage import usage_of
@@ -140,7 +140,7 @@ class Models:
 
     def load(self, model: Model) -> Loaded:
         """Load the model; raise ValueError where the card is too small."""
-        backbone, device = backbone_of(model.backbone), default_device()
+        (_, _, backbone), device = read_source(model.backbone), default_device()
         # Where the card is not there yet, or too small, the networks reach it later.
         by_way_of_cpu = self.keep_all or self.offload != "none"
         if device.type == "cuda" and not by_way_of_cpu and backbone:
@@ -166,7 +166,7 @@ class Models:
         self, model: Model, pipe: DiffusionPipeline, guided: bool
     ) -> tuple[Refiner | None, str]:
         """Return the model's refiner on the pipeline, and what to say of it."""
-        backbone = backbone_of(model.backbone)
+        _, _, backbone = read_source(model.backbone)
         folder = model.refiner or refiner_for(pipe, backbone)
         if folder is None:
             command = training_command(pipe, model.backbone, backbone)

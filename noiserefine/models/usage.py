@@ -1,12 +1,31 @@
-"""How a loaded model is best used: as the catalogue, its family or its own pipeline says."""
+"""How a model is best used: as the catalogue, its family or its own pipeline says."""
 
 from dataclasses import replace
 
 from diffusers import DiffusionPipeline
 
 from noiserefine.denoiser import call_parameters, can_guide, guidance_arguments
-from noiserefine.models.catalogue import FAMILIES, Backbone, Usage
+from noiserefine.models.catalogue import BACKBONES, FAMILIES, Backbone, Usage
+from noiserefine.models.devices import default_device
+from noiserefine.models.folder import examine
+from noiserefine.models.loading import read_source
+from noiserefine.models.single_file import identify
+from noiserefine.models.sources import is_safetensors, local_file
 from noiserefine.samplers import samplers_of
+
+
+def usage_by_name(source: str) -> Usage | None:
+    """Return how a model is best used as far as small files tell, None where they do not.
+
+    source: as load_pipeline takes it. Raises what load_pipeline raises.
+    """
+    name, asked, backbone = read_source(source)
+    if backbone:
+        return backbone.usage
+    if is_safetensors(name):
+        return BACKBONES[identify(local_file(name), asked)[0]].usage
+    kind, *_ = examine(name, default_device(), None, None)
+    return FAMILIES.get(kind.__name__)
 
 
 def usage_of(pipe: DiffusionPipeline, backbone: Backbone | None) -> Usage:

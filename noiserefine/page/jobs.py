@@ -14,12 +14,8 @@ from noiserefine.analysis.recipe import Maker, Recipe, Sample
 from noiserefine.analysis.trajectory import FRAMES
 from noiserefine.denoiser import can_guide, guidance_kind
 from noiserefine.latents import decode
-from noiserefine.models.catalogue import BACKBONES, FAMILIES, Model, Usage, backbone_of
-from noiserefine.models.devices import default_device
-from noiserefine.models.folder import examine
+from noiserefine.models.catalogue import Model
 from noiserefine.models.pool import Loaded, Models
-from noiserefine.models.single_file import identify
-from noiserefine.models.sources import is_safetensors, local_file, read_name
 from noiserefine.page.events import Event, Made, Picture, Progress, Source, Tick
 from noiserefine.page.settings import ON_SPACE, REFINERS, ZERO_GPU, Settings, number, text, whole
 from noiserefine.page.stream import Worker, stream
@@ -187,18 +183,6 @@ def _no_guidance(loaded: Loaded) -> str:
     if not can_guide(loaded.pipe) and guidance_kind(loaded.pipe) == "embedded":
         return "this network takes the guidance scale as an input; plain is guided already."
     return "this model is distilled to be sampled without guidance."
-
-
-def usage(source: str) -> Usage | None:
-    """Return where the sliders start for a model, as small files tell; None where they do not."""
-    listed = backbone_of(source)
-    if listed:
-        return listed.usage
-    name = read_name(source)
-    if is_safetensors(name):
-        return BACKBONES[identify(local_file(name))[0]].usage
-    kind, *_ = examine(name, default_device(), None, None)
-    return FAMILIES.get(kind.__name__)
 
 
 def model_of(settings: Settings, view: View) -> Model:

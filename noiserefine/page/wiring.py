@@ -15,6 +15,7 @@ from noiserefine.models.catalogue import BACKBONES
 from noiserefine.page import blind, restoring, texts
 from noiserefine.page.handlers import handler_of, jobs, request_stop
 from noiserefine.page.layout import Components, Page, about_model, build_components
+from noiserefine.page.lazy import Lazy
 from noiserefine.page.settings import FREE_CHOICE, Settings
 from noiserefine.page.train_tab import train_tab
 from noiserefine.page.views import ARMS, VIEWS
@@ -22,6 +23,7 @@ from noiserefine.page.views import ARMS, VIEWS
 HISTORY = 12  # results
 PRIVATE: Any = {"api_visibility": "private"}  # of events that are no endpoint
 RANDOM_SEED = "Math.floor(Math.random() * 2 ** 32)"
+usages: Any = Lazy("noiserefine.models.usage")
 
 
 def build_page() -> gr.Blocks:
@@ -221,7 +223,7 @@ def _defaults_of(name: str) -> list:
     """Return guidance scale, steps, sampler and description of a model, listed or not."""
     try:
         listed = BACKBONES.get(name)
-        usage = listed.usage if listed else jobs.usage(name) if FREE_CHOICE else None
+        usage = listed.usage if listed else usages.usage_by_name(name) if FREE_CHOICE else None
     except (ValueError, OSError) as error:  # said now, before anything is loaded
         raise gr.Error(str(error), print_exception=False) from error
     if usage is None:

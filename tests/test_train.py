@@ -408,11 +408,30 @@ def test_targets_of_another_run(tmp_path, tiny, small):
     with pytest.raises(FileNotFoundError, match="is no run"):
         main([*tiny, "--targets_of", str(tmp_path), "--output_dir", str(tmp_path / "other")])
     settings = json.loads((tmp_path / "own" / "config.json").read_text())
+    with pytest.raises(ValueError, match="num_targets was 16, now 17"):
+        check_targets_of(tmp_path / "own", settings | {"num_targets": 17})
     rounded = torch.tensor(settings["backbone_signature"]).bfloat16().tolist()
     check_targets_of(tmp_path / "own", settings | {"backbone_signature": rounded})
     with pytest.raises(ValueError, match="backbone_signature"):
         check_targets_of(tmp_path / "own", settings | {"backbone_signature": rounded[::-1]})
     assert not (tmp_path / "other" / "targets").exists()
+
+
+def test_the_first_targets_of_a_larger_run(tmp_path, tiny):
+    """They are those that the smaller run would make."""
+    small = [*tiny, "--num_targets", "4", "--target_batch_size", "4"]
+    more = [*small, "--num_targets", "8"]
+    main([*more, "--output_dir", str(tmp_path / "larger")])
+    main([*small, "--output_dir", str(tmp_path / "own")])
+    shared = ["--targets_of", str(tmp_path / "larger"), "--output_dir", str(tmp_path / "shared")]
+    main([*small, *shared])
+    own, same = lora(tmp_path / "own"), lora(tmp_path / "shared")
+    assert all(torch.equal(own[name], same[name]) for name in own)
+    seconds = [
+        json.loads((tmp_path / name / "refiner.json").read_text())["results"]["seconds_of_targets"]
+        for name in ("shared", "larger")
+    ]
+    assert 0 < seconds[0] < seconds[1]
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

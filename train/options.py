@@ -71,7 +71,9 @@ class Options:
     target_steps: int = option(20, "[N'] sampling steps of the targets")
     target_batch_size: int = option(8, "targets sampled in one call, on each device")
     targets_of: str = option(
-        None, "folder of another run, with equal target options, whose targets to use"
+        None,
+        "folder of another run, with equal target options and at least as many targets, whose "
+        "targets to use",
     )
     keep_top: int = option(
         0, "train on this many targets, those with the highest --score; 0: on all (D.1)"

@@ -55,14 +55,18 @@ def open_run(folder: Path, settings: dict[str, Any], main_process: bool) -> None
 def check_targets_of(run: Path, settings: dict[str, Any]) -> None:
     """Raise ValueError if another run's targets are not those that these settings would make.
 
-    Raise FileNotFoundError if there is no such run.
+    It may have more of them: its first ones are the same. Raise FileNotFoundError if there is no
+    such run.
     """
     if not (run / SETTINGS).is_file():
         raise FileNotFoundError(
             f"--targets_of {run} is no run of this script: it has no {SETTINGS}."
         )
+    earlier = read_settings(run)
     names = _target_settings(settings) + ["loss"] * (settings["loss"] != "msd")
-    if differing := _differences(read_settings(run), settings, names):
+    if earlier["num_targets"] > settings["num_targets"]:
+        names.remove("num_targets")
+    if differing := _differences(earlier, settings, names):
         raise ValueError(
             f"The targets of {run} are others ({'; '.join(differing)}): give the same options, "
             "or leave --targets_of out."

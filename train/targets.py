@@ -133,9 +133,10 @@ class Targets:
     def seconds(self) -> float:
         """Return the time that sampling took, of all devices added up."""
         total = 0.0
-        for path in self.files.values():
-            with safe_open(path, "pt") as file:
-                total += float(file.metadata()["seconds"])
+        for start, path in self.files.items():
+            if start < self.options.num_targets:  # the run of --targets_of may have more
+                with safe_open(path, "pt") as file:
+                    total += float(file.metadata()["seconds"])
         return total
 
     def _sample(

@@ -151,6 +151,28 @@ def _graph(root: Any) -> set[Any]:
     return found - {None}
 
 
+def matching(network: ModelMixin, targets: list[str], pattern: str) -> list[str]:
+    """Return the names of the layers among the targets that a regular expression finds.
+
+    targets: names, or ends of them.  Raises ValueError for an expression that finds none.
+    """
+    try:
+        names = [
+            name
+            for name, module in network.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+            and any(f".{name}".endswith(f".{target}") for target in targets)
+            and re.search(pattern, name)
+        ]
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}.") from error
+    if not names:
+        raise ValueError(
+            f"No layer's name matches {pattern!r}. The layers are {', '.join(targets)}."
+        )
+    return names
+
+
 def plain_twin(network: ModelMixin) -> ModelMixin:
     """Return a second tree of modules over the same parameters, without LoRA.
 

@@ -55,17 +55,24 @@ class Refiner:
         rank: int = 128,
         alpha: float | None = None,
         guidance_scale_range: list[float] | None = None,
+        layers: str | None = None,
     ) -> "Refiner":
         """Return an untrained refiner, the identity: its last layer's LoRA is minus that layer.
 
         guidance_scale_range: lowest and highest of the guidance scales it will take as an input
         (appendix A.4), through a projection that starts at zero; None for none.
-        Raises ValueError for a pipeline that cannot be refined, with what is missing.
+        layers: a regular expression that is searched for in the layers' names: those without a
+        match get no LoRA, except the last one; None for all.
+        Raises ValueError for an expression that no layer matches, and for a pipeline that cannot be
+        refined, with what is missing.
         """
         check_refinable(pipe)
         base = denoiser(pipe)
-        layers = lora.trace(pipe, lora.plain_twin(base))
-        if guidance_scale_range is not None and layers.vector is None:
+        found = lora.trace(pipe, lora.plain_twin(base))
+        if layers is not None:
+            targets = lora.matching(base, found.targets, layers)
+            found = found._replace(targets=[*targets, found.head])
+        if guidance_scale_range is not None and found.vector is None:
             raise ValueError(
                 f"No layer of {type(base).__name__} reads a vector, to which a guidance scale "
                 "could be added: train its refiner for one scale."
@@ -78,11 +85,11 @@ class Refiner:
             base_model=pipe.name_or_path or "an unnamed model",
             base_signature=checkpoint.signature(base),
             base_revision=checkpoint.revision(pipe),
-            timestep=layers.timestep,
-            target_modules=layers.targets,
-            head=layers.head,
-            vector=layers.vector,
-            adds_input=layers.adds_input,
+            timestep=found.timestep,
+            target_modules=found.targets,
+            head=found.head,
+            vector=found.vector,
+            adds_input=found.adds_input,
             guidance_scale_range=guidance_scale_range and [*map(float, guidance_scale_range)],
         )
         network = build(base, config)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from noiserefine import Refiner, draw_noise
 from noiserefine.denoiser import ForwardCounter
 from noiserefine.latents import decode
-from noiserefine.lora import UNET_TARGETS, merge_lora
+from noiserefine.lora import UNET_TARGETS, adapted, merge_lora
 from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt
 from tests.conftest import EMOJI, EMOJI_REFINER, output, perturbed
@@ -29,6 +29,24 @@ def any_pipe(request):
 def test_untrained_is_the_identity(any_pipe):
     x_T = draw_noise(any_pipe, 0, 2)
     torch.testing.assert_close(Refiner.create(any_pipe, 16)(x_T, PROMPTS), x_T, rtol=0, atol=1e-5)
+
+
+def test_layers_are_chosen(sdxl, tmp_path):
+    """Those that match and the last one, which cancelling takes."""
+    whole, x_T = Refiner.create(sdxl, 4), draw_noise(sdxl, 0)
+    refiner = perturbed(sdxl, 4, layers=r"\battn")
+    names = {name for name, _ in adapted(refiner.network)}
+    expected = {name for name, _ in adapted(whole.network) if ".attn" in name}
+    assert names == {*expected, "conv_out"} and expected
+    torch.testing.assert_close(
+        Refiner.create(sdxl, 4, layers="conv_in")(x_T, "a cat"), x_T, rtol=0, atol=1e-5
+    )
+    refiner.save_pretrained(tmp_path)
+    again = Refiner.from_pretrained(tmp_path, sdxl, merge=False)
+    assert torch.equal(again(x_T, "a cat"), refiner(x_T, "a cat"))
+    for pattern, says in (("attention$", "No layer's name matches"), ("(", "no regular")):
+        with pytest.raises(ValueError, match=says):
+            Refiner.create(sdxl, 4, layers=pattern)
 
 
 def test_strength(any_pipe):

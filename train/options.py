@@ -91,6 +91,11 @@ class Options:
         "lora", "lora, or module:Class of another network (train/experiments/networks.py)"
     )
     rank: int = option(128, "rank of the LoRA")
+    layers: str = option(
+        None,
+        "regular expression: only layers whose name it matches get a LoRA, and the last one; by "
+        "default all of them",
+    )
     loss: str = option(
         "msd", "msd (eq. 4), or module:Class of another loss (train/experiments/losses.py)"
     )

@@ -218,7 +218,12 @@ def _adamw(options: Options) -> Any:
 
 def _create_refiner(options: Options, pipe: DiffusionPipeline) -> Refiner:
     network = Refiner if options.network == "lora" else load_named("network", options.network)
-    refiner = network.create(pipe, options.rank, guidance_scale_range=options.guidance_scale_range)
+    refiner = network.create(
+        pipe,
+        options.rank,
+        guidance_scale_range=options.guidance_scale_range,
+        layers=options.layers,
+    )
     denoiser(pipe).requires_grad_(False)
     cast_training_params(refiner.network)
     if options.gradient_checkpointing:

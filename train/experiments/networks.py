@@ -37,8 +37,11 @@ class Alternative(Refiner, ABC):
         rank: int = 128,
         alpha: float | None = None,
         guidance_scale_range: list[float] | None = None,
+        layers: str | None = None,
     ) -> "Alternative":
-        """Return the untrained network. Raise ValueError for a guidance_scale_range."""
+        """Return the untrained network. Raise ValueError for a guidance_scale_range or layers."""
+        if layers is not None:
+            raise ValueError(f"The network {cls.name} has no LoRA's layers: leave --layers out.")
         if guidance_scale_range is not None:
             raise ValueError(
                 f"The network {cls.name} takes no guidance scale: leave --guidance_scale_range out."

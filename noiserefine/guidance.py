@@ -138,6 +138,21 @@ def sample_latents(
     seed    of the noise that stochastic samplers add
     guidance: guidance_scale, pag_scale and guider, as `sample` takes them; unguided by default
     """
+    return sample_both(pipe, x_T, embeds, steps, seed, output_type="latent", **guidance)[0]
+
+
+def sample_both(
+    pipe: DiffusionPipeline,
+    x_T: torch.Tensor,
+    embeds: dict[str, Any],
+    steps: int,
+    seed: int = 0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, Any]:
+    """Return what `sample_latents` returns, and the images that the pipeline makes of it.
+
+    kwargs: guidance, and what else the pipeline's call takes
+    """
     canvas, step = canvas_like(pipe, x_T), pipe.scheduler.step
     x_T = x_T.detach().to(pipe._execution_device, precision(denoiser(pipe)))
     last: list[torch.Tensor] = []
@@ -148,14 +163,13 @@ def sample_latents(
         return made
 
     with with_step(pipe.scheduler, keep):
-        sample(
+        images = sample(
             pipe,
             latents=canvas.to_latents(x_T),
             num_inference_steps=steps,
             generator=step_generator(seed),
-            output_type="latent",
             height=canvas.height,
             width=canvas.width,
-            **guidance | embeds,
-        )
-    return canvas.from_sample(last[0])
+            **kwargs | embeds,
+        ).images
+    return canvas.from_sample(last[0]), images

@@ -1,11 +1,13 @@
 """The experiments beside the refiner: other networks and losses, LoRAs on the denoiser, gradients,
 and the report of all of them."""
 
+import argparse
 import json
 import re
 import shutil
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
 from tests.conftest import EMOJI, ROOT, output, perturbed
 from train import evaluate, train_refiner
+from train.captions import held_out_prompts
 from train.common import load_named
 from train.emoji import style
 from train.emoji.render import clay
@@ -38,6 +41,7 @@ from train.experiments import (
     novelty,
     report,
     reproduce,
+    study,
     variety,
 )
 from train.experiments.denoiser_lora import read_targets
@@ -138,8 +142,9 @@ def test_other_networks(name, pipe, tmp_path):
     again = kind.from_pretrained(tmp_path, pipe)
     assert type(again) is kind and torch.equal(again(x_T, ["a cat", "a dog"]), refined)
     assert torch.equal(output(pipe), before)
-    with pytest.raises(ValueError, match="takes no guidance scale"):
-        kind.create(pipe, 8, guidance_scale_range=[1, 2])
+    for refused in ({"guidance_scale_range": [1, 2]}, {"layers": "attn"}):
+        with pytest.raises(ValueError, match=r"takes no guidance scale|leave --layers out"):
+            kind.create(pipe, 8, **refused)
     with pytest.raises(FileNotFoundError, match="is not a refiner"):
         Refiner.from_pretrained(tmp_path, pipe)
 
@@ -529,3 +534,63 @@ def test_latent_distances_by_rank_and_steps(tiny_folder, tiny, tmp_path):
     assert rows[0]["percent"] == pytest.approx(100 * (1 - whole / rows[0]["gaussian"]))
     equal = latent_distance.percent_of_the_way(np.ones(5), np.zeros(5))
     assert equal == (100, [100, 100])
+
+
+@pytest.fixture
+def study_options(tiny_folder, tmp_path):
+    """Return what a study of the pipeline with random weights takes."""
+    measured = f"{ROOT}/assets/prompts/emoji_heldout.txt"
+    files = ["--backbone", str(tiny_folder), "--output", str(tmp_path / "s.json")]
+    return [*RUN, "--validation_prompts", measured, "--rank", "2", "--n", "4", *files]
+
+
+def test_a_study_measures_each_recipe_once(tmp_path, tiny, study_options, monkeypatch):
+    """A later call with more factors trains and measures only what is new."""
+    trained, run = [], train_refiner.run
+    monkeypatch.setattr(study, "STEPS", 2)
+    monkeypatch.setattr(
+        train_refiner, "run", lambda o: (trained.append(Path(o.output_dir).name), run(o))
+    )
+    study.main([*study_options, "--factors", "rank=2,4", "strength=2"])
+    assert trained == ["targets-8", "base", "rank=4"]
+    study.main([*study_options, "--factors", "rank=4", "num_targets=4"])
+    assert trained[3:] == ["num_targets=4"]
+    result = json.loads((tmp_path / "s.json").read_text())
+    found = result["recipes"]
+    assert list(found) == ["base", "strength=2.0", "rank=4", "num_targets=4"]
+    assert found["base"]["megabytes"] < found["rank=4"]["megabytes"]
+    assert found["num_targets=4"]["optimizer_steps"] == found["base"]["optimizer_steps"] == 1
+    assert (tmp_path / "s.png").is_file() and "| rank | 4 | 1 |" in study.table(result)
+    with pytest.raises(ValueError, match="study of other settings"):
+        study.main([*study_options, "--n", "5"])
+
+    # The share of the distance, by the refiner that was left behind.
+    refiner = Refiner.from_pretrained(tmp_path / "s" / "base", tiny)
+    settings = argparse.Namespace(batch_size=4, guidance_scale=2.0)
+    prompts = held_out_prompts(4)
+    distances = latent_distance.distances(
+        with_sampler(tiny, "DDIM"), {2: refiner}, prompts, study.STEPS, settings
+    )
+    percent, _ = latent_distance.percent_of_the_way(distances["gaussian"], distances[2])
+    assert found["base"]["percent_of_the_way"] == pytest.approx(percent, rel=1e-3)
+    assert found["strength=2.0"]["percent_of_the_way"] != found["base"]["percent_of_the_way"]
+
+
+def test_gap_closed_is_a_share_of_means():
+    unguided, refined, guided = np.array([0, 0, 0, 0]), np.array([1, 0, 1, 0]), np.ones(4)
+    percent, (low, high) = latent_distance.percent_of_the_way(unguided, refined, guided)
+    assert percent == 50 and 0 <= low < 50 < high <= 100
+
+
+def test_a_study_says_what_it_costs(study_options, tmp_path, capsys):
+    factors = ["num_targets=4,16", "teacher=apg", "strength=2"]
+    study.main([*study_options, "--factors", *factors, "--dry_run"])
+    text = capsys.readouterr().out
+    training, measuring = 8 * (1 + 2 + 1), 4 * (study.STEPS + 1)
+    assert f"| num_targets=16 | 1 | 0 | {training} | {measuring} |" in text
+    assert f"| teacher=apg | 1 | {8 * 4} | {training} | {measuring} |" in text
+    arms, total = 4 * 3 * study.STEPS, 16 * 4 + 8 * 4 + 4 * training + 5 * measuring
+    assert f"{total + arms:,} with 16 shared targets" in text
+    assert not (tmp_path / "s").exists()
+    with pytest.raises(ValueError, match="no factor 'ranks'"):
+        study.main(["--factors", "ranks=2"])

@@ -122,12 +122,21 @@ def distances(
     return {name: np.array(values) for name, values in found.items()}
 
 
-def percent_of_the_way(gaussian: np.ndarray, refined: np.ndarray) -> tuple[float, list[float]]:
-    """Return 100 (1 - refined / gaussian) of the mean distances (n,), and its 95 % interval."""
+def percent_of_the_way(
+    gaussian: np.ndarray, refined: np.ndarray, guided: np.ndarray | float = 0.0
+) -> tuple[float, list[float]]:
+    """Return 100 (gaussian - refined) / (gaussian - guided) of means, and its 95 % interval.
+
+    gaussian, refined, guided: values of the same images, (n,). Distances to the guided latents are
+    0 for the guided ones. Not a number where unguided and guided values have the same mean.
+    """
     rng, n = np.random.default_rng(0), len(gaussian)
+    arms = np.stack([gaussian, refined, np.broadcast_to(guided, n)]).astype(float)
     samples = [np.arange(n), *(rng.integers(n, size=n) for _ in range(RESAMPLES))]
-    percents = [100 * (1 - refined[chosen].mean() / gaussian[chosen].mean()) for chosen in samples]
-    return float(percents[0]), interval(np.array(percents))
+    means = np.stack([arms[:, chosen].mean(1) for chosen in samples], axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        percents = 100 * (means[0] - means[1]) / (means[0] - means[2])
+    return float(percents[0]), interval(percents)
 
 
 def megabytes(refiner: Refiner) -> float:

@@ -62,7 +62,7 @@ RUN = (
 COMPARISONS = {
     f"train/experiments/{module.__name__.rpartition('.')[2]}.py": module.parse
     for module in (frontier, variety, compatibility)
-}
+} | {"train/experiments/study.py": lambda arguments: study.parse_all(arguments)[0]}
 
 
 @pytest.fixture(scope="session")
@@ -461,11 +461,23 @@ def test_the_report_has_a_section_for_every_experiment(tmp_path, monkeypatch, ca
         "as trained": {"arms": timed, "gap_closed": closed},
         "negative prompt": {"impossible": "SiTPipeline takes no negative prompt."},
     }
+    gained = {"percent_of_the_way": 40.0, "percent_of_the_way_interval": [38.0, 42.0]}
+    gained |= {"object_accuracy": 0.5, "object_accuracy_interval": [0.4, 0.6]}
+    trained = {"optimizer_steps": 184, "megabytes": 2.7, "seconds_of_steps": 9.0} | gained
+    trained |= {"evaluations": {"targets": 1000, "training": 2000}}
+    varied_recipes = {
+        "base": trained | {"factor": "base", "value": None},
+        "rank=4": trained | {"factor": "rank", "value": 4},
+        "teacher=apg": trained | {"factor": "teacher", "value": "apg"},
+    }
+    base = {"n": 512, "rank": 32, "teacher": "cfg", "layers": None}
+    studied = {"settings": base, "recipes": varied_recipes}
     for model in reproduce.MODELS:
         for name, made in (
             ("frontier", methods | {"figures": {"object_accuracy": curve}}),
             ("variety", seeds),
             ("compatibility", {"steps": 20, "conditions": asked}),
+            ("study", studied),
         ):
             (tmp_path / f"{name}-{model}.json").write_text(json.dumps(result | made))
     (tmp_path / "inversion.json").write_text(
@@ -507,7 +519,10 @@ def test_the_report_has_a_section_for_every_experiment(tmp_path, monkeypatch, ca
     assert "| 20 | unguided, 20 steps | 0.500 [0.400, 0.600] | refined DDIM, 19 steps |" in text
     assert "| as trained | 75 [70, 80] | 0.400 / 0.200 |" in text
     assert "| negative prompt | SiTPipeline takes no negative prompt. |" in text
-    assert all((tmp_path / f"{name}-emoji-sit.png").is_file() for name in ("frontier", "variety"))
+    assert "| rank | 4 | 184 | 3,000 | 2.7 | 9 | 40 [38, 42] | 0.500 [0.400, 0.600] |  |" in text
+    drawn = ("frontier", "variety", "study")
+    assert all((tmp_path / f"{name}-emoji-sit.png").is_file() for name in drawn)
+    assert (tmp_path / "study.png").is_file()
     (tmp_path / "mlp.json").unlink()
     report.main([])
     text = (tmp_path / "report.md").read_text()

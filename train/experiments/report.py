@@ -23,6 +23,7 @@ from train.experiments import (
     inversion_error,
     noise_gradients,
     novelty,
+    study,
     variety,
 )
 from train.experiments.reproduce import (
@@ -234,6 +235,23 @@ def conditions(results: Results, model: str) -> str:
     return f"{settings}.\n\n{compatibility.table(result)}"
 
 
+def recipe(results: Results, model: str) -> str:
+    """Return what each factor of a model's training recipe does: the plot and the table."""
+    name = f"study-{model}"
+    study.plot({model: results[name]}, RESULTS / f"{name}.png")
+    return f"![Each factor of the recipe]({name}.png)\n\n{study.table(results[name])}"
+
+
+def recipes(results: Results) -> str:
+    """Return the plot of all models' training recipes."""
+    found = {model: results[f"study-{model}"] for model in MODELS}
+    study.plot(found, RESULTS / "study.png")
+    return (
+        "Percent of the way to the guided latents (solid) and of the accuracy gap (dashed); filled "
+        "marks are the presets.\n\n![Each factor of the recipe, a colour for each model](study.png)"
+    )
+
+
 def of_each_model(
     title: str, name: str, write: Callable[..., str]
 ) -> list[tuple[str, list[str], Callable[[Results], str], str]]:
@@ -415,6 +433,8 @@ SECTIONS: list[tuple[str, list[str], Callable[[Results], str], str]] = [
         tuning,
         "",
     ),
+    ("The training recipe", [f"study-{model}" for model in MODELS], recipes, ""),
+    *of_each_model("The training recipe", "study", recipe),
     *of_each_model("Quality by forwards", "frontier", forwards_spent),
     *of_each_model("Variety among seeds", "variety", seeds_of_a_prompt),
     *of_each_model("With what else people do", "compatibility", conditions),

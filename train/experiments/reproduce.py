@@ -216,6 +216,10 @@ class Commands:
             for name, own in MODELS.items()
         ]
 
+    def study(self) -> list[Command]:
+        """Vary the training recipe of every model."""
+        return [self.figures("study", f"study-{name}", f"--preset {name}") for name in MODELS]
+
     def frontier(self) -> list[Command]:
         """Measure quality by forwards, beside LoRAs that are trained for it."""
         distilled = shlex.quote(str(self.work / "guidance"))
@@ -344,6 +348,7 @@ def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
             for name, sampler in SAMPLERS_TRIED.items()
             for steps in STEPS
         ],
+        "study": make.study(),
         "frontier": make.frontier(),
         "variety": [refiner, *make.variety()],
         "compatibility": make.compatibility(),

@@ -7,8 +7,8 @@
 
 All other options are the trainer's: they change the base recipe, e.g. --num_targets 1024, or the
 speed, e.g. --target_batch_size 256. Every recipe is trained and measured once: its figures are
-written to --output at once, so the same command continues, and more --factors add to the file.
---work_dir keeps targets and the training in progress.
+written at once, to OUTPUT.partial.json until all are there. The same command continues from it, and
+one with other --factors adds to --output. --work_dir keeps targets and the training in progress.
 
 Refined images of held-out prompts are compared with the unguided and guided ones of the same seeds,
 the guided ones at the preset's scale whatever the recipe's teacher. "Percent of the way" is that of
@@ -383,8 +383,10 @@ def main(arguments: list[str] | None = None) -> None:
         print(cost_table(chosen, base, largest, args.n))
         return
     result: dict[str, Any] = {"settings": None, "arms": {}, "recipes": {}}
-    if args.output.exists():
-        result = json.loads(args.output.read_text(encoding="utf-8"))
+    partial = args.output.with_suffix(".partial.json")
+    for path in (args.output, partial):  # the latter has more, where both exist
+        if path.exists():
+            result = json.loads(path.read_text(encoding="utf-8"))
     setup = (args, base, largest)
     with processes(setup) as pool:
         study = Study(*setup)
@@ -407,7 +409,9 @@ def main(arguments: list[str] | None = None) -> None:
             found = (future.result() for future in as_completed(submitted))
         for figures in found:
             result["recipes"] |= figures
-            write_json(args.output, result)
+            write_json(partial, result)
+    write_json(args.output, result)
+    partial.unlink(missing_ok=True)
     plot({base.preset: result}, args.output.with_suffix(".png"))
     print(table(result))
 

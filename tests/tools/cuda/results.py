@@ -12,7 +12,7 @@ import torch
 MARK = "RESULT "  # what follows it in a line of a part's output is read by run.py
 
 
-def report(name: str, **figures: Any) -> None:
+def report(name: str, /, **figures: Any) -> None:
     """Print a result under its name, to be written at once."""
     print(MARK + json.dumps({name: figures}), flush=True)
 

@@ -5,7 +5,8 @@
     bash tests/tools/cuda.sh OUT --small                # small architectures, on the processor too
 
 Every result is in OUT/cuda.json as soon as it is there, so a run that is cut off still tells what
-it came to.  OUT/cuda.log has all output.
+it came to; parts that are run again replace their results, the others stay.  OUT/cuda.log has all
+output.
 """
 
 import argparse
@@ -31,12 +32,12 @@ PARTS: dict[str, tuple[float, list[str]]] = {
     "environment": (30, ["environment.py"]),
     "suite": (90, ["suite.py"]),
     "page": (70, ["page.py"]),
-    "sd21": (70, ["arms.py", "sd21"]),
-    "sdxl": (80, ["arms.py", "sdxl"]),
+    "sd21": (80, ["arms.py", "sd21"]),
+    "sdxl": (120, ["arms.py", "sdxl"]),
     "train-sd21": (40, ["training.py", "sd21"]),
-    "train-sdxl": (50, ["training.py", "sdxl"]),
-    "sd35-medium": (60, ["arms.py", "sd35-medium"]),
-    "train-sd35-medium": (45, ["training.py", "sd35-medium"]),
+    "train-sdxl": (70, ["training.py", "sdxl"]),
+    "sd35-medium": (90, ["arms.py", "sd35-medium"]),
+    "train-sd35-medium": (60, ["training.py", "sd35-medium"]),
     "train-sit": (30, ["training.py", "sit"]),
     "sana": (50, ["arms.py", "sana"]),
     "compile-sd21": (80, ["compiled.py", "sd21"]),
@@ -59,9 +60,11 @@ class Record:
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.log = (
             folder / "cuda.json",
-            (folder / "cuda.log").open("w", encoding="utf-8"),
+            (folder / "cuda.log").open("a", encoding="utf-8"),
         )
         self.parts: dict[str, dict[str, Any]] = {}
+        if self.path.exists():
+            self.parts = json.loads(self.path.read_text(encoding="utf-8"))["parts"]
 
     def write(self) -> None:
         part = self.path.with_suffix(".part")

@@ -24,6 +24,8 @@ from transformers import (
 )
 
 from noiserefine import Refiner
+from noiserefine.models.catalogue import BACKBONES
+from tests import families
 from tests.conftest import EMOJI, EMOJI_REFINER, ROOT, free_port, perturbed, script
 from train import evaluate, measurement
 from train.captions import HELD_OUT
@@ -63,6 +65,7 @@ def test_evaluate_runs_and_goes_on(tmp_path, capsys):
     arguments = [*EVALUATE, "--output", str(output)]
     evaluate.main([*arguments, "--arms", *forwards, "--images", str(images)])
     said, result = capsys.readouterr().out, json.loads(output.read_text())
+    assert float(result["settings"]["guidance_scale"]) == BACKBONES["emoji"].guidance_scale
     assert {name: arm["forwards"] for name, arm in result["arms"].items()} == forwards
     for name, arm in result["arms"].items():
         assert f"| {name} | {arm['object_accuracy']:.3f} [" in said and arm["seconds"] > 0
@@ -109,6 +112,16 @@ def test_processes_share_the_measuring(tmp_path):
     with script("train/evaluate.py", *arguments, env=second):
         said = run("train/evaluate.py", *arguments, env=both | {"RANK": "0", "LOCAL_RANK": "0"})
     assert "| 1/1 [" in said and json.loads((tmp_path / "two.json").read_text())["n"] == 4
+
+
+def test_guided_arms_need_guidance(tmp_path):
+    """Also where a model is usually sampled without it."""
+    lcm = tmp_path / "lcm"
+    families.pipeline("lcm").save_pretrained(lcm)
+    options = ["--arms", "gaussian", "guided", "--output", str(tmp_path / "r.json")]
+    for chosen in (["--backbone", str(lcm)], ["--backbone", EMOJI, "--guidance_scale", "1"]):
+        with pytest.raises(ValueError, match="the guided arms are unguided: leave them out"):
+            evaluate.main([*chosen, *options])
 
 
 def test_results_need_a_name_of_their_own(capsys):

@@ -33,6 +33,7 @@ from noiserefine.analysis.recipe import check_settings
 from noiserefine.checkpoint import signature
 from noiserefine.denoiser import denoiser
 from noiserefine.models.loading import load_pipeline
+from noiserefine.models.usage import usual_guidance_scale
 from noiserefine.models.user_lora import add_lora
 from noiserefine.samplers import SAMPLER_NAMES, samplers_of
 from train.captions import HELD_OUT, coco_captions, fits, read_prompts, repeat_to
@@ -68,7 +69,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--n", type=int, default=1000, help="images of each arm")
     add("--steps", type=int, default=20, help="sampling steps of every arm")
-    add("--guidance_scale", type=float, default=2.5, help="CFG scale of the guided arms")
+    add("--guidance_scale", type=float, help="CFG scale; the model's usual one by default")
     add("--pag_scale", type=float, default=3.0, help="PAG scale s (equation 32)")
     add("--strength", type=float, default=1.0, help="strength of the refinement")
     add("--sampler", choices=SAMPLER_NAMES, help="the first that the model takes, by default")
@@ -78,7 +79,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, required=True, help="JSON file of the results")
     args = parser.parse_args(arguments)
     sampler = args.sampler or SAMPLER_NAMES[0]
-    check_settings(args.steps, args.guidance_scale, args.strength, sampler)
+    scale = 1.0 if args.guidance_scale is None else args.guidance_scale
+    check_settings(args.steps, scale, args.strength, sampler)
     if args.n < MIN_IMAGES or args.batch_size < 1 or args.bootstrap < 1:
         parser.error("--n must be at least 2, --batch_size and --bootstrap at least 1.")
     if args.output.suffix != ".json":
@@ -106,6 +108,13 @@ def main(arguments: list[str] | None = None) -> None:
     process = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     pipe = load_pipeline(args.backbone, process.device)
     args.sampler = args.sampler or samplers_of(pipe)[0]
+    if args.guidance_scale is None:
+        args.guidance_scale = usual_guidance_scale(pipe, args.backbone)
+    if args.guidance_scale == 1 and any(ARMS[name].cfg for name in args.arms):
+        raise ValueError(
+            "At a guidance scale of 1 the guided arms are unguided: leave them out, as --arms "
+            "gaussian refined does, or give a --guidance_scale above 1."
+        )
     if args.lora:
         add_lora(pipe, args.lora)
     network = load_named("network", args.network) if args.network else Refiner

@@ -44,6 +44,16 @@ def usage_of(pipe: DiffusionPipeline, backbone: Backbone | None) -> Usage:
     return usage
 
 
+def usual_guidance_scale(pipe: DiffusionPipeline, source: str) -> float:
+    """Return the guidance scale g that suits a loaded model, 1 for one that is sampled unguided.
+
+    source: what the pipeline was loaded from.
+    """
+    _, _, backbone = read_source(source)
+    scale = usage_of(pipe, backbone).guidance_scale
+    return 1.0 if scale is None else scale
+
+
 def _own_usage(pipe: DiffusionPipeline) -> Usage:
     """Return the defaults of the pipeline's own call, its scale as diffusers' g."""
     parameters = call_parameters(pipe)

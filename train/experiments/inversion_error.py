@@ -16,6 +16,7 @@ from noiserefine.guidance import sample_latents
 from noiserefine.inversion import ddim_inversion
 from noiserefine.latents import decode
 from noiserefine.models.loading import load_pipeline
+from noiserefine.models.usage import usual_guidance_scale
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
 from train.captions import HELD_OUT, read_prompts, repeat_to
@@ -40,12 +41,13 @@ def main(arguments: list[str] | None = None) -> None:
     add("--backbone", default="assets/emoji", help="folder or hub id of the pipeline")
     add("--prompts", default=HELD_OUT, help="prompt file")
     add("--steps", type=int, nargs="+", default=[10, 20, 50, 100, 200, 500, 999])
-    add("--guidance_scale", type=float, default=2.5)
+    add("--guidance_scale", type=float, help="the model's usual one by default")
     add("--n", type=int, default=100)
     add("--batch_size", type=int, default=50)
     add("--output", type=Path, required=True, help="JSON file of the results")
     args = parser.parse_args(arguments)
     pipe = load_pipeline(args.backbone)
+    scale = args.guidance_scale or usual_guidance_scale(pipe, args.backbone)
     ddim = with_sampler(pipe, "DDIM")
     prompts = repeat_to(read_prompts(args.prompts, pipe), args.n)
 
@@ -54,7 +56,6 @@ def main(arguments: list[str] | None = None) -> None:
         batch_prompts = prompts[start : start + args.batch_size]
         embeds = encode_prompt(pipe, batch_prompts)
         x_T = draw_noise(pipe, FIRST_EVALUATION_SEED + start, len(batch_prompts))
-        scale = args.guidance_scale
         x0 = sample_latents(ddim, x_T, embeds, SAMPLING_STEPS, guidance_scale=scale)
         images = [np.asarray(image, float) for image in decode(pipe, x0)]
         for steps in args.steps:

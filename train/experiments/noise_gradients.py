@@ -24,6 +24,7 @@ from tqdm import tqdm
 from noiserefine import draw_noise
 from noiserefine.guidance import sample_latents
 from noiserefine.models.loading import load_pipeline
+from noiserefine.models.usage import usual_guidance_scale
 from noiserefine.msd import msd_loss, sampler_gain
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
@@ -169,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--steps", type=int, default=10, help="N, of the unguided sampling")
     add("--iterations", type=int, default=100)
     add("--lr", type=float, default=0.02, help="of Adam, the same for both gradients")
-    add("--guidance_scale", type=float, default=2.5)
+    add("--guidance_scale", type=float, help="the model's usual one by default")
     add("--rows", type=int, default=128, help="rows of the Jacobian, an image and timestep")
     add("--output", type=Path, required=True, help="JSON file of the results")
     add("--plot", type=Path, help="PNG file of the curves")
@@ -178,7 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     pipe.unet.requires_grad_(False)
     embeds: dict[str, Any] = encode_prompt(pipe, held_out_prompts(args.n))
     x_T = draw_noise(pipe, FIRST_EVALUATION_SEED, args.n).to(pipe.device)
-    scale = args.guidance_scale
+    scale = args.guidance_scale or usual_guidance_scale(pipe, args.backbone)
     target = sample_latents(pipe, x_T, embeds, SAMPLING_STEPS, guidance_scale=scale)
 
     result: dict[str, Any] = {

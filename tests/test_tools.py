@@ -17,7 +17,7 @@ from noiserefine.checkpoint import RefinerConfig
 from noiserefine.lora import ADAPTER, adapted
 from noiserefine.models.lora_formats import layers_of, placed
 from noiserefine.refiner import build
-from tests.conftest import EMOJI, EMOJI_REFINER, perturbed
+from tests.conftest import EMOJI, EMOJI_REFINER, ROOT, perturbed
 from tests.single_file import unet_state
 from train.tools import compress, export, share
 from train.tools.architectures import build_denoiser
@@ -180,9 +180,10 @@ def test_sharing(folder, pipe, tmp_path):
     assert address == "https://huggingface.co/me/refiner"
     repository = tmp_path / "me" / "refiner"
     card = ModelCard.load(repository / "README.md")
-    assert card.data.base_model_relation == "adapter" and "noise-refiner" in card.data.tags
-    assert card.data.base_model and card.data.license and card.data.pipeline_tag == "text-to-image"
-    for text in ("no style LoRA", "me/refiner", "sheet.png", "0.2000", "on 32 held-out prompts"):
+    assert "noise-refiner" in card.data.tags and card.data.pipeline_tag == "text-to-image"
+    assert card.data.base_model is None and str(ROOT) not in card.text, "a folder is no hub id"
+    assert card.data.license == "apache-2.0" and "# Noise refiner for Emoji (embedded)" in card.text
+    for text in ("no style LoRA", "sheet.png", "0.2000", "60 % of the way", "32 held-out prompts"):
         assert text in card.text
     assert {path.name for path in repository.iterdir()} == {
         *("README.md", "refiner.json", "sheet.png"),
@@ -196,14 +197,25 @@ def test_sharing(folder, pipe, tmp_path):
     assert torch.equal(theirs, own)
 
 
-def test_licences_are_the_hubs_names(folder):
+def test_the_cards_code_runs(folder):
+    """As a stranger copies it, here of a refiner that takes the guidance scale."""
+    text = share.model_card(folder, str(folder)).text
+    code = text.partition("```python\n")[2].partition("```")[0]
+    found = {}
+    exec(code.replace("guidance_scale=1.0", "guidance_scale=1.0, num_inference_steps=1"), found)
+    assert found["image"].size == (128, 128)
+
+
+def test_the_base_is_the_hubs(folder):
     config = json.loads((folder / "refiner.json").read_text())
     for base, licence in (
         ("stabilityai/stable-diffusion-xl-base-1.0", "openrail++"),
-        ("x", "other"),
+        ("x/y", "other"),
     ):
         (folder / "refiner.json").write_text(json.dumps(config | {"base_model": base}))
-        assert share.model_card(folder, "me/x").data.license == licence
+        about = share.model_card(folder, "me/x").data
+        assert (about.base_model, about.base_model_relation) == (base, "adapter")
+        assert about.license == licence
 
 
 def test_a_hub_that_refuses_leaves_the_refiner(folder, tmp_path):

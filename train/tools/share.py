@@ -6,7 +6,6 @@ Log in first (`hf auth login`) or set HF_TOKEN. The trainer does the same at its
 `--push_to_hub me/refiner-sd21`. Write only the card with --card_only.
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -21,8 +20,8 @@ from noiserefine.checkpoint import (
     read_config,
     resolve,
 )
-from noiserefine.models.catalogue import BACKBONES
-from train.common import argument_parser, markdown_table, run_script
+from noiserefine.models.catalogue import BACKBONES, backbone_of
+from train.common import ROOT, argument_parser, markdown_table, run_script
 
 CARD, SHEET = "README.md", "sheet.png"
 LICENCES = {  # the catalogue's names -> the hub's
@@ -31,25 +30,29 @@ LICENCES = {  # the catalogue's names -> the hub's
     "OpenRAIL": "creativeml-openrail-m",
     "OpenRAIL++": "openrail++",
 }
-BODY = """# Noise refiner for {base}
+BODY = """# Noise refiner for {title}
 
 A refiner corrects the initial noise of a diffusion model in one forward, so that sampling
 **without** guidance looks like sampling with it, at about half the time
 ([A Noise is Worth Diffusion Guidance](https://arxiv.org/abs/2412.03895)).
 
 **This is no style LoRA.** Loaded as an ordinary LoRA, in any program, it destroys images: it
-belongs to the refining forward alone. Use it with NoiseRefine:
+belongs to the refining forward alone. Use it with NoiseRefine, from a copy of its repository
+(`pip install -e .`):
 
 ```python
-from diffusers import DiffusionPipeline
 from noiserefine import Refiner, draw_noise
+from noiserefine.models.loading import load_pipeline
 
-pipe = DiffusionPipeline.from_pretrained("{base}").to("cuda")
+pipe = load_pipeline("{base}")
 refiner = Refiner.from_pretrained("{repo_id}", pipe)
-prompt = "a photo of a red fox in a pine forest"
-latents = refiner(draw_noise(pipe, seed=0), prompt)
+prompt = "{prompt}"
+latents = refiner(draw_noise(pipe, seed=0), prompt{scale})
 image = pipe(prompt, latents=latents, guidance_scale=1.0).images[0]
 ```
+
+It fits fine-tunes of its base, too. NoiseRefine's page shows the same noise unguided, guided and
+refined, side by side.
 {sheet}
 ## Training
 
@@ -64,24 +67,36 @@ image = pipe(prompt, latents=latents, guidance_scale=1.0).images[0]
 def model_card(folder: Path, repo_id: str) -> ModelCard:
     """Return the card of the refiner in a folder. Raise ValueError if it holds none."""
     config = read_config(resolve(folder))
+    base, backbone = config.base_model, backbone_of(config.base_model)
+    local = Path(base).exists()
+    title = shown = Path(base).name if local else base  # nobody's folders
+    if local and backbone:
+        title = backbone.title
+        shown = next(name for name, entry in BACKBONES.items() if entry is backbone)
     sheet = (
         f"\n![Unguided, guided and refined rows of held-out prompts]({SHEET})\n"
         if (folder / SHEET).is_file()
         else ""
     )
     data = ModelCardData(
-        base_model=config.base_model,
-        base_model_relation="adapter",
+        base_model=None if local else base,  # the hub takes ids of its own alone
+        base_model_relation=None if local else "adapter",
         library_name="noiserefine",
         pipeline_tag="text-to-image",
-        license=_licence(config.base_model),
-        tags=["noise-refiner", "diffusers", "lora", "guidance-distillation"],
+        license=LICENCES.get(backbone.licence, "other") if backbone else "other",
+        # Not "diffusers" and "lora": the hub would offer load_lora_weights, which destroys images.
+        tags=["noise-refiner", "guidance-distillation"],
     )
+    scales = config.guidance_scale_range
+    scale = config.training.get("guidance_scale", scales and scales[0])
     body = BODY.format(
-        base=config.base_model,
+        title=title,
+        base=shown,
         repo_id=repo_id,
+        prompt=_example_prompt(config),
+        scale=f", guidance_scale={scale:g}" if scales else "",
         sheet=sheet,
-        training=_table(config.training),
+        training=_table({"rank": config.rank} | config.training),
         results=_measured(config),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}")
@@ -115,13 +130,16 @@ def push(folder: Path, repo_id: str, api: HfApi | None = None) -> str:
     return f"https://huggingface.co/{repo_id}"
 
 
-def _licence(base_model: str) -> str:
-    found = {backbone.source: backbone.licence for backbone in BACKBONES.values()}
-    return LICENCES.get(found.get(base_model, ""), "other")
+def _example_prompt(config: RefinerConfig) -> str:
+    """Return the first prompt that it was trained with, of the files that are shipped."""
+    prompts = ROOT / config.training.get("prompts", "")
+    if prompts.is_file() and prompts.is_relative_to(ROOT / "assets"):
+        return prompts.read_text(encoding="utf-8").splitlines()[0]
+    return "a photo of a red fox in a pine forest"
 
 
 def _table(values: dict) -> str:
-    rows = [[name, f"`{json.dumps(value)}`"] for name, value in values.items() if value is not None]
+    rows = [[name, f"`{value}`"] for name, value in values.items() if value is not None]
     return markdown_table(["option", "value"], rows)
 
 
@@ -130,10 +148,11 @@ def _measured(config: RefinerConfig) -> str:
     if "validation_refined" not in results:
         return "Nothing was measured yet: run train/evaluate.py."
     n = config.training.get("num_validation", "a few")
+    gaussian, refined = results["validation_gaussian"], results["validation_refined"]
     return (
         f"Mean squared distance of the latents to the guided ones, on {n} held-out prompts: "
-        f"{results['validation_gaussian']:.4f} from Gaussian noise, "
-        f"{results['validation_refined']:.4f} from refined noise. It says little of images: "
+        f"{gaussian:.4f} from Gaussian noise, {refined:.4f} from refined noise, "
+        f"{100 * (1 - refined / gaussian):.0f} % of the way. It says little of images: "
         "train/evaluate.py measures those, with intervals."
     )
 

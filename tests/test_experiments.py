@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from noiserefine import Refiner, draw_noise
 from noiserefine.guidance import sample_latents
 from noiserefine.inversion import ddim_inversion
+from noiserefine.lora import UNET_TARGETS, matching
 from noiserefine.models.catalogue import BACKBONES
 from noiserefine.models.loading import load_pipeline
 from noiserefine.models.user_lora import add_lora
@@ -609,3 +610,16 @@ def test_a_study_says_what_it_costs(study_options, tmp_path, capsys):
     assert not (tmp_path / "s").exists()
     with pytest.raises(ValueError, match="no factor 'ranks'"):
         study.main(["--factors", "ranks=2"])
+
+
+def test_a_study_names_layers(pipe):
+    """Attention, and the outer blocks, are some of the layers that would get a LoRA."""
+    names = {"emoji": matching(pipe.unet, UNET_TARGETS, "")}
+    for model in ("emoji-flow", "emoji-sit"):
+        config = json.loads((ROOT / "assets" / "refiners" / model / "refiner.json").read_text())
+        names[model] = config["target_modules"]
+    assert names.keys() == study.LAYERS.keys() and study.TITLES.keys() == study.FACTORS.keys()
+    for model, layers in names.items():
+        for pattern in (study.ATTENTION, study.LAYERS[model]):
+            share = sum(bool(re.search(pattern, name)) for name in layers) / len(layers)
+            assert 0.1 < share < 0.8, (model, pattern)

@@ -2,7 +2,7 @@
 
     python train/experiments/study.py --preset emoji-sit --dry_run
     python train/experiments/study.py --preset emoji-sit --output study-emoji-sit.json --jobs 4
-    python train/experiments/study.py --preset emoji --factors rank=4,16 epochs teacher \\
+    python train/experiments/study.py --preset emoji --quick --factors rank=4,16 epochs teacher \\
         --output study-emoji.json
 
 All other options are the trainer's: they change the base recipe, e.g. --num_targets 1024, or the
@@ -61,40 +61,43 @@ from train.metrics import load_metrics
 from train.options import TARGET_OPTIONS, TRAINING_OPTIONS, Options, parse, plan
 
 STEPS = 20  # of the measured images
-# The values of each factor; scales are multiples of the base recipe's.
+# The values of each factor, in the order in which they are tried; teachers' scales are multiples of
+# the base recipe's. The number of targets alone is varied at equal steps: few are seen often.
 FACTORS: dict[str, tuple] = {
-    "num_targets": (64, 128, 256, 512, 1024, 2048, 4096, 12_000),  # in as many steps as the base
+    "num_targets": (64, 128, 256, 512, 1024, 2048, 4096),
     "epochs": (0.25, 0.5, 1.0, 4.0),
     "rank": (4, 8, 16, 64, 128),
-    "steps": (2, 3, 4, 10, 20),
-    "target_steps": (5, 20, 40),
-    "layers": ("attention", "outer"),
     "lr": (3e-4, 3e-3),
-    "batch_size": (16, 64, 128),
-    "guidance_scale": (1.5, 2.0, 3.0),
+    "steps": (2, 3, 4, 10, 20),
     "teacher": ("interval", "rescale", "apg"),
+    "guidance_scale": (1.5, 2.0, 3.0),
+    "layers": ("attention", "outer"),
     "strength": (0.5, 1.5, 2.0),
+    "target_steps": (5, 20, 40),
+    "batch_size": (16, 64, 128),
     "seed": (10_000_000, 20_000_000),
+    "size": (64, 256, 1024, 4096, 12_000),  # targets at equal epochs, as --hours chooses them
 }
 TITLES = {
     "num_targets": "targets, at equal steps",
     "epochs": "epochs",
     "rank": "rank",
-    "steps": "N, steps in the loss",
-    "target_steps": "N', steps of the targets",
-    "layers": "layers with a LoRA",
     "lr": "learning rate",
-    "batch_size": "batch size, at equal epochs",
-    "guidance_scale": "teacher's scale by the preset's",
+    "steps": "N, steps in the loss",
     "teacher": "teacher",
+    "guidance_scale": "teacher's scale by the base's",
+    "layers": "layers with a LoRA",
     "strength": "strength",
+    "target_steps": "N', steps of the targets",
+    "batch_size": "batch size, at equal epochs",
     "seed": "seed",
+    "size": "targets, at equal epochs",
 }
-# Regular expressions of layers' names. Outer blocks are the first and last ones: the finest level
-# of the UNet, about half of the transformers.
+# Regular expressions of layers' names. The outer blocks are the first two and the last two, of six
+# or seven.
 ATTENTION = r"\battn"
 LAYERS = {
-    "emoji": r"^(conv_in|down_blocks\.0|up_blocks\.2)\b",
+    "emoji": r"^(conv_in|down_blocks\.[01]|up_blocks\.[12])\b",
     "emoji-flow": r"^(pos_embed|context_embedder|transformer_blocks\.[0145])\b",
     "emoji-sit": r"^(pos_embed|transformer_blocks\.[0156])\b",
 }
@@ -184,6 +187,8 @@ def changed(base: Options, factor: str, value: Any) -> Options:
     if factor == "num_targets":
         epochs = base.epochs * base.num_targets / value
         return replace(base, num_targets=value, epochs=epochs)
+    if factor == "size":
+        return replace(base, num_targets=value)
     if factor == "guidance_scale":
         return replace(base, guidance_scale=value * base.guidance_scale)
     if factor == "layers":
@@ -195,7 +200,12 @@ def changed(base: Options, factor: str, value: Any) -> Options:
 
 def base_value(base: dict[str, Any], factor: str) -> Any:
     """Return the value of a factor that the base recipe's options stand for."""
-    special = {"guidance_scale": 1.0, "strength": 1.0, "layers": base["layers"] or "all"}
+    special = {
+        "size": base.get("num_targets"),
+        "guidance_scale": 1.0,
+        "strength": 1.0,
+        "layers": base.get("layers") or "all",
+    }
     return special.get(factor, base.get(factor))
 
 

@@ -5,6 +5,7 @@ Paper, section 3.3 and appendix D.1; for the guidance scale as an input appendix
 
 import contextlib
 import copy
+import functools
 import itertools
 import json
 import re
@@ -30,7 +31,6 @@ from noiserefine.denoiser import (
     precision,
     silent,
     size_arguments,
-    stored_in_8_bits,
 )
 from noiserefine.noise import encode_prompt, half_size
 
@@ -177,28 +177,51 @@ def plain_twin(network: ModelMixin) -> ModelMixin:
     """Return a second tree of modules over the same parameters, without LoRA.
 
     The given network stays as it is.  A user's style LoRA is for the images, not for the refining
-    pass; one that is fused into the weights stays there.  Weights that layerwise casting stores in
-    8 bits are copied in the precision that they compute in.
+    pass; one that is fused into the weights stays there.
     """
     tensors = itertools.chain(network.parameters(), network.buffers())
     twin = copy.deepcopy(network, memo={id(tensor): tensor for tensor in tensors})
     if hasattr(twin, "unload_lora"):
         twin.unload_lora()
-    if stored_in_8_bits(network):
-        _undo_layerwise_casting(twin)
+    _cast_in_forwards(twin, precision(network))
     return twin
 
 
-def _undo_layerwise_casting(twin: ModelMixin) -> None:
-    """Give a twin its own weights in the precision it computes in, and plain forwards."""
-    dtype = precision(twin)
+def store_in_8_bits(network: ModelMixin, twin: ModelMixin) -> None:
+    """Round the weights that a network shares with its twin to 8 bits; LoRAs stay as they are.
+
+    Both compute in the precision they had.
+    """
+    dtype = precision(network)
+    network.enable_layerwise_casting(torch.float8_e4m3fn, dtype)
+    registries = (module._diffusers_hook for module in network.modules() if _is_cast(module))
+    twin._diffusers_hook = next(registries)  # tells diffusers the twin's precision
+    _cast_in_forwards(twin, dtype)
+
+
+def _cast_in_forwards(twin: ModelMixin, dtype: torch.dtype) -> None:
+    """Let layers whose weights layerwise casting stores in 8 bits compute in another precision.
+
+    diffusers' own casting replaces the weights around a forward, and a backward pass would find
+    those of 8 bits.  Here a forward casts copies, which autograd keeps.
+    """
     for module in twin.modules():
         if "_diffusers_hook" in vars(module):
-            del module._diffusers_hook
             vars(module).pop("forward", None)  # the hook's, which calls the shared module
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dtype.itemsize == 1:
-                setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+        if any(p.dtype.itemsize == 1 for p in module.parameters(recurse=False)):
+            module.forward = functools.partial(_cast_forward, module, dtype)
+
+
+def _is_cast(module: nn.Module) -> bool:
+    registry = vars(module).get("_diffusers_hook")
+    return registry is not None and registry.get_hook("layerwise_casting") is not None
+
+
+def _cast_forward(module: nn.Module, dtype: torch.dtype, *args, **kwargs) -> torch.Tensor:
+    computing = copy.copy(module)
+    weights = {name: p if p is None else p.to(dtype) for name, p in module._parameters.items()}
+    vars(computing)["_parameters"] = weights
+    return type(module).forward(computing, *args, **kwargs)
 
 
 def with_lora(
@@ -221,6 +244,9 @@ def with_lora(
         alpha_pattern=dict(pattern),
     )
     inject_adapter_in_model(config, twin, ADAPTER)
+    for _, layer in adapted(twin):
+        if layer.get_base_layer().weight.dtype.itemsize == 1:  # peft makes the LoRA like it
+            layer.to(precision(network))
     twin._hf_peft_config_loaded = True  # so that diffusers sees the adapter
     for parameter, flag in flags.items():
         parameter.requires_grad_(flag)
@@ -257,14 +283,22 @@ def merge_lora(network: ModelMixin) -> None:
     for name, layer in adapted(network):
         plain = layer.get_base_layer()
         merged = plain.weight.float() + layer.get_delta_weight(ADAPTER).float()
-        plain.weight = nn.Parameter(merged.to(plain.weight.dtype), requires_grad=False)
+        plain.weight = nn.Parameter(merged.to(_merged_dtype(layer)), requires_grad=False)
         network.set_submodule(name, plain)
 
 
 def merged_bytes(network: ModelMixin) -> int:
     """Return the bytes of memory that merging the LoRA takes."""
-    weights = (layer.get_base_layer().weight for _, layer in adapted(network))
-    return sum(weight.numel() * weight.element_size() for weight in weights)
+    layers = (layer for _, layer in adapted(network))
+    return sum(
+        layer.get_base_layer().weight.numel() * _merged_dtype(layer).itemsize for layer in layers
+    )
+
+
+def _merged_dtype(layer: LoraLayer) -> torch.dtype:
+    """Return the precision of a layer's merged weight: the sum would not survive 8 bits."""
+    dtype = layer.get_base_layer().weight.dtype
+    return layer.lora_A[ADAPTER].weight.dtype if dtype.itemsize == 1 else dtype
 
 
 def free_memory(device: torch.device) -> int:

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from noiserefine import Refiner, draw_noise
 from noiserefine.analysis.compare import compare
 from noiserefine.analysis.recipe import Maker, Recipe
+from noiserefine.denoiser import denoiser
 from noiserefine.guidance import sample_latents
-from noiserefine.lora import UNET_TARGETS, with_lora
+from noiserefine.lora import UNET_TARGETS, store_in_8_bits, with_lora
 from noiserefine.models.catalogue import BACKBONES
 from noiserefine.models.offload import offload
 from noiserefine.models.user_lora import add_lora
@@ -222,11 +223,37 @@ def test_denoisers_stored_in_8_bits_are_refined(tmp_path, merge):
     refined, expected = (refiner(x_T, PROMPT) for refiner in refiners)
     torch.testing.assert_close(refined, expected, rtol=0, atol=1e-6)
     assert (expected - x_T).abs().max() > 1e-3
-    assert {p.dtype for p in refiners[0].network.parameters()} == {torch.float32}
+    shared = set(refiners[0].network.parameters()) & set(pipe.unet.parameters())
+    eight_bits = {p for p in shared if p.dtype.itemsize == 1}
+    assert (
+        eight_bits
+        if merge
+        else eight_bits == {p for p in pipe.unet.parameters() if p.dtype.itemsize == 1}
+    )
     assert refiners[0].note == "", "a rounded base is still the base"
     assert torch.equal(sample_latents(pipe, x_T, embeds, 1), before)
     add_lora(pipe, lora_of(rounded.unet, tmp_path / "style.safetensors"))
     assert sample_latents(pipe, x_T, embeds, 1).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux2_klein"])
+def test_gradients_with_weights_of_8_bits(name):
+    """They are exactly those of the same rounded weights in single precision."""
+    gradients = []
+    for rounded in (False, True):
+        pipe = copy.deepcopy(families.pipeline(name))
+        refiner, network = perturbed(pipe), denoiser(pipe).requires_grad_(False)
+        trained = [p for p in refiner.network.parameters() if p.requires_grad]
+        refiner.network.enable_gradient_checkpointing()
+        store_in_8_bits(network, refiner.network)
+        stored = [p for p in refiner.network.parameters() if p.dtype.itemsize == 1]
+        assert len(stored) > len(list(network.parameters())) / 3 and not {*stored} & {*trained}
+        for weight in network.parameters() if rounded else ():
+            weight.data = weight.data.float()
+        embeds = encode_prompt(pipe, PROMPT, guided=False)
+        refiner.correction(draw_noise(pipe, 0), embeds).pow(2).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in trained if p.grad is not None]))
+    assert torch.equal(*gradients) and gradients[0].any()
 
 
 def test_untrained_is_the_identity_in_half_precision(tmp_path):

@@ -196,6 +196,18 @@ def encoding_for(embeds: dict[str, Any], count: int) -> dict[str, Any]:
     return embeds if prompts == count else {k: _repeat(v, count) for k, v in embeds.items()}
 
 
+def join_encodings(encodings: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the encoded prompts of several images, each encoded alone, as one for all of them."""
+    return {name: _join([encoded[name] for encoded in encodings]) for name in encodings[0]}
+
+
+def _join(encoded: list[Any]) -> Any:
+    """Return lists joined, or tensors along their first axis of length 1."""
+    if isinstance(encoded[0], list):
+        return [entry for entries in encoded for entry in entries]
+    return torch.cat(encoded, dim=encoded[0].shape.index(1))
+
+
 def _repeat(encoded: Any, count: int) -> Any:
     """Return `count` of one prompt: a list's entries or along a tensor's first axis of length 1."""
     if isinstance(encoded, list):

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -22,7 +23,7 @@ from noiserefine.msd import msd_loss
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
 from tests.conftest import EMOJI, ROOT, free_port, script
-from train import prompts, train_refiner
+from train import embeds, prompts, train_refiner
 from train.captions import read_prompts
 from train.options import PRESETS, Options, parse, plan
 from train.run import has_converged
@@ -157,6 +158,8 @@ def test_every_path_trains(tmp_path, tiny_pipe, tiny):
             "bf16",
             "--gradient_checkpointing",
             "True",
+            "--fp8",
+            "True",
             "--epochs",
             "2",
             "--validation_prompts",
@@ -172,6 +175,22 @@ def test_every_path_trains(tmp_path, tiny_pipe, tiny):
         True,
     ] and "validation_refined" in stats(tmp_path)[-1]
     assert Refiner.from_pretrained(tmp_path, tiny_pipe).config.training["pag_scale"] == 2
+
+
+def test_stored_prompts_train_alike(tmp_path, monkeypatch, tiny):
+    """Bit for bit as encoding every batch does, also where an earlier version stored none."""
+    longer = [*tiny, "--lr_schedule", "constant", "--batch_size", "2", "--epochs"]
+    main([*longer, "1", "--output_dir", str(tmp_path / "stored")])
+    stored = tmp_path / "stored" / "targets" / "prompts" / "float32"
+    count = len(list(stored.iterdir()))
+    shutil.rmtree(stored)
+    main([*longer, "2", "--output_dir", str(tmp_path / "stored")])
+    assert len(list(stored.iterdir())) == count == 4
+    monkeypatch.setattr(embeds, "_have_one_size", lambda pipe: False)
+    main([*longer, "2", "--output_dir", str(tmp_path / "anew")])
+    losses = [[line["loss"] for line in stats(tmp_path / name)] for name in ("stored", "anew")]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+    assert not (tmp_path / "anew" / "targets" / "prompts").exists()
 
 
 def test_processes_share_the_work(tmp_path, tiny):
@@ -231,18 +250,12 @@ def test_targets_are_kept_and_filtered(tmp_path, tiny_pipe):
         ]
     )
 
-    class OneProcess:
-        process_index, num_processes, is_local_main_process = 0, 1, True
-
-        def wait_for_everyone(self):
-            pass
-
     targets = Targets(options, tiny_pipe, ["a cat", "a dog on a red background"])
-    targets.make(OneProcess())
-    files = sorted(targets.folder.iterdir())
+    targets.make(Accelerator())
+    files = sorted(targets.folder.glob("*.safetensors"))
     assert [path.name for path in files] == ["00000000.safetensors", "00000004.safetensors"]
     before = [path.stat().st_mtime_ns for path in files]
-    targets.make(OneProcess())
+    targets.make(Accelerator())
     assert [path.stat().st_mtime_ns for path in files] == before
     selected = targets.selected
     scores = torch.cat([load_file(path)["scores"] for path in files])

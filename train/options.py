@@ -120,6 +120,11 @@ class Options:
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, a third more time"
     )
+    fp8: bool = option(
+        False,
+        "store the frozen model's weights in 8 bits while training: half their memory, with "
+        "--gradient_checkpointing; targets are made before, and the LoRA stays as it is",
+    )
     compile: bool = option(
         False, "torch.compile the frozen model: minutes at the start, faster after"
     )
@@ -243,7 +248,8 @@ def describe(options: Options, processes: int = 1, scheduler: SchedulerMixin | N
         lora = forward.lora * options.rank
         lines.append(
             f"About {time / processes:.1f} hours at {options.tflops:g} TFLOP/s on {processes} "
-            f"device{'s' * (processes > 1)}, {disk:.1f} GiB of targets on the disk, a LoRA of "
+            f"device{'s' * (processes > 1)}, {disk:.1f} GiB of targets on the disk and "
+            f"{forward.prompt:g} MB for each distinct prompt, a LoRA of "
             f"{lora:.0f} M parameters; {forward.weights:g} GiB of weights in 16 bits beside text "
             "encoders and VAE. See train/tools/cost.py for memory."
         )
@@ -296,6 +302,8 @@ def _check_choices(options: Options) -> None:
             )
     if options.optimizer == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
         raise ValueError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes.")
+    if options.compile and options.fp8:
+        raise ValueError("--fp8 casts weights at every step, which --compile cannot: give one.")
     if options.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise ValueError("--compile needs a C++ compiler: install one, or leave it out.")
 

@@ -119,16 +119,23 @@ class Forward:
     weights: float  # GiB in 16 bits, of the denoiser alone
     lora: float  # million parameters, for each rank
     latents: tuple[int, int, int]  # (C, h, w)
+    prompt: float  # MB of an encoded prompt, without its negative
 
 
 FORWARDS = {
-    "sd15": Forward(teraflop=0.8, weights=1.6, lora=0.956, latents=(4, 64, 64)),
-    "sd21": Forward(teraflop=2.15, weights=1.6, lora=0.964, latents=(4, 96, 96)),
-    "sdxl": Forward(teraflop=6.76, weights=4.8, lora=2.998, latents=(4, 128, 128)),
-    "sit": Forward(teraflop=0.24, weights=1.4, lora=0.583, latents=(4, 32, 32)),
-    "pixart-sigma": Forward(teraflop=6.63, weights=1.1, lora=0.849, latents=(4, 128, 128)),
-    "sana": Forward(teraflop=2.97, weights=3.0, lora=1.156, latents=(32, 32, 32)),
-    "sd35-medium": Forward(teraflop=11.25, weights=4.2, lora=1.477, latents=(16, 128, 128)),
-    "klein": Forward(teraflop=34.82, weights=7.2, lora=1.522, latents=(128, 64, 64)),
-    "z-image": Forward(teraflop=56.58, weights=11.5, lora=2.485, latents=(16, 128, 128)),
+    "sd15": Forward(teraflop=0.8, weights=1.6, lora=0.956, latents=(4, 64, 64), prompt=0.12),
+    "sd21": Forward(teraflop=2.15, weights=1.6, lora=0.964, latents=(4, 96, 96), prompt=0.16),
+    "sdxl": Forward(teraflop=6.76, weights=4.8, lora=2.998, latents=(4, 128, 128), prompt=0.32),
+    "sit": Forward(teraflop=0.24, weights=1.4, lora=0.583, latents=(4, 32, 32), prompt=0.0),
+    "pixart-sigma": Forward(
+        teraflop=6.63, weights=1.1, lora=0.849, latents=(4, 128, 128), prompt=2.46
+    ),
+    "sana": Forward(teraflop=2.97, weights=3.0, lora=1.156, latents=(32, 32, 32), prompt=1.38),
+    "sd35-medium": Forward(
+        teraflop=11.25, weights=4.2, lora=1.477, latents=(16, 128, 128), prompt=2.73
+    ),
+    "klein": Forward(teraflop=34.82, weights=7.2, lora=1.522, latents=(128, 64, 64), prompt=7.86),
+    "z-image": Forward(
+        teraflop=56.58, weights=11.5, lora=2.485, latents=(16, 128, 128), prompt=0.66
+    ),
 }

@@ -17,6 +17,7 @@ from train.common import atomic, interruptible
 from train.options import Options
 
 STATS = "stats.jsonl"
+WRONG_CHECKPOINTING = ("ChromaTransformer2DModel",)  # diffusers 0.42: without its attention mask
 MAX_SKIPPED = 20  # steps in a row; fp16's loss scale needs a few to come down
 
 
@@ -160,24 +161,47 @@ class Log:
 
 
 @contextlib.contextmanager
-def memory_advice(options: Options) -> Iterator[None]:
-    """Turn running out of memory into a MemoryError that says which options need less."""
+def memory_advice(options: Options, network: Any = None) -> Iterator[None]:
+    """Turn running out of memory into a MemoryError that says which options need less.
+
+    network: the refining one; None before there is one, when none of them helps.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        advice = [] if options.gradient_checkpointing else ["--gradient_checkpointing True"]
+        problem = f"The memory is not enough ({str(error).splitlines()[0]})."
+        if network is None:
+            raise MemoryError(f"{problem} The model alone needs more.") from error
+        advice = []
+        if not options.gradient_checkpointing and not checkpointing_problem(network):
+            advice.append("--gradient_checkpointing True")
         if options.batch_size > 1:
             accumulated = options.gradient_accumulation_steps * options.batch_size
             advice.append(f"--batch_size 1 --gradient_accumulation_steps {accumulated}")
         if options.target_batch_size > 1:
             advice.append(f"--target_batch_size {options.target_batch_size // 2}")
-        advice.append("a smaller --rank in another --output_dir, with --targets_of this one")
+        changes = ["a smaller --rank"]
+        changes += ["--optimizer adamw8bit"] * (options.optimizer == "adamw")
+        changes += ["--fp8 True"] * (options.gradient_checkpointing and not options.fp8)
+        advice.append(
+            f"{' and '.join(changes)} in another --output_dir, with --targets_of this one"
+        )
         raise MemoryError(
-            f"The memory is not enough ({str(error).splitlines()[0]}). Run the same command again "
-            f"with {', or '.join(advice)}: targets and checkpoints that exist are kept."
+            f"{problem} Run the same command again with {', or '.join(advice)}: targets and "
+            "checkpoints that exist are kept."
         ) from error
+
+
+def checkpointing_problem(network: Any) -> str:
+    """Return why a network cannot recompute activations in its backward pass; empty if it can."""
+    kind = type(network).__name__
+    if kind in WRONG_CHECKPOINTING:
+        return f"diffusers' gradient checkpointing gives {kind} wrong gradients"
+    if not getattr(network, "_supports_gradient_checkpointing", False):
+        return f"{kind} offers no gradient checkpointing"
+    return ""
 
 
 def has_converged(log: list[dict[str, float]], patience: int) -> bool:

@@ -15,17 +15,21 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from noiserefine.guidance import sample_latents
 from noiserefine.guiders import GUIDERS
 from noiserefine.latents import decode
-from noiserefine.noise import draw_noise, encode_prompt
+from noiserefine.noise import draw_noise, encode_prompt, encoding_for
 from noiserefine.samplers import with_sampler
 from train.common import atomic, load_named
+from train.embeds import Embeds
 from train.options import Options
+from train.placement import decoding_parts, encoding_parts, on_device
 
 GOLDEN_RATIO = 0.6180339887498949  # its multiples, modulo 1, are spread evenly
+ENCODED_CALLS = 16  # whose prompts are encoded at once
 EPOCH_STRIDE = 1_000_003  # between the seeds of two runs' epochs
 
 
@@ -46,7 +50,7 @@ class Targets:
 
     Item i has the seed `--seed` + i and prompt i of the shuffled list.
 
-    extra_tensors: maps (x0, prompts) to tensors, a row for each item, to store beside x0.
+    extra_tensors: maps (x0, embeds) to tensors, a row for each item, to store beside x0.
     """
 
     def __init__(
@@ -54,7 +58,8 @@ class Targets:
         options: Options,
         pipe: DiffusionPipeline,
         prompts: list[str],
-        extra_tensors: Callable[[torch.Tensor, list[str]], dict[str, torch.Tensor]] | None = None,
+        extra_tensors: Callable[[torch.Tensor, dict[str, Any]], dict[str, torch.Tensor]]
+        | None = None,
     ):
         self.options, self.pipe, self.extra_tensors = options, pipe, extra_tensors
         self.score = load_named("score", options.score) if options.score else None
@@ -62,21 +67,36 @@ class Targets:
         generator = torch.Generator().manual_seed(options.seed)
         order = itertools.cycle(torch.randperm(len(prompts), generator=generator).tolist())
         self.prompts = [prompts[i] for i in itertools.islice(order, options.num_targets)]
+        self.embeds = Embeds(pipe, self.folder / "prompts")
 
     def make(self, accelerator: Accelerator) -> None:
-        """Sample the targets that are not on disk yet, every process its share."""
+        """Sample the targets that are not on disk yet, every process its share.
+
+        Encode their prompts for training.  After this only the denoiser is on the device, and
+        text encoders that training needs.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        starts = self._missing_batches()
+        calls = self._missing_calls()
         accelerator.wait_for_everyone()  # all processes have seen the same files
-        share = starts[accelerator.process_index :: accelerator.num_processes]
-        pipe = with_sampler(self.pipe, self.options.sampler)
-        for indices in tqdm(share, desc="targets", disable=not accelerator.is_local_main_process):
+        share = calls[accelerator.process_index :: accelerator.num_processes]
+        pipe, device = with_sampler(self.pipe, self.options.sampler), accelerator.device
+        encoders, decoders = encoding_parts(pipe), decoding_parts(pipe)
+        with on_device(encoders + decoders, device):
+            self.embeds.make(self.prompts, accelerator)
+            self.empty_prompt = encode_prompt(pipe, "", guided=False)  # to decode with
+        hidden = not accelerator.is_local_main_process
+        for indices, embeds in tqdm(
+            self._encoded(share, device), "targets", len(share), disable=hidden
+        ):
             began = time.perf_counter()
-            prompts = [self.prompts[i] for i in indices]
-            tensors = self._sample(pipe, indices, prompts)
+            tensors = self._sample(pipe, indices, embeds)
             seconds = str(time.perf_counter() - began)
+            metadata = {"prompts": json.dumps(self._prompts(indices)), "seconds": seconds}
             with atomic(self.folder / f"{indices[0]:08d}.safetensors") as part:
-                save_file(tensors, part, {"prompts": json.dumps(prompts), "seconds": seconds})
+                save_file(tensors, part, metadata)
+        if not self.embeds.stored:
+            for encoder in encoders:
+                encoder.to(device)
         accelerator.wait_for_everyone()
         self.__dict__.pop("files", None)
 
@@ -139,14 +159,33 @@ class Targets:
                     total += float(file.metadata()["seconds"])
         return total
 
+    def _encoded(
+        self, calls: list[list[int]], device: torch.device
+    ) -> Iterator[tuple[list[int], dict[str, Any]]]:
+        """Yield each call's items with their encoded prompts.
+
+        The text encoders are on the device for the prompts of many calls, and not between.
+        """
+        for first in range(0, len(calls), ENCODED_CALLS):
+            together = calls[first : first + ENCODED_CALLS]
+            with on_device(encoding_parts(self.pipe), device):
+                encoded = [
+                    _moved(encode_prompt(self.pipe, self._prompts(c)), "cpu") for c in together
+                ]
+            for indices, embeds in zip(together, encoded, strict=True):
+                yield indices, _moved(embeds, device)
+
+    def _prompts(self, indices: list[int]) -> list[str]:
+        return [self.prompts[i] for i in indices]
+
     def _sample(
-        self, pipe: DiffusionPipeline, indices: list[int], prompts: list[str]
+        self, pipe: DiffusionPipeline, indices: list[int], embeds: dict[str, Any]
     ) -> dict[str, torch.Tensor]:
         options = self.options
         x0 = sample_latents(
             pipe,
             self.noise(indices),
-            encode_prompt(pipe, prompts),
+            embeds,
             options.target_steps,
             seed=options.seed + indices[0],
             guidance_scale=self.guidance_scale(indices[0]),
@@ -155,13 +194,15 @@ class Targets:
         )
         tensors = {"x0": x0, "seeds": torch.tensor([options.seed + i for i in indices])}
         if self.extra_tensors:
-            tensors |= self.extra_tensors(x0, prompts)
+            tensors |= self.extra_tensors(x0, encoding_for(embeds, len(x0)))
         if self.score:
-            scores = self.score(decode(pipe, x0), prompts)
+            with on_device(decoding_parts(pipe), x0.device):
+                images = decode(pipe, x0, self.empty_prompt)
+            scores = self.score(images, self._prompts(indices))
             tensors["scores"] = torch.tensor([float(value) for value in scores])
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
-    def _missing_batches(self) -> list[list[int]]:
+    def _missing_calls(self) -> list[list[int]]:
         """Return the items to sample, in calls of `--target_batch_size` with nothing between."""
         missing = set(range(self.options.num_targets))
         for start, path in self.files.items():
@@ -188,15 +229,18 @@ class Targets:
 
     def _batch(self, indices: list[int], device: torch.device, position: int) -> Batch:
         stored = {name: value.to(device).float() for name, value in self.read(indices).items()}
-        prompts = [self.prompts[i] for i in indices]
         return Batch(
             x_T=self.noise(indices).to(device),
-            embeds=encode_prompt(self.pipe, prompts, guided=False),
+            embeds=self.embeds.read(self._prompts(indices), device),
             guidance_scale=torch.tensor([self.guidance_scale(i) for i in indices]),
             x0_guide=stored.pop("x0"),
             extra=stored,
             seed=self.options.seed + position,
         )
+
+
+def _moved(embeds: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    return tree_map(lambda value: value.to(device) if torch.is_tensor(value) else value, embeds)
 
 
 @lru_cache(maxsize=2)  # a batch may span two epochs

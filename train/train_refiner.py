@@ -39,6 +39,7 @@ from noiserefine import Refiner
 from noiserefine.denoiser import denoiser
 from noiserefine.guidance import check_guidance, sample_latents
 from noiserefine.guiders import GUIDERS
+from noiserefine.lora import store_in_8_bits
 from noiserefine.models.loading import load_pipeline
 from noiserefine.msd import msd_loss, sampler_gain
 from noiserefine.noise import image_size
@@ -46,7 +47,7 @@ from noiserefine.samplers import samplers_of, with_sampler
 from train.captions import read_prompts
 from train.common import load_named, run_script
 from train.options import DTYPES, Options, describe, parse, plan
-from train.run import Checkpoint, Run, memory_advice, read_log
+from train.run import Checkpoint, Run, checkpointing_problem, memory_advice, read_log
 from train.settings import open_run, settings_of
 from train.targets import Batch, Targets
 from train.tools.share import push
@@ -57,7 +58,6 @@ RECORDED = (  # in refiner.json
     *("target_steps", "sampler", "steps", "num_targets", "epochs", "height", "width", "prompts"),
     "num_validation",
 )
-WRONG_CHECKPOINTING = ("ChromaTransformer2DModel",)  # diffusers 0.42: without its attention mask
 
 
 class MSD:
@@ -91,6 +91,8 @@ def train(
     warmup = {"num_warmup_steps": options.warmup_steps, "num_training_steps": total_steps}
     schedule = get_scheduler(options.lr_schedule, optimizer, **warmup)
     correction, optimizer = accelerator.prepare(Correction(refiner), optimizer)
+    if options.fp8:
+        store_in_8_bits(denoiser(targets.pipe), refiner.network)
     parts = {"optimizer": optimizer, "schedule": schedule, "scaler": accelerator.scaler}
     checkpoint = Checkpoint(Path(options.output_dir) / "checkpoint.pt", parameters, **parts)
     validate = partial(validation, refiner) if validation else None
@@ -167,12 +169,13 @@ def run(options: Options) -> None:
     accelerator.wait_for_everyone()
     if options.compile:
         denoiser(pipe).compile()
-    validation = None
-    if held_out and accelerator.is_main_process:
-        validation = Validation(options, pipe, held_out, accelerator)
-        validation(refiner, step=0)
-    targets.make(accelerator)
-    train(accelerator, targets, refiner, loss_of, validation)
+    with memory_advice(options, refiner.network):
+        validation = None
+        if held_out and accelerator.is_main_process:
+            validation = Validation(options, pipe, held_out, accelerator)
+            validation(refiner, step=0)
+        targets.make(accelerator)
+        train(accelerator, targets, refiner, loss_of, validation)
     if accelerator.is_main_process:
         _save(refiner, targets, settings, accelerator.num_processes)
 
@@ -233,18 +236,12 @@ def _create_refiner(options: Options, pipe: DiffusionPipeline) -> Refiner:
 
 def _checkpoint_gradients(network: Any) -> None:
     """Let the backward pass recompute activations. Raise ValueError where diffusers cannot."""
-    kind = type(network).__name__
-    if kind in WRONG_CHECKPOINTING:
-        problem = f"diffusers' gradient checkpointing gives {kind} wrong gradients"
-    elif not getattr(network, "_supports_gradient_checkpointing", False):
-        problem = f"{kind} offers no gradient checkpointing"
-    else:
-        network.enable_gradient_checkpointing()
-        return
-    raise ValueError(
-        f"{problem}: give --gradient_checkpointing False, and a smaller --batch_size if memory is "
-        "short."
-    )
+    if problem := checkpointing_problem(network):
+        raise ValueError(
+            f"{problem}: give --gradient_checkpointing False, and a smaller --batch_size if memory "
+            "is short."
+        )
+    network.enable_gradient_checkpointing()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Validation while training: how near unguided sampling comes to guided sampling."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from noiserefine.latents import decode
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
 from train.options import Options
+from train.placement import decoding_parts, encoding_parts, on_device
 
 FIRST_SEED = 2**31  # beyond every target's
 SHOWN = 8  # images of each arm on a sheet
@@ -34,9 +36,13 @@ class Validation:
         self.folder = Path(options.output_dir) / "validation"
         generator = torch.Generator().manual_seed(options.seed)
         order = torch.randperm(len(prompts), generator=generator)[: options.num_validation]
-        self.embeds = encode_prompt(pipe, [prompts[i] for i in order.tolist()])
+        calls = order.split(options.target_batch_size)
+        with on_device(encoding_parts(pipe) + decoding_parts(pipe), accelerator.device):
+            self.embeds = [encode_prompt(pipe, [prompts[i] for i in call]) for call in calls]
+            self.empty_prompt = encode_prompt(pipe, "", guided=False)  # to decode with
         seed, size = FIRST_SEED + options.seed, (options.height, options.width)
-        self.x_T = draw_noise(pipe, seed, len(order), *size).to(accelerator.device)
+        x_T = draw_noise(pipe, seed, len(order), *size).to(accelerator.device)
+        self.x_T = x_T.split(options.target_batch_size)
         self.x0 = {
             "gaussian": self._sample(self.x_T, options.steps),
             "guided": self._sample(
@@ -56,7 +62,10 @@ class Validation:
         """
         scale = refiner.scale_input(self.options.guidance_scale)
         with self.autocast():  # as in training: the LoRA is in float32, its base is not
-            x_hat = refiner.refine(self.x_T, self.embeds, guidance_scale=scale)
+            x_hat = [
+                refiner.refine(x_T, embeds, guidance_scale=scale)
+                for x_T, embeds in zip(self.x_T, self.embeds, strict=True)
+            ]
         arms = self.x0 | {"refined": self._sample(x_hat, self.options.steps)}
         if getattr(self.pipe, "vae", None) is not None:
             self._write_sheet(arms, step)
@@ -70,11 +79,20 @@ class Validation:
         }
 
     def _write_sheet(self, arms: dict[str, torch.Tensor], step: int) -> None:
-        images = [image for x0 in arms.values() for image in decode(self.pipe, x0[:SHOWN])]
+        with on_device(decoding_parts(self.pipe), self.x_T[0].device):
+            images = [
+                image
+                for x0 in arms.values()
+                for image in decode(self.pipe, x0[:SHOWN], self.empty_prompt)
+            ]
         self.folder.mkdir(exist_ok=True)
         sheet = make_image_grid(images, len(arms), len(images) // len(arms))
         sheet.save(self.folder / f"{step:07d}.png")
 
-    def _sample(self, latents: torch.Tensor, steps: int, **guidance) -> torch.Tensor:
+    def _sample(self, latents: Iterable[torch.Tensor], steps: int, **guidance) -> torch.Tensor:
         seed = self.options.seed
-        return sample_latents(self.pipe, latents, self.embeds, steps, seed=seed, **guidance).float()
+        made = [
+            sample_latents(self.pipe, x, embeds, steps, seed=seed, **guidance).float()
+            for x, embeds in zip(latents, self.embeds, strict=True)
+        ]
+        return torch.cat(made)

@@ -4,12 +4,13 @@ A loss is made of the pipeline and the trainer's options and gives the loss of a
 how many network evaluations it takes (appendix A.7) and what else it needs for each target.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 
 from noiserefine.inversion import ddim_inversion
-from noiserefine.noise import encode_prompt
 from train.options import Options
 from train.targets import Batch
 
@@ -27,9 +28,8 @@ class NoiseLoss:
         """Return the evaluations for each target, beside its sampling, and for each item."""
         return INVERSION_STEPS, 0
 
-    def extra_tensors(self, x0: torch.Tensor, prompts: list[str]) -> dict[str, torch.Tensor]:
+    def extra_tensors(self, x0: torch.Tensor, embeds: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Return the noise that each guided image is inverted to, (B, C, h, w)."""
-        embeds = encode_prompt(self.pipe, prompts, guided=False)
         return {"inverted": ddim_inversion(self.pipe, x0, embeds, INVERSION_STEPS)}
 
     def __call__(self, x_hat: torch.Tensor, batch: Batch) -> torch.Tensor:

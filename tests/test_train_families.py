@@ -13,7 +13,8 @@ from tests import families
 from train import train_refiner
 from train.options import default_options, describe, parse, plan
 from train.presets import FORWARDS, PRESETS
-from train.tools import cost
+from train.run import memory_advice
+from train.tools import cost, tiers
 
 
 @pytest.fixture
@@ -118,10 +119,22 @@ def test_models_without_a_preset_have_no_cost(capsys):
 
 def test_checkpointing_and_a_small_batch_need_less_memory():
     few, many = (
-        cost.activations("sit", batch, 4, checkpointing)
+        tiers.activations("sit", batch, 4, checkpointing)
         for batch, checkpointing in ((1, True), (2, False))
     )
     assert 0 < few < many / 2
+
+
+def test_options_for_a_card_are_the_first_that_fit(monkeypatch):
+    """A card with room for the preset needs no options; a smaller one needs some that save."""
+    whole = tiers.fitting("sit", 24)
+    assert whole["options"] == {}
+    monkeypatch.setattr(tiers, "RESERVED", 24 - whole["peaks"]["training"] + 0.1)
+    less = tiers.fitting("sit", 24)
+    assert less["options"] == {"gradient_checkpointing": True}
+    assert less["peaks"]["training"] < whole["peaks"]["training"] - 1
+    assert tiers.fitting("sit", 0)["peaks"] is None
+    assert tiers.frozen_size("sit", True) < 0.75 * tiers.frozen_size("sit", False)
 
 
 def test_every_preset_has_the_general_recipe():
@@ -141,6 +154,21 @@ def test_out_of_memory_names_what_helps(train, tmp_path, monkeypatch):
     with pytest.raises(MemoryError, match="--gradient_checkpointing True.*--batch_size 1 --grad"):
         train("sd3", "--output_dir", str(tmp_path / "full"))
     monkeypatch.undo()
+
+
+def test_advice_on_memory_names_only_what_the_network_can():
+    options = parse(["--preset", "sd35-medium", "--output_dir", "x"])
+    for checkpoints, network, advised in (
+        (False, families.pipeline("sd3").transformer, {"gradient_checkpointing", "rank"}),
+        (False, families.pipeline("chroma").transformer, {"rank"}),
+        (True, families.pipeline("sd3").transformer, {"fp8", "rank"}),
+        (False, None, set()),
+    ):
+        options.gradient_checkpointing = checkpoints
+        with pytest.raises(MemoryError) as raised, memory_advice(options, network):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        names = {"gradient_checkpointing", "fp8", "rank"}
+        assert {name for name in names if f"--{name} " in str(raised.value)} == advised
 
 
 def test_every_model_of_the_catalogue_has_a_preset():

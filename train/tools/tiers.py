@@ -1,0 +1,172 @@
+"""The options with which a run fits into a card: those that change least come first.
+
+Memory is counted on tensors without data.  A run takes the most of it when it encodes prompts
+(every part of the pipeline is on the card), when it samples targets (the denoiser and the LoRA), or
+when it trains and draws its sheets.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from noiserefine.lora import store_in_8_bits
+from train.options import GIB, Options, default_options
+from train.placement import decoding_parts, encoding_parts
+from train.presets import FORWARDS
+from train.tools.architectures import random_pipeline
+from train.tools.meta import LiveBytes, inputs, lora_parameters, meta_denoiser, meta_lora
+
+CARDS = (8, 12, 16, 24)  # GB
+RESERVED = 1.0  # GiB for CUDA's context, the desktop and fragments
+LOWEST_RANK = 32
+# Bytes of a LoRA's parameter: itself and its gradient in single precision; its copy in 16 bits
+# under autocast; AdamW's two moments, and its temporary at a step.
+WEIGHT, GRADIENT, AUTOCAST = 4, 4, 2
+MOMENTS, TEMPORARY = {"adamw": 8, "adamw8bit": 2}, {"adamw": 4, "adamw8bit": 0}
+LARGEST_PICTURE = 1024  # pixels a side
+
+
+class Peaks(NamedTuple):
+    """The most memory of a run's phases, in GiB."""
+
+    encoding: float
+    sampling: float
+    training: float
+
+
+def fitting(name: str, card: int) -> dict[str, Any]:
+    """Return the first options that fit into a card of so many GB.
+
+    "options" are those that differ from the preset's; "peaks" are None where nothing fits.
+    """
+    room, found = card - RESERVED, {"preset": name, "card": card}
+    preset = asdict(default_options(name))
+    for step in ladder(name):
+        options = _with_fitting_calls(name, step, room)
+        needed = peaks(name, options)
+        if max(needed) <= room:
+            changed = {key: value for key, value in asdict(options).items() if value != preset[key]}
+            return found | {"options": changed, "peaks": needed._asdict()}
+    return found | {"options": {}, "peaks": None}
+
+
+def ladder(name: str) -> Iterator[Options]:
+    """Yield a preset's options, then with one change more each time that saves memory."""
+    options = default_options(name)
+    together = options.batch_size * options.gradient_accumulation_steps
+    changes: list[dict[str, Any]] = [{}, {"gradient_checkpointing": True}]
+    changes += [{"batch_size": 1, "gradient_accumulation_steps": together}]
+    changes += [{"rank": rank} for rank in (128, 64, LOWEST_RANK) if rank < options.rank]
+    changes += [{"fp8": True}, {"optimizer": "adamw8bit"}]
+    for change in changes:
+        options = replace(options, **change)
+        yield options
+
+
+def _with_fitting_calls(name: str, options: Options, room: float) -> Options:
+    """Return options with as many targets in a call as fit, which changes nothing else."""
+    while options.target_batch_size > 1 and peaks(name, options).sampling > room:
+        options = replace(options, target_batch_size=options.target_batch_size // 2)
+    return options
+
+
+def peaks(name: str, options: Options) -> Peaks:
+    """Return the peaks of a run's phases."""
+    sizes, lora = part_sizes(name), lora_size(name, options.rank)
+    frozen = frozen_size(name, options.fp8)
+    state = frozen + lora * (WEIGHT + MOMENTS[options.optimizer])
+    taking_the_loss = lora * (GRADIENT + AUTOCAST) + activations(
+        name, options.batch_size, options.rank, options.gradient_checkpointing
+    )
+    step = lora * (GRADIENT + TEMPORARY[options.optimizer])
+    sheet = sizes["decoding"] + decoding_activations(name)
+    images = 1 + (options.guidance_scale > 1) + (options.pag_scale > 0)
+    denoising = sizes["denoiser"] + lora * WEIGHT
+    return Peaks(
+        round(denoising + sizes["encoding"], 2),
+        round(denoising + options.target_batch_size * images * sampling_activations(name), 2),
+        round(state + max(taking_the_loss, step, sheet), 2),
+    )
+
+
+@functools.cache
+def meta_pipeline(name: str) -> DiffusionPipeline:
+    """Return the pipeline in 16 bits without data, but for its VAE where that overflows."""
+    pipe = random_pipeline(name, "meta", torch.float16)
+    if pipe.vae.config.get("force_upcast"):
+        pipe.vae.float()
+    return pipe
+
+
+def part_sizes(name: str) -> dict[str, float]:
+    """Return the GiB of the weights of the pipeline's parts."""
+    pipe = meta_pipeline(name)
+    return {
+        "denoiser": frozen_size(name, False),
+        "encoding": sum(map(_size, encoding_parts(pipe))),
+        "decoding": sum(map(_size, decoding_parts(pipe))),
+    }
+
+
+@functools.cache
+def frozen_size(name: str, fp8: bool) -> float:
+    """Return the GiB of the denoiser's weights while it trains a LoRA."""
+    network = meta_denoiser(name)
+    if fp8:
+        store_in_8_bits(network, meta_denoiser(name))
+    return _size(network)
+
+
+def lora_size(name: str, rank: int) -> float:
+    """Return the parameters of a LoRA, in 2^30."""
+    return FORWARDS[name].lora * 1e6 * rank / GIB
+
+
+@functools.cache
+def activations(name: str, batch: int, rank: int, checkpointing: bool) -> float:
+    """Return the most GiB that a refining forward and its backward pass take."""
+    network = meta_lora(name, meta_denoiser(name), rank).half().train()
+    for parameter in lora_parameters(network):
+        parameter.grad = torch.empty_like(parameter)  # counted with the LoRA
+    if checkpointing:
+        network.enable_gradient_checkpointing()  # type: ignore[operator]
+    args, kwargs = inputs(name, batch)
+    with LiveBytes(network) as live:
+        made = network(*args, **kwargs)[0]
+        (sum(image.sum() for image in made) if isinstance(made, list) else made.sum()).backward()
+    return live.peak / GIB
+
+
+@functools.cache
+@torch.no_grad()
+def sampling_activations(name: str) -> float:
+    """Return the most GiB that an image's forward takes without gradients."""
+    network = meta_denoiser(name)
+    args, kwargs = inputs(name, 1)
+    with LiveBytes(network) as live:
+        network(*args, **kwargs)
+    return live.peak / GIB
+
+
+@functools.cache
+@torch.no_grad()
+def decoding_activations(name: str) -> float:
+    """Return the most GiB that decoding a picture takes."""
+    vae = meta_pipeline(name).vae
+    channels = vae.config.latent_channels
+    side = math.isqrt(math.prod(FORWARDS[name].latents) // channels)
+    latents = torch.empty(1, channels, side, side, device="meta", dtype=vae.dtype)
+    with LiveBytes(vae, LARGEST_PICTURE) as live:
+        vae.decode(latents)
+    return live.peak / GIB
+
+
+def _size(network: nn.Module) -> float:
+    tensors = {*network.parameters(), *network.buffers()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / GIB

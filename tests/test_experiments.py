@@ -571,6 +571,9 @@ def test_a_study_measures_each_recipe_once(tmp_path, tiny, study_options, monkey
     assert trained == ["targets-8", "base", "rank=4"]
     study.main([*study_options, "--factors", "rank=4", "num_targets=4"])
     assert trained[3:] == ["num_targets=4"]
+    elsewhere = ["--work_dir", str(tmp_path / "elsewhere")]
+    study.main([*study_options, *elsewhere, "--factors", "rank=2,4"])
+    assert trained[4:] == [] and not (tmp_path / "elsewhere" / "arms.npz").exists()
     result = json.loads((tmp_path / "s.json").read_text())
     found = result["recipes"]
     assert list(found) == ["base", "strength=2.0", "rank=4", "num_targets=4"]

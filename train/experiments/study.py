@@ -406,7 +406,8 @@ def main(arguments: list[str] | None = None) -> None:
         check_recorded(args.work_dir / "settings.json", settings)
         write_json(args.work_dir / "settings.json", settings)
         missing = [recipe for recipe in chosen if recipe.name not in result["recipes"]]
-        result |= {"settings": settings, "arms": study.prepare(missing)}
+        if missing:
+            result |= {"settings": settings, "arms": study.prepare(missing)}
 
         # A training with all the recipes that are measured of it, usually one.
         by_training: dict[str, list[Recipe]] = {}

@@ -21,8 +21,7 @@ from noiserefine.denoiser import (
     guidance_arguments,
     reach_latents,
 )
-
-MAX_SEED = 2**32 - 1
+from noiserefine.limits import MAX_SEED
 
 
 def image_size(

@@ -550,12 +550,17 @@ def test_an_images_settings_are_its_own():
         ({"steps": "nan"}, "“steps” is a number"),
         ({"prompt": "x" * 10**5}, "“prompt” is a text"),
         ({"seed": [1]}, "“seed” is a number"),
+        ({"strength": 9}, "“strength” is from 0 to 2; got 9. The default is taken instead."),
+        ({"seed": "-1"}, "“seed” is from 0 to"),
+        ({"steps": 2.5}, "“steps” is a whole number"),
     ],
 )
 def test_links_and_pngs_with_a_wrong_value_keep_the_others(values, says):
     restored_settings, problems = restored({"sampler": "Euler"} | values)
     assert len(problems) == 1 and says in problems[0] and "Euler" in restored_settings
-    assert restored_settings[1] == Settings("").seed
+    found = dict(zip(Settings.names(), restored_settings, strict=True))
+    assert found | {"prompt": ""} == asdict(Settings("", sampler="Euler"))
+    assert restored({"sampler": "Euler b"})[0][6] == Settings("").sampler
 
 
 def test_a_link_names_the_shipped_refiner_not_its_place():
@@ -648,7 +653,7 @@ def test_endpoints_are_named_and_described(client):
         outputs = [output["label"] for output in endpoint["returns"]]
         assert not any(re.match("value_|parameter_", name) for name in outputs), outputs
     images = predict(client, "guided_from_refined", "a panda")["images"]
-    assert images[3]["caption"] == "refined, guided", "the list that is declared"
+    assert images[3]["caption"] == "refined and guided", "the list that is declared"
 
 
 def test_endpoints_are_tools(url):
@@ -851,9 +856,26 @@ def test_page_goes_on_after_errors(client):
     assert pixels(predict(client, "compare", *GOOD)["refined"]).shape == (128, 128, 3)
 
 
-@pytest.mark.parametrize("backbone, arms", [("emoji", 3), ("sd-turbo", 2), ("a/b", 3)])
-def test_many_has_a_column_for_each_arm(backbone, arms):
-    assert VIEWS["many"].per_row(Settings(PROMPT, backbone=backbone)) == arms
+@pytest.mark.parametrize(
+    "backbone, refiner, arms",
+    [
+        ("emoji", "", 3),
+        ("sd21", "", 2),
+        ("sd-turbo", "", 1),
+        ("sd-turbo", "x/y", 2),
+        ("a/b", "", 3),
+    ],
+)
+def test_a_comparisons_arms_are_counted_before_it_is_made(backbone, refiner, arms):
+    assert jobs.number_of_arms(Settings(PROMPT, backbone=backbone, refiner=refiner)) == arms
+
+
+def test_every_arm_has_a_row_or_column_of_its_own():
+    settings = Settings(PROMPT, steps=3)
+    columns = {name: view.per_row for name, view in VIEWS.items() if view.per_row}
+    assert columns["many"](settings, {}, 2) == 2
+    assert columns["seeds"](settings, {"count": 5}, 3) == 5
+    assert columns["trajectory"](settings, {}, 3) == columns["attention"](settings, {}, 3) == 3
 
 
 def test_runs_without_the_spaces_package(tmp_path):

@@ -145,7 +145,7 @@ def test_stop_shows_what_was_expected_then(open_page):
         "document.querySelector('#arms').innerText.includes(' of 150')", timeout=SECONDS
     )
     page.locator("#stop").click()
-    stopped = page.get_by_text(re.compile("at step .* of 150: the image it expected then"))
+    stopped = page.get_by_text(re.compile("after .* of .* forwards: the image it expected then"))
     stopped.wait_for(timeout=SECONDS)
     assert page.locator("#arms .cost", has_text="forwards").count() < len(ARMS)
 
@@ -222,8 +222,9 @@ def test_a_refiner_is_trained_in_the_tab(open_page, tiny_folder):
 
 
 def test_a_link_with_a_wrong_value_keeps_the_others(open_page):
-    page = open_page(query="?prompt=a+panda&steps=2&seed=nonsense")
+    page = open_page(query="?prompt=a+panda&steps=2&seed=nonsense&strength=9")
     page.get_by_text("“seed” is a number").wait_for(timeout=SECONDS)
+    page.get_by_text("“strength” is from 0 to 2").wait_for(timeout=SECONDS)
     wait_for_caption(page, "a panda", "2 steps")
 
 

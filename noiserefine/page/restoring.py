@@ -7,7 +7,7 @@ import gradio as gr
 
 from noiserefine.page.layout import Page
 from noiserefine.page.record import read_png
-from noiserefine.page.settings import restored
+from noiserefine.page.settings import Settings, restored
 from noiserefine.page.views import VIEWS
 
 
@@ -18,7 +18,9 @@ def from_png(page: Page, path: str | None) -> list:
         values, problems = restored(record["settings"])
     except ValueError as error:
         raise gr.Error(str(error), print_exception=False) from error
-    if "program" in record:
+    if "program" in record:  # what it does not write, the model above all, stays as it is
+        given = zip(Settings.names(), values, strict=True)
+        values = [value if name in record["settings"] else None for name, value in given]
         problems.append(
             f"The settings are {record['program']}'s: another program makes another image of them."
         )

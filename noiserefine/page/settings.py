@@ -5,7 +5,9 @@ import urllib.parse
 from dataclasses import dataclass, fields
 from typing import Any
 
+from noiserefine.limits import MAX_GUIDANCE_SCALE, MAX_SEED, MAX_STEPS, MAX_STRENGTH
 from noiserefine.models.catalogue import ASSETS, BACKBONES, Model
+from noiserefine.sampler_names import SAMPLER_NAMES
 
 try:
     from spaces.config import Config
@@ -18,6 +20,14 @@ ON_SPACE = "SPACE_ID" in os.environ
 DEFAULT = "emoji"
 MAX_TEXT = 2000  # characters
 MAX_NUMBER = 1e15  # below it floats hold every whole number
+# Of settings that come from a link or a PNG; which sizes are possible depends on the model.
+RANGES = {
+    "seed": (0, MAX_SEED),
+    "steps": (1, MAX_STEPS),
+    "guidance_scale": (1, MAX_GUIDANCE_SCALE),
+    "strength": (0, MAX_STRENGTH),
+}
+WHOLE = ("seed", "steps", "width", "height")
 
 
 def any_model_allowed() -> bool:
@@ -152,8 +162,8 @@ def link(settings: Settings) -> str:
 def restored(values: dict) -> tuple[list, list[str]]:
     """Return the settings stored in a link or PNG in field order, and what is wrong with others.
 
-    Missing and wrong settings get their default, a missing prompt None. Whether a value can be
-    used is checked when it is.
+    Missing and wrong settings get their default, a missing prompt None. What depends on the model
+    is checked when an image is made.
     """
     updates, problems = [], []
     for field in fields(Settings):
@@ -162,7 +172,7 @@ def restored(values: dict) -> tuple[list, list[str]]:
             updates.append(_setting(values.get(field.name), field.name, default))
         except ValueError as error:
             updates.append(default)
-            problems.append(str(error))
+            problems.append(f"{error} The default is taken instead.")
     return updates, problems
 
 
@@ -170,9 +180,20 @@ def _setting(value: Any, name: str, default: Any) -> Any:
     if value is None:
         return default
     if default is None or isinstance(default, str):
-        return text(value, f"The setting “{name}”")
+        value = text(value, f"The setting “{name}”")
+        if name == "sampler" and value not in SAMPLER_NAMES:
+            names = ", ".join(SAMPLER_NAMES)
+            raise ValueError(f"The setting “sampler” is one of {names}; got {ascii(value)[:40]}.")
+        return value
     try:
         converted = number(float(value), f"The setting “{name}”")
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"The setting “{name}” is a number; got {ascii(value)[:40]}.") from error
-    return int(converted) if converted == int(converted) else converted
+    low, high = RANGES.get(name, (-MAX_NUMBER, MAX_NUMBER))
+    if not low <= converted <= high:
+        raise ValueError(f"The setting “{name}” is from {low} to {high}; got {converted:g}.")
+    if converted != int(converted):
+        if name in WHOLE:
+            raise ValueError(f"The setting “{name}” is a whole number; got {converted:g}.")
+        return converted
+    return int(converted)

@@ -125,7 +125,7 @@ def test_samplers_and_steps(make):
         RECIPE.refined
     )
     assert (
-        images["Heun (EDM), 3 steps, Gaussian"].forwards == 5
+        images["Heun (EDM), 3 steps, plain"].forwards == 5
         and images["Euler, 2 steps, refined"].forwards == 3
     )
 
@@ -139,7 +139,7 @@ def test_bands(make):
             part, make(RECIPE.refined).latents, atol=1e-5
         )  # all of it below 1, and above 0
     x_T, mixed = draw_noise(make.pipe, 3), dict(explore.bands(make, RECIPE, 0.3))
-    correction = torch.from_numpy(mixed["refined below 0.3, Gaussian above"].latents) - x_T
+    correction = torch.from_numpy(mixed["refined below 0.3, plain above"].latents) - x_T
     zeroed = (
         mixed["refined below 0.3, zero above"].latents
         + mixed["zero below 0.3, refined above"].latents
@@ -171,9 +171,7 @@ def test_two_prompts(make, pipe, refiner):
     assert np.array_equal(
         images["denoised with none"].image, plain(pipe, "", latents=refiner(x_T, PROMPT))
     )
-    assert np.array_equal(
-        images["Gaussian noise, the other"].image, plain(pipe, other, latents=x_T)
-    )
+    assert np.array_equal(images["plain noise, the other"].image, plain(pipe, other, latents=x_T))
 
 
 def test_interpolation(make):
@@ -198,7 +196,7 @@ def test_guided_from_refined(make, pipe, refiner):
     images = dict(explore.guided_from_refined(make, RECIPE))
     assert [sample.forwards for sample in images.values()] == [3, 6, 4, 7]
     assert np.array_equal(
-        images["refined, guided"].image,
+        images["refined and guided"].image,
         plain(pipe, latents=refiner(draw_noise(pipe, 3), PROMPT), guidance_scale=2.5),
     )
 
@@ -236,10 +234,11 @@ def test_trajectory_ends_at_the_image(make, sampler):
     """Samplers that end at zero noise return the last predicted x0."""
     frames, recipe = {}, replace(RECIPE.refined, sampler=sampler, steps=5)
     trajectory(make, recipe, frames.__setitem__, 3)
-    forwards = 9 if sampler.startswith("Heun") else 5
-    assert list(frames) == [1, forwards // 2 + 1, forwards]
-    difference = np.abs(np.asarray(frames[forwards], int) - np.asarray(make(recipe).image, int))
-    assert difference.max() <= 1 and not np.array_equal(frames[1], frames[forwards])
+    sample = make(recipe)
+    forwards = sample.forwards
+    assert list(frames) == [2, forwards // 2 + 1, forwards], "the first of all is the refining pass"
+    difference = np.abs(np.asarray(frames[forwards], int) - np.asarray(sample.image, int))
+    assert difference.max() <= 1 and not np.array_equal(frames[2], frames[forwards])
 
 
 def test_views_on_sdxl(sdxl):
@@ -266,7 +265,7 @@ def test_views_on_sdxl(sdxl):
     trajectory(make, recipe.refined, frames.__setitem__)
     maps, sample = attention(make, recipe.guided, "apple")
     assert (
-        list(frames) == [1, 2]
+        list(frames) == [2, 3]
         and len(maps) == 2
         and maps.min() >= 0
         and equal(sample, make(recipe.guided))
@@ -286,7 +285,7 @@ def test_stopping_leaves_the_pipeline_as_it_was(make, pipe):
     before, scheduler = output(pipe), pipe.scheduler
     steps = []
 
-    def stop(x0):
+    def stop(x0, _):
         steps.append(x0)
         if len(steps) == 2:
             raise KeyboardInterrupt
@@ -303,7 +302,8 @@ def test_preview_looks_like_the_image(make, pipe):
     preview = fit_preview(pipe)
     for seed in range(3):
         x0 = []
-        sample = make(replace(RECIPE.guided, seed=seed, steps=10), on_x0=x0.append)
+        recipe = replace(RECIPE.guided, seed=seed, steps=10)
+        sample = make(recipe, on_x0=lambda *arguments, x0=x0: x0.append(arguments[0]))
         image = sample.image.resize((32, 32), Image.Resampling.BOX)
         rough = preview(x0[-1])
         assert (
@@ -542,7 +542,7 @@ def test_views_on_every_kind_of_pipeline(name):
     assert not equal(samples["gaussian"], samples["refined"])
     frames = {}
     trajectory(make, recipe.refined, frames.__setitem__)
-    assert len(frames) == 2 and frames[1].size == samples["refined"].image.size
+    assert len(frames) == 2 and frames[2].size == samples["refined"].image.size
     assert fit_preview(pipe)(torch.from_numpy(samples["refined"].x0)).width > 1
     strengths = dict(explore.strengths(make, recipe, (0, 1)))
     assert equal(strengths["strength 0"], samples["gaussian"])

@@ -1,7 +1,8 @@
 """Series of images that show what refining does, one function for each of the paper's figures.
 
 Each function takes a Maker and a recipe that holds the guidance scale of the guided images and
-the strength of the refined ones, and yields (caption, Sample) one by one.
+the strength of the refined ones, and yields (caption, Sample) one by one. Captions call the
+Gaussian arm “plain”, as the page does.
 """
 
 import itertools
@@ -13,7 +14,8 @@ import torch
 
 from noiserefine.analysis.recipe import Maker, Recipe, Sample
 from noiserefine.analysis.spectrum import band
-from noiserefine.noise import MAX_SEED, slerp
+from noiserefine.limits import MAX_SEED
+from noiserefine.noise import slerp
 from noiserefine.samplers import samplers_of
 
 STRENGTHS = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5)
@@ -54,7 +56,7 @@ def samplers_and_steps(make: Maker, recipe: Recipe, steps: Sequence[int] = STEPS
         for count in steps:
             sampled = replace(recipe, sampler=sampler, steps=count)
             yield f"{sampler}, {count} steps, refined", make(sampled.refined)
-            yield f"{sampler}, {count} steps, Gaussian", make(sampled.gaussian)
+            yield f"{sampler}, {count} steps, plain", make(sampled.gaussian)
 
 
 def two_prompts(make: Maker, recipe: Recipe, other: str) -> Images:
@@ -64,10 +66,10 @@ def two_prompts(make: Maker, recipe: Recipe, other: str) -> Images:
     yield "one prompt for both", make(recipe.refined)
     yield "denoised with the other", make(with_other.refined)
     yield "denoised with none", make(with_none.refined)
-    yield "Gaussian noise, the other", make(with_other.gaussian)
+    yield "plain noise, the other", make(with_other.gaussian)
     if recipe.guidance_scale > 1:
         yield "denoised with the other, guided", make(with_other)
-        yield "Gaussian noise, the other, guided", make(with_other.guided)
+        yield "plain noise, the other, guided", make(with_other.guided)
 
 
 def interpolation(make: Maker, recipe: Recipe, seed: int, count: int = INTERPOLATIONS) -> Images:
@@ -81,7 +83,7 @@ def interpolation(make: Maker, recipe: Recipe, seed: int, count: int = INTERPOLA
             f"Both seeds are {seed}: there is nothing between them. Choose another one."
         )
     ends = make.draw(recipe), make.draw(replace(recipe, seed=seed))
-    for name, arm in (("Gaussian", recipe.gaussian), ("refined", recipe.refined)):
+    for name, arm in (("plain", recipe.gaussian), ("refined", recipe.refined)):
         yield f"{name}, seed {recipe.seed}", make(arm)
         for i in range(1, count - 1):
             yield f"{name}, {i / (count - 1):.2g}", make(arm, slerp(*ends, i / (count - 1)))
@@ -90,10 +92,10 @@ def interpolation(make: Maker, recipe: Recipe, seed: int, count: int = INTERPOLA
 
 def guided_from_refined(make: Maker, recipe: Recipe) -> Images:
     """Yield both noises without and with guidance (appendix A.5, table 6)."""
-    yield "Gaussian, unguided", make(recipe.gaussian)
-    yield "Gaussian, guided", make(recipe.guided)
-    yield "refined, unguided", make(recipe.refined)
-    yield "refined, guided", make(recipe)
+    yield "plain", make(recipe.gaussian)
+    yield "guided", make(recipe.guided)
+    yield "refined", make(recipe.refined)
+    yield "refined and guided", make(recipe)
 
 
 def draw_next(make: Maker, recipe: Recipe) -> torch.Tensor:
@@ -109,10 +111,10 @@ def bands(make: Maker, recipe: Recipe, cutoff: float) -> Images:
     redrawn = draw_next(make, recipe)
     low, redrawn_low, plain = band(x_hat, 0, cutoff), band(redrawn, 0, cutoff), recipe.gaussian
     yield "refined noise", refined
-    yield "Gaussian noise", gaussian
+    yield "plain noise", gaussian
     mixed = {0.0: gaussian, 1.0: refined}.get(cutoff)
     yield (
-        f"refined below {cutoff:g}, Gaussian above",
+        f"refined below {cutoff:g}, plain above",
         mixed or make(plain, x_T + band(x_hat - x_T, 0, cutoff)),
     )
     yield f"refined below {cutoff:g}, zero above", make(plain, low)

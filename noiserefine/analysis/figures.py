@@ -69,7 +69,7 @@ def radial_spectrum(x_T: torch.Tensor, x_hat: torch.Tensor, count: int = 12) -> 
     which = np.digitize(r, edges[1:-1])
     bins = np.unique(which)
     for y, colour, label in (
-        (x_T, GAUSSIAN, "Gaussian noise"),
+        (x_T, GAUSSIAN, "plain noise"),
         (x_hat.float().cpu() - x_T.float().cpu(), REFINED, "the correction"),
     ):
         energy = (

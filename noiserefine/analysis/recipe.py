@@ -164,11 +164,12 @@ class Maker:
         self,
         recipe: Recipe,
         x_T: torch.Tensor | None = None,
-        on_x0: Callable[[torch.Tensor], None] | None = None,
+        on_x0: Callable[[torch.Tensor, int], None] | None = None,
     ) -> Sample:
         """Return the image of the recipe, from a given x_T (1, C, h, w) or from the seed's.
 
-        on_x0 is called with the predicted x0, (1, C, h, w), of every step that is sampled.
+        on_x0 is called at every step that is sampled with the predicted x0, (1, C, h, w), and the
+        forwards so far, counted as in Sample.
         Raises ValueError for a recipe that these models cannot make.
         """
         recipe = recipe.reduced()
@@ -201,14 +202,14 @@ class Maker:
         self,
         recipe: Recipe,
         x_T: torch.Tensor,
-        on_x0: Callable[[torch.Tensor], None] | None = None,
+        on_x0: Callable[[torch.Tensor, int], None] | None = None,
     ) -> Sample:
         """Sample the recipe from x_T, (1, C, h, w), whether it was made before or not."""
         embeds: dict[str, Any] = self.encode(recipe.prompt, recipe.negative_prompt)
         height, width = image_size(self.pipe, recipe.height, recipe.width)
         pipe = with_sampler(self.pipe, recipe.sampler)
 
-        size = canvas_like(pipe, x_T)
+        size, counter = canvas_like(pipe, x_T), ForwardCounter()
         last: list[torch.Tensor] = []
 
         def watch(sample_x0: torch.Tensor) -> None:
@@ -216,9 +217,9 @@ class Maker:
             x0 = size.from_sample(sample_x0)
             last[:] = [x0]
             if on_x0:
-                on_x0(x0)
+                on_x0(x0, counter.count)
 
-        began, counter = time.perf_counter(), ForwardCounter()
+        began = time.perf_counter()
         with (
             watch_x0(pipe.scheduler, watch),
             _finite(pipe),

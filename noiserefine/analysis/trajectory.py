@@ -22,18 +22,18 @@ def evenly(total: int, count: int) -> list[int]:
 def trajectory(
     make: Maker, recipe: Recipe, on_frame: Callable[[int, Image.Image], None], frames: int = FRAMES
 ) -> None:
-    """Sample the recipe and call on_frame(forward, picture) with the predicted x0 on the way.
+    """Sample the recipe and call on_frame(forwards so far, picture) with the predicted x0s.
 
-    The frames are evenly spaced over the forwards, the first and the last among them. A sampler
+    The frames are evenly spaced over the sampling, the first and the last among them. A sampler
     with two forwards a step has a frame for each; guidance adds none.
     """
-    wanted, forward = evenly(forwards(recipe.sampler, recipe.steps), frames), 0
+    wanted, seen = evenly(forwards(recipe.sampler, recipe.steps), frames), 0
 
-    def on_x0(x0: torch.Tensor) -> None:
-        nonlocal forward
-        if forward in wanted:
-            on_frame(forward + 1, decode(make.pipe, x0, embeds)[0])
-        forward += 1
+    def on_x0(x0: torch.Tensor, count: int) -> None:
+        nonlocal seen
+        if seen in wanted:
+            on_frame(count, decode(make.pipe, x0, embeds)[0])
+        seen += 1
 
     make.check(recipe)
     embeds = make.encode(recipe.prompt, recipe.negative_prompt)

@@ -71,6 +71,11 @@ class Backbone:
         return Usage(self.title, self.guidance_scale, self.steps, self.sampler)
 
     @property
+    def has_refiner(self) -> bool:
+        """Return whether its refiner was trained and is in place."""
+        return (Path(self.refiner) / "refiner.json").is_file()
+
+    @property
     def guidance(self) -> str:
         """Return the kind of guidance in its guided column, in words."""
         return "classifier-free" if self.guidance_scale else "none (distilled)"

@@ -41,8 +41,8 @@ class Progress:
     arm: str
     preview: Image.Image
     x0: Any  # (1, C, h, w), float32 NumPy
-    step: int
-    steps: int
+    forwards: int  # so far
+    total: int
 
 
 @dataclass(frozen=True)

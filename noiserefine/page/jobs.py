@@ -14,12 +14,12 @@ from noiserefine.analysis.recipe import Maker, Recipe, Sample
 from noiserefine.analysis.trajectory import FRAMES
 from noiserefine.denoiser import can_guide, guidance_kind
 from noiserefine.latents import decode
-from noiserefine.models.catalogue import Model
+from noiserefine.models.catalogue import BACKBONES, Model
 from noiserefine.models.pool import Loaded, Models
 from noiserefine.page.events import Event, Made, Picture, Progress, Source, Tick
 from noiserefine.page.settings import ON_SPACE, REFINERS, ZERO_GPU, Settings, number, text, whole
 from noiserefine.page.stream import Worker, stream
-from noiserefine.page.views import VIEWS, View
+from noiserefine.page.views import ARMS, VIEWS, View
 from noiserefine.page.vocabulary import is_embedded
 from noiserefine.samplers import forwards
 
@@ -77,13 +77,12 @@ class Job:
 
     def previewed(self, arm: str, recipe: Recipe) -> Sample:
         """Make the recipe, with a preview of the predicted x0 at every step."""
-        step, steps = 0, forwards(recipe.sampler, recipe.steps)
+        guided, refined = recipe.guidance_scale > 1, recipe.strength > 0
+        total = forwards(recipe.sampler, recipe.steps) * (1 + guided) + refined
 
-        def on_x0(x0: torch.Tensor) -> None:
-            nonlocal step
-            step += 1
+        def on_x0(x0: torch.Tensor, count: int) -> None:
             preview = self.screened(self.loaded.preview(x0))
-            self.report(Progress(arm, preview, x0.float().cpu().numpy(), step, steps))
+            self.report(Progress(arm, preview, x0.float().cpu().numpy(), count, total))
 
         return self.make(recipe, on_x0=on_x0)
 
@@ -192,6 +191,20 @@ def model_of(settings: Settings, view: View) -> Model:
         return model
     found = (entry for entry in REFINERS.values() if entry.backbone == model.backbone)
     return next((replace(model, refiner=entry.folder) for entry in found), model)
+
+
+def number_of_arms(settings: Settings) -> int:
+    """Return the arms of a comparison, as the loaded model tells, else as the catalogue does."""
+    try:
+        model = settings.model
+    except ValueError:  # said when something is made
+        return len(ARMS)
+    listed = BACKBONES.get(model.backbone)
+    if loaded := MODELS.find(model):
+        return 1 + (not _no_guidance(loaded)) + (loaded.refiner is not None)
+    if listed:
+        return 1 + (listed.guidance_scale is not None) + (listed.has_refiner or bool(model.refiner))
+    return len(ARMS)
 
 
 def hindrances(settings: Settings, views: Iterable[str]) -> dict[str, str]:

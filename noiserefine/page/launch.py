@@ -6,7 +6,7 @@ import sys
 
 from noiserefine.models.catalogue import OFFLOADS, Model
 from noiserefine.page.handlers import jobs
-from noiserefine.page.layout import CSS, FAVICON, HEAD, JAVASCRIPT, THEME
+from noiserefine.page.layout import COLUMNS_CSS, CSS, FAVICON, HEAD, JAVASCRIPT, THEME
 from noiserefine.page.settings import REFINERS, SERVED, ZERO_GPU
 from noiserefine.page.wiring import build_page
 
@@ -75,6 +75,7 @@ def main() -> None:
             server_name=args.host,
             server_port=args.port,
             theme=THEME,
+            css=COLUMNS_CSS,
             css_paths=[CSS],
             js=JAVASCRIPT,
             head_paths=HEAD,

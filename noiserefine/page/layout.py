@@ -14,7 +14,7 @@ from noiserefine.page import texts
 from noiserefine.page.blind import ANSWERS, KEYS, QUESTIONS
 from noiserefine.page.opening import EXAMPLES, Opening, default_settings, opening
 from noiserefine.page.settings import FREE_CHOICE, REFINERS, SERVED, Settings
-from noiserefine.page.views import ARMS, OPPONENTS, VIEWS, View, picture
+from noiserefine.page.views import ARMS, MOST_SEEDS, OPPONENTS, VIEWS, View, picture
 from noiserefine.page.vocabulary import vocabulary
 from noiserefine.sampler_names import SAMPLER_NAMES
 
@@ -22,6 +22,8 @@ Components = dict[str, gr.components.Component]
 
 PAPER = "https://arxiv.org/abs/2412.03895"
 CSS = Path(__file__).with_name("page.css")
+# Gradio makes as many columns as there are images, which would shrink with every one that comes.
+COLUMNS_CSS = " ".join(f".columns-{n} {{ --columns: {n}; }}" for n in range(1, MOST_SEEDS + 1))
 JAVASCRIPT = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
 HEAD = Path(__file__).with_name("head.html")
 FAVICON = Path(__file__).with_name("favicon.png")
@@ -311,14 +313,15 @@ def about_model(name: str) -> str:
     if backbone is None:
         return ""
     download = f"download {backbone.download:g} GiB" if backbone.download else "no download"
-    trained = (Path(backbone.refiner) / "refiner.json").is_file()
     facts = [
         f"{backbone.parameters:g} B parameters",
         download,
         f"{backbone.memory:g} GiB of memory",
         f"guidance {backbone.guidance}",
         backbone.licence,
-        "has a refiner" if trained else "no refiner yet: the third card shows how to train one",
+        "has a refiner"
+        if backbone.has_refiner
+        else "no refiner yet: the third card shows how to train one",
     ]
     return f"{backbone.title}: " + " · ".join(facts)
 
@@ -345,9 +348,14 @@ def _view_tab(tab: gr.Tab, view: View) -> Tab:
             format="png",
             interactive=False,
             buttons=["download", "download_all", "fullscreen"],
-            elem_classes=["images", f"columns-{view.columns}", *(["flipped"] if view.flip else [])],
+            elem_classes=gallery_classes(name, view.columns),
         )
     return Tab(tab, controls, outputs, show, stop, hindrance)
+
+
+def gallery_classes(view: str, columns: int) -> list[str]:
+    """Return the CSS classes of a view's gallery, which COLUMNS_CSS gives its columns by."""
+    return ["images", f"columns-{columns}", *(["flipped"] if VIEWS[view].flip else [])]
 
 
 def _votes(page: Page) -> None:

@@ -127,7 +127,7 @@ document.body.append(status);
 let told = "";
 const tell = () => {
   const costs = all("#arms .cost").map(cost => cost.innerText);
-  const now = costs.length && costs.some(cost => /forward/.test(cost)) && !costs.some(cost => /^step/.test(cost)) ? costs.join("; ") : "";
+  const now = costs.length && costs.some(cost => /forward/.test(cost)) && !costs.some(cost => /^forward/.test(cost)) ? costs.join("; ") : "";
   if (now && now !== told) { if (told) status.textContent = "Images ready"; told = now; }
   else if (!now && told) { status.textContent = "Making images"; told = " "; }
   all("a[download]:not([aria-label])").forEach(link => link.setAttribute("aria-label", `Download ${link.download || "file"}`));

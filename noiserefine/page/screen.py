@@ -80,7 +80,7 @@ class Screen:
     def _show_progress(self, event: Progress) -> bool:
         self.unfinished = event
         self.values[event.arm] = self._file(f"{event.arm}-preview", event.preview)
-        self.values[f"{event.arm}_cost"] = f"step {event.step} of {event.steps}"
+        self.values[f"{event.arm}_cost"] = f"forward {event.forwards} of {event.total}"
         return True
 
     @show.register
@@ -154,13 +154,13 @@ class Screen:
     def stopped(self, picture: Image.Image | None) -> None:
         """Say that the run was stopped; picture: the decoded x0 of its last step."""
         if self.unfinished:
-            arm, step = self.unfinished.arm, self.unfinished.step
+            arm, done = self.unfinished.arm, self.unfinished.forwards
             shown = "the image it expected then" if picture else "a rough preview"
             self.values[f"{arm}_cost"] = (
-                f"**Stopped** at step {step} of {self.unfinished.steps}: {shown}"
+                f"**Stopped** after {done} of {self.unfinished.total} forwards: {shown}"
             )
             if picture:
-                self.values[arm] = self._file(self._name(f"{arm}-step{step}"), picture)
+                self.values[arm] = self._file(self._name(f"{arm}-after-{done}-forwards"), picture)
         if self.status and "note" in self.values:
             done, total, _ = self.status
             self.values["note"] = f"**Stopped** after {done} of {total} images."

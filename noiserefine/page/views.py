@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from PIL import Image
 
-from noiserefine.limits import MAX_STEPS
+from noiserefine.limits import MAX_SEED, MAX_STEPS
 from noiserefine.models.catalogue import BACKBONES, Model
 from noiserefine.page import texts
 from noiserefine.page.blind import in_random_order
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 attentions: Any = Lazy("noiserefine.analysis.attention")
 explore: Any = Lazy("noiserefine.analysis.explore")
 figures: Any = Lazy("noiserefine.analysis.figures")
-noise: Any = Lazy("noiserefine.noise")
 safetensors: Any = Lazy("safetensors.torch")
 samplers_of_diffusers: Any = Lazy("noiserefine.samplers")
 spectrum: Any = Lazy("noiserefine.analysis.spectrum")
@@ -137,16 +136,10 @@ def _many_cost(settings: Settings, controls: Mapping) -> float:
     return cost_of_images(1)(settings, controls) * min(4 * wanted, 4 * MOST_IMAGES / len(ARMS))
 
 
-def _frames_per_row(settings: Settings) -> int:
+def _frames_per_row(settings: Settings, controls: Mapping, arms: int) -> int:
     """Return the columns in which an arm's frames fill whole rows."""
     forwards = samplers_of_diffusers.forwards(str(settings.sampler), int(_steps(settings)))
     return min(trajectories.FRAMES, forwards)
-
-
-def _is_guided(backbone: object) -> bool:
-    """Return whether a comparison on this model has a guided arm, as far as the catalogue tells."""
-    listed = BACKBONES.get(str(backbone))
-    return listed is None or listed.usage.guidance_scale is not None
 
 
 @dataclass(frozen=True)
@@ -159,7 +152,8 @@ class View:
     cost: Callable[[Settings, Mapping], float]  # in forwards, at most
     button: str = "Show"
     columns: int = 4  # of its gallery; 0 for none
-    per_row: Callable[[Settings], int] | None = None  # columns where they depend on the settings
+    # Columns where they depend on the settings, the controls or the number of arms.
+    per_row: Callable[[Settings, Mapping, int], int] | None = None
     needs: tuple[Callable[["Job"], str], ...] = ()
     flip: bool = False  # add a slider that moves through the gallery
     wants_scale_refiner: bool = False  # use the model's refiner that takes the guidance scale
@@ -277,6 +271,7 @@ def refine(job: "Job") -> None:
     "One prompt, many seeds: a row for each arm. How much the images of different seeds differ "
     "stands above them.",
     columns=8,
+    per_row=lambda settings, controls, arms: min(int(_count(controls, "count")), MOST_SEEDS),
     cost=lambda settings, controls: cost_of_images(4)(settings, {}) * _count(controls, "count"),
     controls={"count": lambda: gr.Slider(2, 16, 8, step=1, label="Seeds", info="counting up")},
     outputs={"note": note},
@@ -315,7 +310,7 @@ def strength(job: "Job") -> None:
     "The arms for several prompts and seeds, with how much nearer the refined images are to the "
     "guided ones.",
     columns=3,
-    per_row=lambda settings: 3 if _is_guided(settings.backbone) else 2,
+    per_row=lambda settings, controls, arms: arms,
     cost=_many_cost,
     controls={
         "prompts": lambda: gr.Textbox(
@@ -376,9 +371,9 @@ def trajectory(job: "Job") -> None:
     films: dict[str, list[Image.Image]] = {arm: [] for arm in arms}
     for arm, recipe in arms.items():
 
-        def show(forward: int, image: Image.Image, arm: str = arm) -> None:
+        def show(count: int, image: Image.Image, arm: str = arm) -> None:
             films[arm].append(image)  # decoded by the pipeline, which screens it
-            caption = f"{ARMS[arm].title}, forward {forward}"
+            caption = f"{ARMS[arm].title}, forward {count}"
             job.show([(caption, films[arm][-1])], len(arms) * frames)
 
         trajectories.trajectory(job.make, recipe, show)
@@ -415,7 +410,7 @@ def blind(job: "Job", opponent: str, prompts: str) -> None:
         prompt = "{} on a {} background".format(
             secrets.choice(words["objects"]), secrets.choice(words["backgrounds"])
         )
-    seed = secrets.randbelow(noise.MAX_SEED + 1)
+    seed = secrets.randbelow(MAX_SEED + 1)
     arms = job.arms(seed=seed, prompt=prompt)
     if opponent not in arms or opponent == "refined":
         raise ValueError(f"There is no {opponent!r} image of this model to compare with.")
@@ -463,7 +458,7 @@ def two_prompts(job: "Job", other: str) -> None:
 
 @view(
     "Interpolation",
-    "From one seed to another along the sphere: above from Gaussian noise, below refined on the "
+    "From one seed to another along the sphere: above plain, below with the noise refined on the "
     "way.",
     columns=7,
     cost=cost_of_images(14),
@@ -531,8 +526,8 @@ def guidance_scale(job: "Job") -> None:
 
 @view(
     "Both",
-    "Guidance and refining together: guided sampling from refined noise beside guided sampling "
-    "from Gaussian noise.",
+    "Guidance and refining together: guided sampling from refined noise, beside the three arms of "
+    "the comparison.",
     cost=cost_of_images(6),
     needs=(has_refiner, has_strength, has_guidance),
 )
@@ -563,7 +558,10 @@ def attention(job: "Job", word: str) -> None:
     arms, frames = job.arms(), job.frames()
     for arm, recipe in arms.items():
         maps, sample = attentions.attention(job.make, recipe, word)
+        per_map = 2 if recipe.guidance_scale > 1 else 1  # the second of which reads the prompt
+        refining = sample.forwards - per_map * len(maps)
         for i in trajectories.evenly(len(maps), trajectories.FRAMES):
-            caption = f"{ARMS[arm].title}, “{word}” in forward {i + 1}"
+            forward = refining + per_map * (i + 1)
+            caption = f"{ARMS[arm].title}, “{word}” in forward {forward}"
             image = spectrum.overlaid(sample.image, maps[i].numpy())
             job.show([(caption, image)], len(arms) * frames)

@@ -14,7 +14,13 @@ import gradio as gr
 from noiserefine.models.catalogue import BACKBONES
 from noiserefine.page import blind, restoring, texts
 from noiserefine.page.handlers import handler_of, jobs, request_stop
-from noiserefine.page.layout import Components, Page, about_model, build_components
+from noiserefine.page.layout import (
+    Components,
+    Page,
+    about_model,
+    build_components,
+    gallery_classes,
+)
 from noiserefine.page.lazy import Lazy
 from noiserefine.page.settings import FREE_CHOICE, Settings
 from noiserefine.page.train_tab import train_tab
@@ -66,8 +72,8 @@ def _connect_views(page: Page, known: gr.State) -> gr.events.Dependency:
         view = VIEWS[name]
         if view.per_row:
             tab.show.click(
-                functools.partial(_columns_of, name),
-                list(page.inputs.values()),
+                functools.partial(_columns_of, name, list(tab.controls)),
+                [*page.inputs.values(), *tab.controls.values()],
                 tab.outputs["images"],
                 queue=False,
                 **PRIVATE,
@@ -86,10 +92,14 @@ def _connect_views(page: Page, known: gr.State) -> gr.events.Dependency:
     return compared
 
 
-def _columns_of(view: str, *values: Any) -> gr.Gallery:
+def _columns_of(view: str, controls: list[str], *values: Any) -> gr.Gallery:
+    """Return the view's gallery with columns in which its arms stand under one another."""
     per_row = VIEWS[view].per_row
     assert per_row is not None
-    return gr.Gallery(columns=per_row(Settings(*values)))
+    settings = Settings(*values[: len(Settings.names())])
+    given = dict(zip(controls, values[len(Settings.names()) :], strict=True))
+    columns = per_row(settings, given, jobs.number_of_arms(settings))
+    return gr.Gallery(columns=columns, elem_classes=gallery_classes(view, columns))
 
 
 def _start_comparisons(page: Page) -> None:

@@ -119,7 +119,7 @@ const flip = gallery => {
 };
 setInterval(() => all(".flipped").forEach(flip), 400);
 
-// Screen readers hear when a comparison is complete; Gradio leaves some links and plots without a name.
+// Screen readers hear when a comparison is complete, and the names of links and pictures that Gradio only numbers.
 const status = document.createElement("div");
 status.setAttribute("role", "status");
 status.className = "announcement";
@@ -130,8 +130,10 @@ const tell = () => {
   const now = costs.length && costs.some(cost => /forward/.test(cost)) && !costs.some(cost => /^forward/.test(cost)) ? costs.join("; ") : "";
   if (now && now !== told) { if (told) status.textContent = "Images ready"; told = now; }
   else if (!now && told) { status.textContent = "Making images"; told = " "; }
-  all("a[download]:not([aria-label])").forEach(link => link.setAttribute("aria-label", `Download ${link.download || "file"}`));
+  all("a[download]").forEach(link => name(link, `Download ${link.download || "file"} ${link.innerText.trim()}`));
+  all(".thumbnail-item:has(.caption-label)").forEach(image => name(image, image.innerText.trim()));
 };
+const name = (element, label) => { if (element.ariaLabel !== label) element.ariaLabel = label; };
 setInterval(tell, 500);
 
 // An image dropped anywhere on the page goes to the field that restores its settings.

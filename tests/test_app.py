@@ -606,8 +606,8 @@ def test_what_the_safety_checker_flags_is_black_everywhere(tiny, tmp_path, monke
     pipe.register_modules(safety_checker=checker, feature_extractor=processor)
     pipe.save_pretrained(tmp_path)
     monkeypatch.setattr(jobs, "MODELS", models.Models())
-    monkeypatch.setattr(jobs, "ON_SPACE", True)
     inputs, notes = Settings(*tiny[:2], str(tmp_path), 2, *tiny[4:]), []
+    captions = []
 
     def pictures(view):
         """Yield every picture that a view shows, and what is shown where Stop is pressed."""
@@ -619,6 +619,7 @@ def test_what_the_safety_checker_flags_is_black_everywhere(tiny, tmp_path, monke
                 case Arm():
                     yield event.sample.image
                 case Picture():
+                    captions.append(event.caption)
                     yield event.image
                 case Figure():
                     yield Image.open(io.BytesIO(event.figure))
@@ -633,6 +634,9 @@ def test_what_the_safety_checker_flags_is_black_everywhere(tiny, tmp_path, monke
     black = [not image.getbbox() for view in ("compare", "trajectory") for image in pictures(view)]
     assert black == [True] * (len(ARMS) * (2 * 2 + 1) + len(ARMS) * 2 + 1)
     assert [text.count("blacked out by the model's safety checker") for text in notes] == [0, 1]
+    assert all("blacked out" in caption for caption in captions)
+    with pytest.raises(gr.Error, match="safety checker blacked out"):
+        shown(*astuple(inputs), view="blind", opponent="guided", prompts="current")
 
 
 def test_refine_gives_the_librarys_noise(client, pipe, refiner):

@@ -17,7 +17,7 @@ from noiserefine.latents import decode
 from noiserefine.models.catalogue import BACKBONES, Model
 from noiserefine.models.pool import Loaded, Models
 from noiserefine.page.events import Event, Made, Picture, Progress, Source, Tick
-from noiserefine.page.settings import ON_SPACE, REFINERS, ZERO_GPU, Settings, number, text, whole
+from noiserefine.page.settings import REFINERS, ZERO_GPU, Settings, number, text, whole
 from noiserefine.page.stream import Worker, stream
 from noiserefine.page.views import ARMS, VIEWS, View
 from noiserefine.page.vocabulary import is_embedded
@@ -47,7 +47,15 @@ class Job:
     def show(self, images: Iterable[tuple[str, Sample | Image.Image]], total: int) -> None:
         """Report (caption, image) pairs of `total` images to the gallery as they come."""
         for caption, image in images:
-            self.report(Picture(caption, image, total))
+            pixels = image.image if isinstance(image, Sample) else image
+            black = self.has_checker and not pixels.getbbox()
+            says = ", blacked out by the safety checker" if black else ""
+            self.report(Picture(caption + says, image, total))
+
+    @property
+    def has_checker(self) -> bool:
+        """Return whether the model has a safety checker, which makes images black."""
+        return getattr(self.loaded.pipe, "safety_checker", None) is not None
 
     def frames(self) -> int:
         """Return how many frames a film of the recipe's sampling has."""
@@ -67,8 +75,8 @@ class Job:
         )
 
     def screened(self, image: Image.Image) -> Image.Image:
-        """Return an unfinished image as the safety checker of a Space's model lets it pass."""
-        if not ON_SPACE or getattr(self.loaded.pipe, "safety_checker", None) is None:
+        """Return an unfinished image as the model's safety checker lets it pass."""
+        if not self.has_checker:
             return image
         pixels = np.asarray(image, np.float32)[None] / 255
         device, dtype = self.loaded.pipe.device, self.loaded.pipe.dtype

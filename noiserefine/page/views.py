@@ -415,10 +415,16 @@ def blind(job: "Job", opponent: str, prompts: str) -> None:
     if opponent not in arms or opponent == "refined":
         raise ValueError(f"There is no {opponent!r} image of this model to compare with.")
     # The arms are always made in one order, so that the time it takes says nothing.
-    samples = {arm: job.make(arms[arm]).image for arm in ("refined", opponent)}
+    samples = {arm: job.make(arms[arm]) for arm in ("refined", opponent)}
+    if any(sample.blocked for sample in samples.values()):
+        raise ValueError(
+            "The model's safety checker blacked out an image of this pair, which would give it "
+            "away: press “New pair” for another one."
+        )
     left, right = in_random_order("refined", opponent)
+    images = samples[left].image, samples[right].image
     title = Model(job.backbone).title
-    job.report(Pair(samples[left], samples[right], title, prompt, seed, (left, right)))
+    job.report(Pair(*images, title, prompt, seed, (left, right)))
 
 
 @view(

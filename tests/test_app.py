@@ -660,6 +660,18 @@ def test_endpoints_are_named_and_described(client):
     assert images[3]["caption"] == "refined and guided", "the list that is declared"
 
 
+def test_the_card_of_a_shared_link(url):
+    """One title and one picture, at an address that other machines reach behind a proxy too."""
+    proxy = {"x-forwarded-host": "example.org", "x-forwarded-proto": "https"}
+    for headers, address in (({}, url), (proxy, "https://example.org")):
+        page = httpx.get(f"{url}/?seed=7", headers=headers).text
+        cards = re.findall(r'<meta[^>]*"og:(title|image)"\s+content="([^"]*)"', page)
+        assert dict(cards) == {"title": "NoiseRefine", "image": f"{address}/card.png"}
+        assert len(cards) == 2
+    picture = httpx.get(f"{url}/card.png")
+    assert Image.open(io.BytesIO(picture.content)).size[0] > 600
+
+
 def test_endpoints_are_tools(url):
     tools = httpx.get(f"{url}/gradio_api/mcp/schema").json()
     names = {tool["name"].removeprefix("app_"): tool for tool in tools}

@@ -4,10 +4,13 @@ import argparse
 import importlib
 import sys
 
+from starlette.middleware import Middleware
+
 from noiserefine.models.catalogue import OFFLOADS, Model
 from noiserefine.page.handlers import jobs
 from noiserefine.page.layout import COLUMNS_CSS, CSS, FAVICON, HEAD, JAVASCRIPT, THEME
 from noiserefine.page.settings import REFINERS, SERVED, ZERO_GPU
+from noiserefine.page.share_card import ShareCard
 from noiserefine.page.wiring import build_page
 
 ABOUT = """One prompt and seed, three images, and views that show why refining works.
@@ -83,6 +86,7 @@ def main() -> None:
             show_error=True,
             state_session_capacity=100,
             mcp_server=True,
+            app_kwargs={"middleware": [Middleware(ShareCard)]},
             prevent_thread_lock=True,
         )
     except OSError as error:

@@ -187,7 +187,9 @@ def test_a_model_without_a_refiner_says_how_to_train_one(open_page, tmp_path):
     random_pipeline("sd21-base", small=True).save_pretrained(tmp_path)
     page = open_page(query=f"?backbone={tmp_path}&steps=1")
     card = page.locator("#card-refined", has_text="No refiner exists for this model yet")
-    card.locator("pre", has_text="train_refiner.py --preset").wait_for(timeout=SECONDS)
+    command = card.locator("pre", has_text="train_refiner.py --preset")
+    command.wait_for(timeout=SECONDS)
+    assert command.evaluate("pre => pre.scrollWidth <= pre.clientWidth"), "all of it can be read"
     page.get_by_role("tab", name="Strength", exact=True).click()
     panel = page.locator("[role=tabpanel]").locator("visible=true")
     panel.get_by_text("This view needs a refiner").first.wait_for(timeout=SECONDS)

@@ -50,7 +50,7 @@ class ArmText:
 ARMS = {
     "gaussian": ArmText("Plain", "the noise as drawn, no guidance"),
     "guided": ArmText("Guided", "the usual way, twice the cost"),
-    "refined": ArmText("Refined", "this method: noise corrected once"),
+    "refined": ArmText("Refined", "this method: noise corrected"),
 }
 OPPONENTS = [("guided", "guided"), ("plain", "gaussian")]  # of the refined arm: label and arm
 

@@ -33,13 +33,9 @@ def main() -> None:
         page.wait_for_selector("gradio-app.ready", timeout=120_000)
         page.get_by_label("Prompt", exact=True).fill(args.prompt)
         page.get_by_label("Prompt", exact=True).press("Enter")
-        page.wait_for_function(
-            """prompt => document.querySelector("#caption").innerText.includes(prompt)
-            && /forward/.test(document.querySelector("#card-refined .cost").innerText)""",
-            arg=args.prompt,
-            timeout=120_000,
-        )
-        page.wait_for_timeout(12_000)  # the comparison and its messages end
+        # The page opens with a comparison, whose address is empty; a link follows every other one.
+        page.wait_for_url("**/?*prompt=*", timeout=120_000)
+        page.locator(".toast-body").first.wait_for(state="hidden", timeout=120_000)
         if args.tab:
             page.get_by_role("tab", name=args.tab, exact=True).click()
             panel = page.locator("[role=tabpanel]").locator("visible=true")

@@ -54,7 +54,7 @@ def wait_for_caption(page, *texts):
     """Wait until a complete comparison of the texts is shown."""
     page.wait_for_function(
         """texts => texts.every(text => document.querySelector("#caption").innerText.includes(text))
-        && document.querySelector("#card-refined .cost").innerText.includes("forward")""",
+        && document.querySelector("#card-refined .cost").innerText.includes("forwards")""",
         arg=texts,
         timeout=SECONDS,
     )
@@ -140,14 +140,17 @@ def test_an_error_loses_nothing(open_page):
 
 
 def test_stop_shows_what_was_expected_then(open_page):
-    page = open_page(query="?prompt=a+panda&steps=150")
+    """Also what was asked for while the stopped run was at work does not begin."""
+    page = open_page(query="?prompt=a+panda&steps=149")
     page.wait_for_function(
-        "document.querySelector('#arms').innerText.includes(' of 150')", timeout=SECONDS
+        "document.querySelector('#arms').innerText.includes(' of 149')", timeout=SECONDS
     )
+    page.get_by_label("number input for Steps").fill("150")
+    page.locator("#generate").click()
     page.locator("#stop").click()
-    stopped = page.get_by_text(re.compile("after .* of .* forwards: the image it expected then"))
-    stopped.wait_for(timeout=SECONDS)
-    assert page.locator("#arms .cost", has_text="forwards").count() < len(ARMS)
+    said = re.compile("after .* of 150 forwards: the image it expected then")
+    page.get_by_text(said).first.wait_for(timeout=SECONDS)
+    assert "steps=150" in page.url, "the address follows"
 
 
 def test_restoring(open_page, tmp_path):

@@ -35,6 +35,8 @@ _LOG = logging.getLogger(__name__)
 # Bounds of what a session keeps so that it is not made again.
 MAX_IMAGES, MAX_PIXELS = 100, 8_000_000
 STOP_SECONDS = 10  # that Stop waits for a run to end by itself at its next step
+# In which the page starts the last of what was clicked during a run, once that has ended.
+NEXT_RUN_SECONDS = 0.5
 
 RUNNING: collections.Counter[str] = collections.Counter()  # runs by session
 STOPPED: set[str] = set()  # sessions whose Stop was pressed
@@ -103,6 +105,9 @@ def handler_of(
                     if stop:
                         events.close()
                         screen.stopped(_picture_of(screen, settings))
+                        if screen.status and "note" not in outputs:
+                            done, total, _ = screen.status
+                            gr.Info(f"Stopped after {done} of {total} images.")
                     if stop or any(news):
                         yield {output: screen.values[name] for name, output in outputs.items()}
                     if stop:
@@ -125,15 +130,17 @@ def handler_of(
 
 
 def request_stop(request: gr.Request) -> None:
-    """Ask the session's run to end at its next step, and wait until it has."""
+    """Ask the session's run to end at its next step, and wait until it has; also one after it."""
     session = request.session_hash or ""
-    if not RUNNING[session]:
-        return
-    STOPPED.add(session)
-    until = time.monotonic() + STOP_SECONDS
-    while session in STOPPED and time.monotonic() < until:
-        time.sleep(0.05)
-    STOPPED.discard(session)
+    while RUNNING[session]:
+        STOPPED.add(session)
+        until = time.monotonic() + STOP_SECONDS
+        while session in STOPPED and time.monotonic() < until:
+            time.sleep(0.05)
+        if session in STOPPED:
+            STOPPED.discard(session)
+            return
+        time.sleep(NEXT_RUN_SECONDS)
 
 
 def keep_newest(samples: dict) -> None:

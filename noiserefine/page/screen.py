@@ -74,6 +74,7 @@ class Screen:
         if "caption" in self.values:
             self.values["caption"] = texts.caption(self.settings)
             self.values["made_from"] = json.dumps(astuple(self.settings))
+            self.values["link"] = link(self.settings)
         return False
 
     @show.register
@@ -111,7 +112,6 @@ class Screen:
     @show.register
     def _show_compared(self, event: Compared) -> bool:
         self.values["keep"] = self._files_to_keep()
-        self.values["link"] = link(self.settings)
         refined = self.samples.get("refined")
         scale = refined and refined.recipe.refiner_scale
         self.values["code"] = texts.code(self.settings, self.record.get("refiner"), scale)

@@ -33,8 +33,8 @@ def main() -> None:
         page.wait_for_selector("gradio-app.ready", timeout=120_000)
         page.get_by_label("Prompt", exact=True).fill(args.prompt)
         page.get_by_label("Prompt", exact=True).press("Enter")
-        # The page opens with a comparison, whose address is empty; a link follows every other one.
-        page.wait_for_url("**/?*prompt=*", timeout=120_000)
+        # The page opens with a comparison, but only one that is complete joins the history.
+        page.locator("#history img").wait_for(timeout=120_000)
         page.locator(".toast-body").first.wait_for(state="hidden", timeout=120_000)
         if args.tab:
             page.get_by_role("tab", name=args.tab, exact=True).click()

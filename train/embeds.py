@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from noiserefine.denoiser import denoiser, precision
@@ -48,11 +49,16 @@ class Embeds:
         """Return a batch's prompts as the pipeline takes them."""
         if not self.stored:
             return encode_prompt(self.pipe, prompts, guided=False)
-        read = {prompt: load_file(self._path(prompt), str(device)) for prompt in {*prompts}}
-        return join_encodings([_nested(read[prompt]) for prompt in prompts])
+        read = {prompt: _nested(load_file(self._path(prompt))) for prompt in {*prompts}}
+        return moved(join_encodings([read[prompt] for prompt in prompts]), device)
 
     def _path(self, prompt: str) -> Path:
         return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
+
+
+def moved(embeds: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """Return encoded prompts on a device."""
+    return tree_map(lambda value: value.to(device) if torch.is_tensor(value) else value, embeds)
 
 
 def _have_one_size(pipe: DiffusionPipeline) -> bool:

@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 from noiserefine.guidance import sample_latents
@@ -24,7 +23,7 @@ from noiserefine.latents import decode
 from noiserefine.noise import draw_noise, encode_prompt, encoding_for
 from noiserefine.samplers import with_sampler
 from train.common import atomic, load_named
-from train.embeds import Embeds
+from train.embeds import Embeds, moved
 from train.options import Options
 from train.placement import decoding_parts, encoding_parts, on_device
 
@@ -170,10 +169,10 @@ class Targets:
             together = calls[first : first + ENCODED_CALLS]
             with on_device(encoding_parts(self.pipe), device):
                 encoded = [
-                    _moved(encode_prompt(self.pipe, self._prompts(c)), "cpu") for c in together
+                    moved(encode_prompt(self.pipe, self._prompts(c)), "cpu") for c in together
                 ]
             for indices, embeds in zip(together, encoded, strict=True):
-                yield indices, _moved(embeds, device)
+                yield indices, moved(embeds, device)
 
     def _prompts(self, indices: list[int]) -> list[str]:
         return [self.prompts[i] for i in indices]
@@ -237,10 +236,6 @@ class Targets:
             extra=stored,
             seed=self.options.seed + position,
         )
-
-
-def _moved(embeds: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
-    return tree_map(lambda value: value.to(device) if torch.is_tensor(value) else value, embeds)
 
 
 @lru_cache(maxsize=2)  # a batch may span two epochs

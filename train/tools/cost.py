@@ -27,7 +27,13 @@ from train.tools.tiers import CARDS, fitting
 COUNTED_RANK = 128
 PROMPT_ARGUMENTS = ("encoder_hidden_states", "pooled_projections", "added_cond_kwargs")
 TERA, MILLION = 1e12, 1e6
-MEMORY_HEADER = ["card", "options", "GiB to encode prompts", "to sample targets", "to train"]
+MEMORY_HEADER = [
+    "model and card",
+    "options",
+    "GiB to encode prompts",
+    "to sample targets",
+    "to train",
+]
 
 
 def count(name: str) -> Forward:
@@ -79,7 +85,7 @@ def memory(found: list[dict[str, Any]]) -> list[list[str]]:
             options = [f"--{name} {value}" for name, value in entry["options"].items()]
             command = f"`{' '.join(['--preset', entry['preset'], *options])}`"
             peaks = [f"{peak:.1f}" for peak in entry["peaks"].values()]
-        rows.append([f"{entry['card']} GB", command, *peaks])
+        rows.append([f"{entry['preset']}, {entry['card']} GB", command, *peaks])
     return rows
 
 

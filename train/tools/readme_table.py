@@ -17,6 +17,7 @@ from train.common import markdown_table, with_interval
 from train.emoji.judge import EmojiJudge
 from train.experiments import latent_distance
 from train.measurement import arms_table
+from train.tools import cost
 
 RESULTS = ASSETS / "results"
 PAGES = (ASSETS.parent / "README.md", RESULTS / "README.md")
@@ -166,6 +167,12 @@ def msd() -> str:
     )
 
 
+def tiers() -> str:
+    """Return the options that fit into a card, for models and sizes of cards."""
+    found = json.loads((RESULTS / "tiers.json").read_text())
+    return markdown_table(cost.MEMORY_HEADER, cost.memory(found))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "models": models,
     "catalogue": catalogue.table,
@@ -176,6 +183,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "benchmark": benchmark,
     "guidance_scales": guidance_scales,
     "msd": msd,
+    "tiers": tiers,
 }
 
 

@@ -130,7 +130,7 @@ def lora_size(name: str, rank: int) -> float:
 
 @functools.cache
 def activations(name: str, batch: int, rank: int, checkpointing: bool) -> float:
-    """Return the most GiB that a refining forward and its backward pass take."""
+    """Return the most GiB that a refining forward, the loss's sampling and a backward pass take."""
     network = meta_lora(name, meta_denoiser(name), rank).half().train()
     for parameter in lora_parameters(network):
         parameter.grad = torch.empty_like(parameter)  # counted with the LoRA
@@ -139,8 +139,9 @@ def activations(name: str, batch: int, rank: int, checkpointing: bool) -> float:
     args, kwargs = inputs(name, batch)
     with LiveBytes(network) as live:
         made = network(*args, **kwargs)[0]
+        stored = live.now
         (sum(image.sum() for image in made) if isinstance(made, list) else made.sum()).backward()
-    return live.peak / GIB
+    return max(live.peak / GIB, stored / GIB + batch * sampling_activations(name))
 
 
 @functools.cache

@@ -279,6 +279,15 @@ def test_predictions_that_an_unlisted_model_cannot_have(tmp_path):
         load_pipeline(f"{tmp_path}/flow:v", "cpu")
 
 
+def test_a_prediction_that_is_no_word(tmp_path):
+    """Such a folder loads, as one with an unknown word does; sampling says what is wrong."""
+    shutil.copytree(EMOJI, tmp_path / "odd")
+    edit(tmp_path / "odd" / "scheduler/scheduler_config.json", prediction_type=[])
+    pipe = load_pipeline(str(tmp_path / "odd"), "cpu")
+    with pytest.raises(ValueError, match="prediction_type given as .* must be one of"):
+        output(pipe)
+
+
 def test_a_name_of_the_catalogue_may_say_its_prediction():
     check_source("emoji:v")
 

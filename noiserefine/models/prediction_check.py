@@ -34,7 +34,7 @@ def check_prediction(source: str, pipe: DiffusionPipeline) -> None:
     if not has_beta_schedule(pipe.scheduler):
         return
     stated = pipe.scheduler.config.get("prediction_type")
-    shown = shown_prediction(pipe) if stated in SHORT else None
+    shown = shown_prediction(pipe) if stated in (EPSILON, V) else None
     if shown not in (None, stated):
         raise ValueError(
             f"The scheduler's configuration in {source} says “{stated}”, but its network predicts "

@@ -12,7 +12,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING, _get_task_class
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 
@@ -20,6 +20,7 @@ from noiserefine.checkpoint import HUB_ERRORS
 from noiserefine.denoiser import check_class
 from noiserefine.models.catalogue import Backbone, backbone_of
 from noiserefine.models.devices import default_dtype
+from noiserefine.models.downloads import bar_class
 from noiserefine.models.sit import SiTPipeline
 from noiserefine.models.sources import SAFETENSORS, exists, hub_files, sentence
 
@@ -43,7 +44,7 @@ def load_folder(
     kind, index, variant = examine(source, device, dtype, backbone)
     dtype = dtype or default_dtype(device, kind.__name__)
     with _hub_errors(source):
-        folder = Path(source if exists(source) else _download(source, variant))
+        folder = Path(source if exists(source) else _download(source, index, variant))
         check_files(folder)
     try:
         components = _absent(index, kind) | _text_encoders(folder, index, dtype, variant)
@@ -67,11 +68,25 @@ def load_folder(
     return pipe
 
 
-def _download(source: str, variant: dict[str, str]) -> str:
+def _download(source: str, index: dict, variant: dict[str, str]) -> str:
     """Return the local folder of a hub id, downloaded."""
+    if bar := bar_class():  # diffusers takes none; what it finds missing afterwards is small
+        files = _needed(hub_files(source), index, variant.get("variant"))
+        snapshot_download(source, allow_patterns=files, tqdm_class=bar)
     folder = DiffusionPipeline.download(source, use_safetensors=True, **variant)
     _check_json(Path(folder))
     return folder
+
+
+def _needed(files: list[str], index: dict, variant: str | None) -> list[str]:
+    """Return the files of a repository that are read: weights of one variant, and small ones."""
+    needed = ["model_index.json"]
+    for file in map(PurePosixPath, files):
+        weights = WEIGHTS.fullmatch(file.name)
+        reads = weights[1] == variant if weights else file.suffix in (".json", ".txt", ".model")
+        if len(file.parts) == 2 and file.parent.name in index and reads:  # noqa: PLR2004
+            needed.append(str(file))
+    return needed
 
 
 def _absent(index: dict, kind: type[DiffusionPipeline]) -> dict[str, None]:

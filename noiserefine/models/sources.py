@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
 from noiserefine.checkpoint import HUB_ERRORS
+from noiserefine.models.downloads import bar_class
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 SAFETENSORS = ".safetensors"
@@ -89,7 +90,7 @@ def local_file(name: str) -> Path:
     if not file or not HUB_ID.fullmatch(f"{owner}/{repository}"):
         raise FileNotFoundError(f"There is no file {name[:200]}.")
     try:
-        return Path(hf_hub_download(f"{owner}/{repository}", file))
+        return Path(hf_hub_download(f"{owner}/{repository}", file, tqdm_class=bar_class()))
     except HUB_ERRORS as error:
         raise FileNotFoundError(
             f"There is no file {name}, and the hub does not serve it to this machine: offline, a "

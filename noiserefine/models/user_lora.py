@@ -19,6 +19,7 @@ from torch import nn
 
 from noiserefine.checkpoint import CONFIG_NAME, HUB_ERRORS, is_refiner_file
 from noiserefine.denoiser import precision
+from noiserefine.models.downloads import bar_class
 from noiserefine.models.few_steps import few_step_scheduler
 from noiserefine.models.lora_formats import Change, change, layers_of, placed, set_alphas
 from noiserefine.models.sources import (
@@ -120,7 +121,7 @@ def find_lora(name_or_path: str) -> tuple[Path, str]:
     if local:
         return Path(name) / file, note
     try:
-        return Path(hf_hub_download(name, file)), note
+        return Path(hf_hub_download(name, file, tqdm_class=bar_class())), note
     except HUB_ERRORS as error:
         raise _no_lora(name_or_path) from error
 

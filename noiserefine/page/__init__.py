@@ -16,3 +16,8 @@ From the button to the image:
 `settings` are the inputs of the page, the API, a link and a PNG; `texts` and `vocabulary` hold
 words; `opening` is what is shown before anything was made; `blind` counts the votes.
 """
+
+import os
+
+# Read when huggingface_hub is imported. Xet, its other way to download, cannot be stopped.
+os.environ.setdefault("HF_HUB_DISABLE_XET", "1")

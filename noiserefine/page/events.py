@@ -27,6 +27,14 @@ class Tick:
 
 
 @dataclass(frozen=True)
+class Download:
+    """How far the download of a model is, in bytes; of the whole, those files that were begun."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
 class Made:
     """A new sample, which the visitor's session keeps so that it is not made again."""
 
@@ -113,6 +121,7 @@ class Noise:
 Event = (
     Source
     | Tick
+    | Download
     | Made
     | Progress
     | Arm

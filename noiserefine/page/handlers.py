@@ -100,14 +100,15 @@ def handler_of(
                     _remember(batch, known)
                     news = [screen.show(event) for event in batch]
                     if screen.status:
-                        progress(screen.status[:2], desc=screen.status[2], unit="images")
+                        done, total, what, unit = screen.status
+                        progress((done, total), desc=what, unit=unit)
                     stop = session in STOPPED
                     if stop:
                         events.close()
                         screen.stopped(_picture_of(screen, settings))
                         if screen.status and "note" not in outputs:
-                            done, total, _ = screen.status
-                            gr.Info(f"Stopped after {done} of {total} images.")
+                            done, total, _, unit = screen.status
+                            gr.Info(f"Stopped after {done} of {total} {unit}.")
                     if stop or any(news):
                         yield {output: screen.values[name] for name, output in outputs.items()}
                     if stop:

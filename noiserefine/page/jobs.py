@@ -15,8 +15,9 @@ from noiserefine.analysis.trajectory import FRAMES
 from noiserefine.denoiser import can_guide, guidance_kind
 from noiserefine.latents import decode
 from noiserefine.models.catalogue import BACKBONES, Model
+from noiserefine.models.downloads import listening
 from noiserefine.models.pool import Loaded, Models
-from noiserefine.page.events import Event, Made, Picture, Progress, Source, Tick
+from noiserefine.page.events import Download, Event, Made, Picture, Progress, Source, Tick
 from noiserefine.page.settings import REFINERS, ZERO_GPU, Settings, number, text, whole
 from noiserefine.page.stream import Worker, stream
 from noiserefine.page.views import ARMS, VIEWS, View
@@ -140,7 +141,9 @@ def work(
         on_load(f"Loading {model.title} …")
 
     def load_and_show(report: Callable[[Event], None]) -> None:
-        job = _prepare(MODELS.get(model), model, asked, known, report)
+        with listening(lambda done, total: report(Download(done, total))):
+            loaded = MODELS.get(model)
+        job = _prepare(loaded, model, asked, known, report)
         if reason := view.unmet(job):
             raise ValueError(reason)
         view.function(job, **controls)

@@ -15,6 +15,7 @@ from noiserefine.page import texts
 from noiserefine.page.events import (
     Arm,
     Compared,
+    Download,
     Event,
     Figure,
     NoArm,
@@ -41,7 +42,7 @@ class Screen:
     values     of the outputs by name
     record     what goes into every file
     unfinished the last preview of the arm in progress
-    status     how far a series of images is
+    status     how far a download or a series of images is: done, all, what, unit
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Screen:
         }
         self.settings, self.record, self.folder = settings, dict(record), folder
         self.unfinished: Progress | None = None
-        self.status: tuple[int, int, str] | None = None
+        self.status: tuple[int, int, str, str] | None = None
         self.samples: dict[str, Any] = {}  # of the arms
         self.nearness: dict[str, float | None] = {}
         self.gallery: list[tuple[str, str]] = []
@@ -71,10 +72,17 @@ class Screen:
     @show.register
     def _show_source(self, event: Source) -> bool:
         self.record |= asdict(event)
+        self.status = None  # the download is over
         if "caption" in self.values:
             self.values["caption"] = texts.caption(self.settings)
             self.values["made_from"] = json.dumps(astuple(self.settings))
             self.values["link"] = link(self.settings)
+        return False
+
+    @show.register
+    def _show_download(self, event: Download) -> bool:
+        done, total = round(event.done / 1e6), round(event.total / 1e6)
+        self.status = (done, total, "downloading", "MB")
         return False
 
     @show.register
@@ -124,7 +132,8 @@ class Screen:
         self.values["images"] = list(self.gallery)
         done = len(self.gallery)
         seconds = time.monotonic() - self.began
-        self.status = (done, event.total, texts.remaining(done, event.total, seconds))
+        what = texts.remaining(done, event.total, seconds)
+        self.status = (done, event.total, what, "images")
         return True
 
     @show.register
@@ -162,8 +171,8 @@ class Screen:
             if picture:
                 self.values[arm] = self._file(self._name(f"{arm}-after-{done}-forwards"), picture)
         if self.status and "note" in self.values:
-            done, total, _ = self.status
-            self.values["note"] = f"**Stopped** after {done} of {total} images."
+            done, total, _, unit = self.status
+            self.values["note"] = f"**Stopped** after {done} of {total} {unit}."
 
     def _name(self, what: str) -> str:
         return texts.file_name(self.record["settings"], what)

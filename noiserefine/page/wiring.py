@@ -283,7 +283,9 @@ def _answer(
 ) -> Iterator[list]:
     """Take an answer up: ask the second question, or count the pair and start the next one."""
     if pair is None:
-        raise gr.Error("There is no open pair: press “New pair” first.", print_exception=False)
+        raise gr.Error(
+            "No pair is open: wait for the next one, or press “New pair”.", print_exception=False
+        )
     given = [*given, answer]
     if len(given) < len(blind.QUESTIONS):
         question = list(blind.QUESTIONS.values())[len(given)]

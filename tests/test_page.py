@@ -174,6 +174,22 @@ def test_restoring(open_page, tmp_path):
     assert other.input_value() == "55"
 
 
+def test_holding_a_button_shows_the_other_image(open_page):
+    """In view together with the button, by mouse and by key."""
+    page = open_page()
+    refined, button = page.locator("#slide img").nth(1), page.locator("#flicker")
+    button.scroll_into_view_if_needed()
+    for hold, release in (
+        (lambda: (button.hover(), page.mouse.down()), page.mouse.up),
+        (lambda: (button.focus(), page.keyboard.down(" ")), lambda: page.keyboard.up(" ")),
+    ):
+        hold()
+        assert refined.get_attribute("src").endswith("gaussian.png")
+        assert refined.bounding_box()["y"] + refined.bounding_box()["height"] / 2 > 0
+        release()
+        assert refined.get_attribute("src").endswith("refined.png")
+
+
 @pytest.mark.parametrize("size", ["desktop", "phone"])
 def test_fullscreen_holds_the_whole_picture(open_page, size):
     page = open_page(size)

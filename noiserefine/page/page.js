@@ -81,11 +81,10 @@ const suggest = textarea => {
 };
 document.addEventListener("input", event => { if (event.target.matches("#prompt textarea, #prompt input")) suggest(event.target); });
 
-// Holding the button shows the other image in place of the refined one.
+// Holding the button shows the other image in place of the refined one, right of the slider's line.
 const flicker = hold => {
-  const refined = one("#card-refined img"), versus = one("#versus input:checked")?.value || "gaussian";
-  const other = one(`#card-${versus} img`);
-  if (!refined || !other) return;
+  const [other, refined] = all("#slide img");
+  if (!refined) return;
   refined.dataset.own ??= refined.src;
   if (!hold) { refined.src = refined.dataset.own; delete refined.dataset.own; }
   else refined.src = other.src;

@@ -35,6 +35,7 @@ from train.emoji.render import clay
 from train.experiments import (
     compatibility,
     denoiser_lora,
+    failures,
     frontier,
     inversion_error,
     latent_distance,
@@ -335,6 +336,30 @@ def test_a_model_of_the_catalogue_may_be_a_lora(distil, tiny_folder, tmp_path, m
     assert not any(isinstance(layer, BaseTunerLayer) for layer in pipe.unet.modules())
     with pytest.warns(UserWarning, match="fine-tune"):
         Refiner.from_pretrained(tmp_path / "refiner", pipe)
+
+
+def test_failures_are_shown(tiny_folder, tiny_refiner, tmp_path, monkeypatch):
+    """Every failure has a sheet with its arms for rows, and a table with its figures."""
+    few = {
+        name: failure._replace(arms=tuple(arm._replace(steps=1) for arm in failure.arms[-2:]))
+        for name, failure in failures.FAILURES.items()
+    }
+    for name in ("UNGUIDED", "GUIDED"):
+        monkeypatch.setattr(failures, name, getattr(failures, name)._replace(steps=1))
+    monkeypatch.setattr(failures, "FAILURES", few)
+    page = tmp_path / "failures.md"
+    models = ["--backbone", str(tiny_folder), "--refiner", str(tiny_refiner)]
+    output = ["--output", str(tmp_path / "failures.json"), "--page", str(page)]
+    failures.main([*models, "--guidance_scale", "2", "--n", "2", *output])
+    text = page.read_text()
+    for name, failure in few.items():
+        assert failure.text in text
+        assert all(f"| {arm.title} |" in text for arm in failure.arms)
+        has_columns = not failure.right_unguided  # of a random model no image is right
+        assert (f"(failures-{name}.webp)" in text) == has_columns
+    sheet = Image.open(tmp_path / "failures-several-objects.webp")
+    assert sheet.size == (2 * failures.SIDE, 2 * failures.SIDE)
+    assert text.count("| guided | 0 of 2 | 0.000 |") == 3, "it is no way from itself"
 
 
 def test_every_experiment_is_a_command_that_its_script_takes(tmp_path):

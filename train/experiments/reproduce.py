@@ -270,6 +270,15 @@ class Commands:
             self.figures("novelty", "novelty", f"--pictures {pictures} --measured {measured}"),
         ]
 
+    def failures(self) -> Command:
+        """Show where the shipped refiner fails."""
+        page = shlex.quote(str(RESULTS.parent / "failures.md"))
+        words = f"--refiner {REFINER} --page {page}"
+        result = self.results / "failures.json"
+        return self._script(
+            "experiments/failures", f"{words} --output {shlex.quote(str(result))}", result
+        )
+
     def _rendered(self, name: str) -> Path:
         return self.work / name / "pictures" / "judge_classes.npy"
 
@@ -353,6 +362,7 @@ def experiments(work: Path, n: int = 1000) -> dict[str, list[Command]]:
         "variety": [refiner, *make.variety()],
         "compatibility": make.compatibility(),
         "novelty": make.novelty(),
+        "failures": [make.failures()],
         "gradients": [
             make.figures(
                 "noise_gradients",

@@ -1,7 +1,7 @@
-"""Make the README's pictures of the page: start the app, generate, take a screenshot.
+"""Make the README's picture of the page, or one of a tab: start the app, take a screenshot.
 
 python -m tests.tools.screenshot --output assets/pictures/page.png
-python -m tests.tools.screenshot --tab Frequencies --output assets/pictures/views.png
+python -m tests.tools.screenshot --tab Frequencies --output frequencies.png
 """
 
 import argparse
@@ -18,7 +18,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--prompt", default="a rocket on a black background")
+    parser.add_argument("--prompt", help="generate; the comparison that opens if not given")
     parser.add_argument("--tab", help="take a picture of this tab only")
     parser.add_argument("--width", type=int, default=1120)
     parser.add_argument("--dark", action="store_true")
@@ -31,11 +31,12 @@ def main() -> None:
         )
         page.goto(address)
         page.wait_for_selector("gradio-app.ready", timeout=120_000)
-        page.get_by_label("Prompt", exact=True).fill(args.prompt)
-        page.get_by_label("Prompt", exact=True).press("Enter")
-        # The page opens with a comparison, but only one that is complete joins the history.
-        page.locator("#history img").wait_for(timeout=120_000)
-        page.locator(".toast-body").first.wait_for(state="hidden", timeout=120_000)
+        if args.prompt:
+            page.get_by_label("Prompt", exact=True).fill(args.prompt)
+            page.get_by_label("Prompt", exact=True).press("Enter")
+            # The page opens with a comparison, but only one that is complete joins the history.
+            page.locator("#history img").wait_for(timeout=120_000)
+            page.locator(".toast-body").first.wait_for(state="hidden", timeout=120_000)
         if args.tab:
             page.get_by_role("tab", name=args.tab, exact=True).click()
             panel = page.locator("[role=tabpanel]").locator("visible=true")

@@ -14,7 +14,8 @@ From the button to the image:
    (`record`) that `restoring` can read back.
 
 `settings` are the inputs of the page, the API, a link and a PNG; `texts` and `vocabulary` hold
-words; `opening` is what is shown before anything was made; `blind` counts the votes.
+words; `opening` is what is shown before anything was made; `blind` counts the votes;
+`share_card` is what messengers show of a link.
 """
 
 import os

@@ -16,8 +16,8 @@ from tests.conftest import ROOT
 from tests.tools.stress.figure import Count, Figure, equality
 
 COMMAND = [
-    *(sys.executable, "train/train_refiner.py", "--preset", "emoji", "--num_targets", "128"),
-    *("--target_batch_size", "8", "--target_steps", "4", "--steps", "3", "--batch_size", "8"),
+    *(sys.executable, "train/train_refiner.py", "--preset", "emoji", "--num_targets", "48"),
+    *("--target_batch_size", "8", "--target_steps", "2", "--steps", "2", "--batch_size", "8"),
     *("--epochs", "2", "--validate_every", "1000", "--num_validation", "4", "--save_every", "1"),
 ]
 WEIGHTS = "pytorch_lora_weights.safetensors"

@@ -71,6 +71,7 @@ def test_where_the_sliders_start(tmp_path):
         usage_by_name(str(path))
     assert usage_by_name(f"{path}:v") == BACKBONES["sd21"].usage
     assert usage_by_name(f"{path}:epsilon") == BACKBONES["sd21-base"].usage
+    assert usage_by_name("someone/something/model.safetensors") is None, "it is not downloaded"
 
 
 def test_the_yaml_beside_it(tmp_path):

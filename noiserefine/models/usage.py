@@ -1,5 +1,6 @@
 """How a model is best used: as the catalogue, its family or its own pipeline says."""
 
+import re
 from dataclasses import replace
 
 from diffusers import DiffusionPipeline
@@ -10,7 +11,7 @@ from noiserefine.models.devices import default_device
 from noiserefine.models.folder import examine
 from noiserefine.models.loading import read_source
 from noiserefine.models.single_file import identify
-from noiserefine.models.sources import is_safetensors, local_file
+from noiserefine.models.sources import HUB_ID, exists, is_safetensors, local_file
 from noiserefine.samplers import samplers_of
 
 
@@ -23,6 +24,8 @@ def usage_by_name(source: str) -> Usage | None:
     if backbone:
         return backbone.usage
     if is_safetensors(name):
+        if not exists(name) and re.match(f"{HUB_ID.pattern}/", name):
+            return None  # a whole model, which is downloaded when an image is made
         return BACKBONES[identify(local_file(name), asked)[0]].usage
     kind, *_ = examine(name, default_device(), None, None)
     return FAMILIES.get(kind.__name__)

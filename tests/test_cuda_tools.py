@@ -17,7 +17,7 @@ def run(folder, *arguments, **environment):
 def test_results_are_written_and_tabulated(tmp_path):
     environment = run(tmp_path, "--only", "environment")["environment"]
     assert environment["status"] == "done" and environment["results"]["speed"]["tflops_bf16"] > 0
-    command = [sys.executable, "tests/tools/cuda_table.py", tmp_path / "cuda.json"]
+    command = [sys.executable, "train/tools/cuda_table.py", tmp_path / "cuda.json"]
     table = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert environment["results"]["versions"]["torch"] in table
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from torch import nn
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.guidance import check_guidance
@@ -17,7 +18,9 @@ from train.embeds import Embeds
 from train.options import default_options, describe, parse, plan
 from train.presets import FORWARDS, PRESETS
 from train.run import memory_advice
-from train.tools import cost, tiers
+from train.tools import cost, cuda_table, tiers
+from train.tools.meta import autocast_as_on_cuda
+from train.tools.readme_table import RESULTS
 
 
 @pytest.fixture
@@ -202,3 +205,28 @@ def test_every_model_of_the_catalogue_has_a_preset():
             folder = backbone.made_by.split()[-1]
             assert backbone.source.endswith(folder)
             assert PRESETS[backbone.preset]["backbone"] == folder
+
+
+def test_norms_are_counted_in_single_precision():
+    """As CUDA's autocast runs them: a backward pass keeps their inputs."""
+    network = nn.Sequential(nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 4, 1))
+    network = autocast_as_on_cuda(network.to("meta", torch.float16))
+    outputs = []
+    for layer in network:
+        layer.register_forward_hook(lambda module, args, output: outputs.append(output.dtype))
+    network(torch.empty(1, 4, 8, 8, device="meta", dtype=torch.float16))
+    half, single = torch.float16, torch.float32
+    assert outputs == [half, single, single, half]
+
+
+def test_counted_peaks_are_near_those_measured_on_a_card():
+    counted = {
+        f"{row['preset']}, {row['card']} GB": row["peaks"]
+        for row in json.loads((RESULTS / "tiers.json").read_text())
+    }
+    measured = cuda_table.results(json.loads((RESULTS / "cuda-h200.json").read_text()))
+    found = [name for name, figures in measured.items() if "training_gib" in figures]
+    assert found
+    for name in found:
+        for phase, peak in counted[name].items():
+            assert abs(peak - measured[name][f"{phase}_gib"]) < 0.8, (name, phase)

@@ -73,6 +73,26 @@ def meta_lora(name: str, network: nn.Module, rank: int) -> nn.Module:
         return with_lora(network, rank, rank, targets, list(called)[-1])
 
 
+def autocast_as_on_cuda(network: nn.Module) -> nn.Module:
+    """Return a network in 16 bits whose normalisations run in single precision, as CUDA's autocast.
+
+    Tensors without data know no autocast; it matters, since a backward pass keeps their inputs.
+    """
+
+    def cast(dtype: torch.dtype) -> Callable[..., tuple]:
+        return lambda module, args: tuple(
+            value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+            for value in args
+        )
+
+    for module in network.modules():
+        if isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm):
+            module.float().register_forward_pre_hook(cast(torch.float32))
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            module.register_forward_pre_hook(cast(torch.float16))
+    return network
+
+
 def lora_parameters(network: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that training changes."""
     return [p for name, p in network.named_parameters() if "lora_" in name]

@@ -17,7 +17,7 @@ from train.common import markdown_table, with_interval
 from train.emoji.judge import EmojiJudge
 from train.experiments import latent_distance
 from train.measurement import arms_table
-from train.tools import cost
+from train.tools import cost, cuda_table
 
 RESULTS = ASSETS / "results"
 PAGES = (ASSETS.parent / "README.md", RESULTS / "README.md")
@@ -173,6 +173,12 @@ def tiers() -> str:
     return markdown_table(cost.MEMORY_HEADER, cost.memory(found))
 
 
+def card() -> str:
+    """Return what was measured on graphics cards."""
+    paths = sorted(RESULTS.glob("cuda-*.json"))
+    return "\n\n".join(cuda_table.tables(json.loads(path.read_text())) for path in paths)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "models": models,
     "catalogue": catalogue.table,
@@ -184,6 +190,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "guidance_scales": guidance_scales,
     "msd": msd,
     "tiers": tiers,
+    "card": card,
 }
 
 

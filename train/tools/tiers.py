@@ -20,7 +20,14 @@ from train.options import GIB, Options, default_options
 from train.placement import decoding_parts, encoding_parts
 from train.presets import FORWARDS
 from train.tools.architectures import random_pipeline
-from train.tools.meta import LiveBytes, inputs, lora_parameters, meta_denoiser, meta_lora
+from train.tools.meta import (
+    LiveBytes,
+    autocast_as_on_cuda,
+    inputs,
+    lora_parameters,
+    meta_denoiser,
+    meta_lora,
+)
 
 CARDS = (8, 12, 16, 24)  # GB
 RESERVED = 1.0  # GiB for CUDA's context, the desktop and fragments
@@ -131,7 +138,7 @@ def lora_size(name: str, rank: int) -> float:
 @functools.cache
 def activations(name: str, batch: int, rank: int, checkpointing: bool) -> float:
     """Return the most GiB that a refining forward, the loss's sampling and a backward pass take."""
-    network = meta_lora(name, meta_denoiser(name), rank).half().train()
+    network = autocast_as_on_cuda(meta_lora(name, meta_denoiser(name), rank).half()).train()
     for parameter in lora_parameters(network):
         parameter.grad = torch.empty_like(parameter)  # counted with the LoRA
     if checkpointing:

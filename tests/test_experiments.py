@@ -573,6 +573,14 @@ def test_latent_distances_by_rank_and_steps(tiny_folder, tiny, tmp_path):
     whole, near, far = (row["refined"] for row in rows[:3])
     assert abs(near - whole) < abs(far - whole)
     assert rows[0]["percent"] == pytest.approx(100 * (1 - whole / rows[0]["gaussian"]))
+    assert all(4 * row["nearer"] in range(5) for row in rows)
+
+    # Fewer steps are compared with the same guided image.
+    pipe, size = with_sampler(tiny, "DDIM"), argparse.Namespace(batch_size=4, guidance_scale=3.0)
+    size.steps = [3]
+    batches = latent_distance.guided_batches(pipe, held_out_prompts(4), size)
+    expected = latent_distance.distances(pipe, {}, batches, 2)["gaussian"].mean()
+    assert rows[-1]["gaussian"] == pytest.approx(expected, rel=1e-3)
     equal = latent_distance.percent_of_the_way(np.ones(5), np.zeros(5))
     assert equal == (100, [100, 100])
 
@@ -610,11 +618,10 @@ def test_a_study_measures_each_recipe_once(tmp_path, tiny, study_options, monkey
 
     # The share of the distance, by the refiner that was left behind.
     refiner = Refiner.from_pretrained(tmp_path / "s" / "base", tiny)
-    settings = argparse.Namespace(batch_size=4, guidance_scale=2.0)
-    prompts = held_out_prompts(4)
-    distances = latent_distance.distances(
-        with_sampler(tiny, "DDIM"), {2: refiner}, prompts, study.STEPS, settings
-    )
+    settings = argparse.Namespace(batch_size=4, guidance_scale=2.0, steps=[study.STEPS])
+    pipe = with_sampler(tiny, "DDIM")
+    batches = latent_distance.guided_batches(pipe, held_out_prompts(4), settings)
+    distances = latent_distance.distances(pipe, {2: refiner}, batches, study.STEPS)
     percent, _ = latent_distance.percent_of_the_way(distances["gaussian"], distances[2])
     assert found["base"]["percent_of_the_way"] == pytest.approx(percent, rel=1e-3)
     assert found["strength=2.0"]["percent_of_the_way"] != found["base"]["percent_of_the_way"]

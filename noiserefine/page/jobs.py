@@ -80,7 +80,7 @@ class Job:
         if not self.has_checker:
             return image
         pixels = np.asarray(image, np.float32)[None] / 255
-        device, dtype = self.loaded.pipe.device, self.loaded.pipe.dtype
+        device, dtype = self.loaded.pipe._execution_device, self.loaded.pipe.dtype
         checked, _ = self.loaded.pipe.run_safety_checker(pixels, device, dtype)
         return Image.fromarray((checked[0] * 255).round().astype(np.uint8))
 

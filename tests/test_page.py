@@ -79,6 +79,11 @@ def test_the_first_screen(open_page, size):
     page.wait_for_timeout(500)
     assert page.evaluate("shift") < 0.1, "what web.dev calls good"
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    if size == "phone":
+        page.set_viewport_size({"width": 320, "height": 640})
+        for part in ("#prompt textarea", "#seed input", "#strength input[type=range]"):
+            box = page.locator(part).bounding_box()
+            assert box["x"] + box["width"] <= 320, f"{part} on the smallest phones"  # noqa: PLR2004
     if size == "desktop":
         for view in VIEWS.values():
             if view.title:

@@ -92,7 +92,7 @@ def handler_of(
         }
         session = request.session_hash or ""
         RUNNING[session] += 1
-        events = run_view(view, settings, given, dict(known))
+        events, shown = run_view(view, settings, given, dict(known)), False
         try:
             with tempfile.TemporaryDirectory() as folder:
                 screen = Screen(outputs, settings, record, Path(folder))
@@ -105,12 +105,12 @@ def handler_of(
                     stop = session in STOPPED
                     if stop:
                         events.close()
-                        screen.stopped(_picture_of(screen, settings))
-                        if screen.status and "note" not in outputs:
-                            done, total, _, unit = screen.status
-                            gr.Info(f"Stopped after {done} of {total} {unit}.")
-                    if stop or any(news):
+                        _complete(screen, settings, has_note=shown and "note" in outputs)
+                    if any(news) or stop and shown:
                         yield {output: screen.values[name] for name, output in outputs.items()}
+                        shown = True
+                    elif stop:  # what was there before stays
+                        yield {output: gr.skip() for output in outputs.values()}
                     if stop:
                         return
         finally:
@@ -157,6 +157,14 @@ def _remember(events: list[Event], known: dict) -> None:
         if isinstance(event, Made):
             known[event.model, event.sample.recipe] = event.sample
     keep_newest(known)
+
+
+def _complete(screen: Screen, settings: Settings, has_note: bool) -> None:
+    """Complete the screen of a stopped run; say how far it came where no note does."""
+    screen.stopped(_picture_of(screen, settings))
+    if screen.status and not has_note:
+        done, total, _, unit = screen.status
+        gr.Info(f"Stopped after {done} of {total} {unit}.")
 
 
 def _picture_of(screen: Screen, settings: Settings) -> Any:

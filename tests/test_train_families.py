@@ -13,7 +13,7 @@ from noiserefine.guidance import check_guidance
 from noiserefine.models.catalogue import BACKBONES
 from noiserefine.noise import encode_prompt
 from tests import families
-from train import train_refiner
+from train import embeds, train_refiner
 from train.embeds import Embeds
 from train.options import default_options, describe, parse, plan
 from train.presets import FORWARDS, PRESETS
@@ -64,14 +64,26 @@ def test_a_family_is_trained_and_loaded(train, name):
 def test_stored_prompts_are_those_of_a_batch(tmp_path, name, stored):
     """Lumina pads them to the longest of a batch: its batches are encoded as they come."""
     pipe, texts = families.pipeline(name), ["a cat", "a red apple on a blue background", "a cat"]
-    embeds = Embeds(pipe, tmp_path)
-    embeds.make(texts, Accelerator(cpu=True))
-    assert embeds.stored == stored and len(list(tmp_path.rglob("*.safetensors"))) == 2 * stored
-    read = embeds.read(texts, torch.device("cpu"))
+    prompts = Embeds(pipe, tmp_path)
+    prompts.make(texts, Accelerator(cpu=True))
+    assert prompts.stored == stored and len(list(tmp_path.rglob("*.safetensors"))) == 2 * stored
+    read = prompts.read(texts, torch.device("cpu"))
     batch = encode_prompt(pipe, texts, guided=False)
     assert {key for key in batch if not key.startswith("negative")} == read.keys()
     for argument, value in read.items():
         torch.testing.assert_close(value, batch[argument], rtol=0, atol=1e-5)
+
+
+def test_a_full_card_is_no_full_disk(tmp_path, monkeypatch):
+    """Running out of memory while prompts are encoded is told as what it is."""
+    prompts = Embeds(families.pipeline("sd15"), tmp_path)
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(embeds, "encode_prompt", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        prompts.make(["a cat"], Accelerator(cpu=True))
 
 
 def test_other_samplers_of_a_family(train):

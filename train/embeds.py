@@ -1,4 +1,4 @@
-"""What training's prompts become, encoded once, so that text encoders leave the device."""
+"""Training's prompts, encoded once and stored, so that text encoders can leave the device."""
 
 import hashlib
 from pathlib import Path
@@ -19,10 +19,10 @@ SHORT, LONG = "a cat", " ".join(["a cat"] * 12)
 
 
 class Embeds:
-    """Prompts as `encode_prompt` makes them, unguided, in a file for each prompt and precision.
+    """Prompts as `encode_prompt` makes them, unguided: a file for each, a folder for a precision.
 
     Pipelines that pad prompts to the longest of a batch, and those without text encoders, encode
-    every batch anew: `stored` is False, and their text encoders stay on the device.
+    every batch anew: `stored` is False, and text encoders stay on the device.
     """
 
     def __init__(self, pipe: DiffusionPipeline, folder: Path):
@@ -40,9 +40,9 @@ class Embeds:
         share = missing[accelerator.process_index :: accelerator.num_processes]
         hidden = not accelerator.is_local_main_process
         for prompt in tqdm(share, desc="prompts", disable=hidden):
+            encoded = encoding_for(encode_prompt(self.pipe, prompt, guided=False), 1)
             with atomic(self._path(prompt)) as part:
-                encoded = encode_prompt(self.pipe, prompt, guided=False)
-                save_file(_flat(encoding_for(encoded, 1)), part)
+                save_file(_flat(encoded), part)
         accelerator.wait_for_everyone()
 
     def read(self, prompts: list[str], device: torch.device) -> dict[str, Any]:

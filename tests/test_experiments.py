@@ -608,7 +608,9 @@ def test_a_study_measures_each_recipe_once(tmp_path, tiny, study_options, monkey
     study.main([*study_options, *elsewhere, "--factors", "rank=2,4"])
     assert trained[4:] == [] and not (tmp_path / "elsewhere" / "arms.npz").exists()
     result = json.loads((tmp_path / "s.json").read_text())
-    found = result["recipes"]
+    found, settings = result["recipes"], result["settings"]
+    assert all(study.base_value(settings, factor) is not None for factor in study.FACTORS)
+    assert not (tmp_path / "s" / "rank=4").exists()
     assert list(found) == ["base", "strength=2.0", "rank=4", "num_targets=4"]
     assert found["base"]["megabytes"] < found["rank=4"]["megabytes"]
     assert found["num_targets=4"]["optimizer_steps"] == found["base"]["optimizer_steps"] == 1
@@ -643,8 +645,16 @@ def test_a_study_says_what_it_costs(study_options, tmp_path, capsys):
     arms, total = 4 * 3 * study.STEPS, 16 * 4 + 8 * 4 + 4 * training + 5 * measuring
     assert f"{total + arms:,} with 16 shared targets" in text
     assert not (tmp_path / "s").exists()
-    with pytest.raises(ValueError, match="no factor 'ranks'"):
-        study.main(["--factors", "ranks=2"])
+    for factor, says in (
+        ("ranks=2", "no factor 'ranks'"),
+        ("rank=two", "no list like rank=4,8"),
+        ("rank=0", "--rank must be above 0"),
+        ("strength=9", "strength is a number from 0"),
+        ("teacher=cgf", "There is no teacher 'cgf'"),
+        ("layers=inner", "layers is attention, or outer"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            study.main([*study_options, "--factors", factor, "--dry_run"])
 
 
 def test_a_study_names_layers(pipe):

@@ -186,6 +186,15 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
     (given,) = parser.parse_args_into_dataclasses(arguments)
     parser.set_defaults(**asdict(default_options(given.preset, given.quick)))
     (options,) = parser.parse_args_into_dataclasses(arguments)
+    check(options)
+    if options.hours:
+        options = _fit_hours(options)
+        check(options)  # --keep_top may be more than the targets now
+    return options
+
+
+def check(options: Options) -> None:
+    """Raise ValueError for values that cannot work, alone or together."""
     for name in ("output_dir", "prompts"):
         if not getattr(options, name):
             raise ValueError(f"--{name} is missing.")
@@ -196,13 +205,10 @@ def parse(arguments: list[str] | None = None, description: str | None = None) ->
     _check_guidance(options)
     if options.patience and not options.validation_prompts:
         raise ValueError("--patience needs --validation_prompts.")
-    if options.hours:
-        options = _fit_hours(options)
     if bool(options.keep_top) != bool(options.score) or options.keep_top > options.num_targets:
         raise ValueError(
             "--keep_top and --score go together, and --keep_top is at most --num_targets."
         )
-    return options
 
 
 def plan(

@@ -1,5 +1,7 @@
 """Measure how a refiner grows with its training recipe, a factor at a time around a preset.
 
+The preset is that of an embedded model, whose images the judge knows.
+
     python train/experiments/study.py --preset emoji-sit --dry_run
     python train/experiments/study.py --preset emoji-sit --output study-emoji-sit.json --jobs 4
     python train/experiments/study.py --preset emoji --quick --factors rank=4,16 epochs teacher \\
@@ -42,6 +44,7 @@ from noiserefine.denoiser import denoiser
 from noiserefine.guidance import sample_both
 from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt
+from noiserefine.refiner import check_strength
 from noiserefine.samplers import samplers_of, with_sampler
 from train import train_refiner
 from train.captions import read_prompts, repeat_to
@@ -58,7 +61,7 @@ from train.common import (
 )
 from train.experiments.latent_distance import megabytes, percent_of_the_way
 from train.metrics import load_metrics
-from train.options import TARGET_OPTIONS, TRAINING_OPTIONS, Options, parse, plan
+from train.options import TARGET_OPTIONS, TRAINING_OPTIONS, Options, check, parse, plan
 
 STEPS = 20  # of the measured images
 # The values of each factor, in the order in which they are tried; teachers' scales are multiples of
@@ -103,6 +106,7 @@ LAYERS = {
 }
 BASE = "base"
 SHARED = [name for name in TARGET_OPTIONS if name != "num_targets"]
+BOUND = (*TARGET_OPTIONS, *TRAINING_OPTIONS, "batch_size", "gradient_accumulation_steps")
 PANELS = 4  # in a row of the plot
 COLOURS = ("tab:orange", "tab:blue", "tab:green")
 
@@ -163,11 +167,18 @@ def _factor(text: str) -> tuple[str, list]:
     if name not in FACTORS:
         raise ValueError(f"There is no factor {name!r}; choose from {', '.join(FACTORS)}.")
     kind = type(FACTORS[name][0])
-    return name, [kind(value) for value in values.split(",")] if given else list(FACTORS[name])
+    try:
+        return name, [kind(value) for value in values.split(",")] if given else list(FACTORS[name])
+    except ValueError as error:
+        shown = ",".join(map(str, FACTORS[name][:2]))
+        raise ValueError(f"--factors {text} is no list like {name}={shown}.") from error
 
 
 def recipes(base: Options, factors: dict[str, list]) -> list[Recipe]:
-    """Return the base recipe and those with another value of each factor."""
+    """Return the base recipe and those with another value of each factor.
+
+    Raise ValueError for values that cannot work.
+    """
     varied = [
         Recipe(factor, value, base, value)
         if factor == "strength"
@@ -176,13 +187,16 @@ def recipes(base: Options, factors: dict[str, list]) -> list[Recipe]:
         for value in values
         if value != base_value(vars(base), factor)
     ]
+    for recipe in varied:
+        check(recipe.options)
+        check_strength(recipe.strength)
     return [Recipe(BASE, None, base), *varied]
 
 
 def changed(base: Options, factor: str, value: Any) -> Options:
     """Return the base recipe with another value of a factor.
 
-    Raise ValueError for layers that are not named for the base's preset.
+    Raise ValueError for layers that have no names in the base's preset.
     """
     if factor == "num_targets":
         epochs = base.epochs * base.num_targets / value
@@ -192,9 +206,13 @@ def changed(base: Options, factor: str, value: Any) -> Options:
     if factor == "guidance_scale":
         return replace(base, guidance_scale=value * base.guidance_scale)
     if factor == "layers":
-        if value == "outer" and base.preset not in LAYERS:
-            raise ValueError(f"Which layers of {base.preset} are the outer ones is not known.")
-        return replace(base, layers=ATTENTION if value == "attention" else LAYERS[base.preset])
+        layers = {"attention": ATTENTION, "outer": LAYERS.get(base.preset)}.get(value)
+        if layers is None:
+            raise ValueError(
+                f"--factors layers is attention, or outer for the presets {', '.join(LAYERS)}; "
+                f"got {value} for {base.preset}."
+            )
+        return replace(base, layers=layers)
     return replace(base, **{factor: value})
 
 
@@ -229,8 +247,7 @@ class Study:
 
     def settings(self) -> dict[str, Any]:
         """Return what all figures depend on."""
-        bound = {name: getattr(self.base, name) for name in (*TARGET_OPTIONS, *TRAINING_OPTIONS)}
-        return bound | {
+        return {name: getattr(self.base, name) for name in BOUND} | {
             "preset": self.base.preset,
             "validation_prompts": self.base.validation_prompts,
             "n": self.args.n,
@@ -286,7 +303,8 @@ class Study:
         if not (folder / "refiner.json").exists():
             shared = targets_of and str(targets_of)
             given: dict[str, Any] = {"output_dir": str(folder), "targets_of": shared}
-            train_refiner.run(replace(options, **given | {"validation_prompts": None}))
+            given |= {"validation_prompts": None, "push_to_hub": None}
+            train_refiner.run(replace(options, **given))
 
     def measure(self, recipes: list[Recipe]) -> dict[str, dict[str, Any]]:
         """Train the one refiner of some recipes, and return each recipe's figures."""
@@ -304,15 +322,12 @@ class Study:
             "device": _device_name(self.device),
             "megabytes": size,
         }
-        figures = {
+        return {
             recipe.name: {"factor": recipe.factor, "value": recipe.value}
             | cost
             | self.figures(refiner, recipe.strength)
             for recipe in recipes
         }
-        if first.training != BASE:  # whose refiner other strengths may ask for later
-            shutil.rmtree(folder)
-        return figures
 
     def figures(self, refiner: Refiner, strength: float) -> dict[str, Any]:
         """Return what is measured of refined images beside the unguided and guided ones."""
@@ -372,7 +387,7 @@ def _measure(recipes: list[Recipe]) -> dict[str, dict[str, Any]]:
 def processes(setup: tuple[argparse.Namespace, Options, int]) -> Iterator[Pool | None]:
     """Yield as many processes as --jobs asks for, None where one is enough: this one."""
     jobs = setup[0].jobs
-    if jobs == 1:
+    if jobs <= 1:
         yield None
         return
     pool = Pool(jobs, multiprocessing.get_context("spawn"), _start, setup)
@@ -382,6 +397,20 @@ def processes(setup: tuple[argparse.Namespace, Options, int]) -> Iterator[Pool |
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def measure_all(
+    recipes: list[Recipe], study: Study, pool: Pool | None
+) -> Iterator[dict[str, dict[str, Any]]]:
+    """Yield the figures of the recipes of one training after another, as they are done."""
+    trainings: dict[str, list[Recipe]] = {}
+    for recipe in recipes:
+        trainings.setdefault(recipe.training, []).append(recipe)
+    if pool is None:
+        yield from map(study.measure, trainings.values())
+        return
+    for future in as_completed(pool.submit(_measure, group) for group in trainings.values()):
+        yield future.result()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -397,6 +426,8 @@ def main(arguments: list[str] | None = None) -> None:
     for path in (args.output, partial):  # the latter has more, where both exist
         if path.exists():
             result = json.loads(path.read_text(encoding="utf-8"))
+    missing = [recipe for recipe in chosen if recipe.name not in result["recipes"]]
+    args.jobs = min(args.jobs, len(missing))
     setup = (args, base, largest)
     with processes(setup) as pool:
         study = Study(*setup)
@@ -405,22 +436,14 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"{args.output} holds a study of other settings: name another file.")
         check_recorded(args.work_dir / "settings.json", settings)
         write_json(args.work_dir / "settings.json", settings)
-        missing = [recipe for recipe in chosen if recipe.name not in result["recipes"]]
         if missing:
             result |= {"settings": settings, "arms": study.prepare(missing)}
-
-        # A training with all the recipes that are measured of it, usually one.
-        by_training: dict[str, list[Recipe]] = {}
-        for recipe in missing:
-            by_training.setdefault(recipe.training, []).append(recipe)
-        trainings = by_training.values()
-        found: Iterable[dict[str, dict[str, Any]]] = map(study.measure, trainings)
-        if pool:
-            submitted = [pool.submit(_measure, training) for training in trainings]
-            found = (future.result() for future in as_completed(submitted))
-        for figures in found:
+        for figures in measure_all(missing, study, pool):
             result["recipes"] |= figures
             write_json(partial, result)
+            for folder in map(args.work_dir.joinpath, figures.keys() - {BASE}):
+                if folder.exists():  # other strengths have none, and may ask for the base's later
+                    shutil.rmtree(folder)
     write_json(args.output, result)
     partial.unlink(missing_ok=True)
     plot({base.preset: result}, args.output.with_suffix(".png"))

@@ -41,8 +41,9 @@ HEAD = """# Where refining fails
 
 Pictures of the embedded model by `train/experiments/failures.py`: n = {n} a row, seeds from
 {first_seed}, guidance scale {guidance_scale:g}. They show kinds of failure, and are too few to tell
-how frequent each is. Rows are in the order of the tables. "Object right" is what a classifier says;
-the distance is the median of the mean squared ones to the guided latents of the same noise.
+how frequent each is. Rows are in the order of the tables. "Object right" is what a classifier says.
+The distance is the mean squared one to the guided latents of the same noise; the table has its
+median over the images.
 """
 
 
@@ -65,7 +66,7 @@ class Failure(NamedTuple):
     title: str
     text: str
     arms: tuple[Arm, ...]
-    prompts: tuple[str, ...] = ()  # where empty, held-out ones that the judge knows
+    prompts: tuple[str, ...] = ()  # which the judge does not know; empty for held-out ones
     right_unguided: bool = False  # show only columns whose object is right without refining
 
 
@@ -100,8 +101,8 @@ FAILURES = {
     ),
     "noisy-sampler": Failure(
         "A sampler with noise of its own",
-        "DPM++ SDE adds new noise at every step, which no refiner has seen: refined noise changes "
-        "its images, and hardly brings them nearer to the guided ones.",
+        "DPM++ SDE adds new noise at every step, which no refiner has seen: refined noise makes a "
+        "few more objects right, and hardly brings the images nearer to the guided ones.",
         (
             Arm("unguided, SDE", sampler="DPM++ SDE"),
             Arm("refined, SDE", 1.0, sampler="DPM++ SDE"),
@@ -111,7 +112,7 @@ FAILURES = {
     ),
     "few-steps": Failure(
         "Few steps",
-        "With 2 steps most colours are wrong in every row. With 4, refined noise is far better "
+        "With 2 steps most colours are wrong, refined or not. With 4, refined noise is far better "
         "than Gaussian noise, and some backgrounds are still wrong.",
         (
             Arm("unguided, 2 steps", steps=2),

@@ -1,6 +1,6 @@
 """Reproduce the paper's tables and figures in miniature, on the embedded models.
 
-    python train/experiments/reproduce.py --work_dir runs/paper    # all of it: hours
+    python train/experiments/reproduce.py --work_dir runs/paper    # all of it: days on a CPU
     python train/experiments/reproduce.py --work_dir runs/paper --only table1 table5
     python train/experiments/reproduce.py --list
 

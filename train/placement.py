@@ -1,4 +1,4 @@
-"""Where a pipeline's parts are: text encoders and VAE take the device's memory only in use."""
+"""Where a pipeline's parts are: text encoders and VAE are on the device only while in use."""
 
 import contextlib
 from collections.abc import Iterator

@@ -13,7 +13,7 @@ from noiserefine.lora import UNET_TARGETS, with_lora
 from train.presets import FORWARDS
 from train.tools.architectures import UNETS, build_denoiser
 
-MAPS, TOKENS = 4, 3  # dimensions
+TOKENS = 3  # dimensions; vectors have fewer, maps more
 
 
 def inputs(name: str, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -150,8 +150,7 @@ class LiveBytes(TorchDispatchMode):
         return made
 
     def _is_attention_map(self, tensor: torch.Tensor) -> bool:
-        *front, height, width = (0, 0, *tensor.shape)
-        return len(front) >= TOKENS and height == width > self.max_side
+        return tensor.ndim >= TOKENS and tensor.shape[-2] == tensor.shape[-1] > self.max_side
 
     def _add(self, count: int) -> None:
         self.now += count

@@ -122,8 +122,9 @@ class Options:
     )
     fp8: bool = option(
         False,
-        "store the frozen model's weights in 8 bits while training: half their memory, with "
-        "--gradient_checkpointing; targets are made before, and the LoRA stays as it is",
+        "store the frozen model's weights in 8 bits while training: with "
+        "--gradient_checkpointing they take half the memory; targets are made before it, and the "
+        "LoRA stays in float32",
     )
     compile: bool = option(
         False, "torch.compile the frozen model: minutes at the start, faster after"

@@ -31,7 +31,7 @@ from train.tools.meta import (
 
 CARDS = (8, 12, 16, 24)  # GB
 RESERVED = 1.0  # GiB for CUDA's context, the desktop and fragments
-LOWEST_RANK = 32
+RANKS = (128, 64, 32)  # to try where the preset's needs too much
 # Bytes of a LoRA's parameter: itself and its gradient in single precision; its copy in 16 bits
 # under autocast; AdamW's two moments, and its temporary at a step.
 WEIGHT, GRADIENT, AUTOCAST = 4, 4, 2
@@ -48,7 +48,7 @@ class Peaks(NamedTuple):
 
 
 def fitting(name: str, card: int) -> dict[str, Any]:
-    """Return the first options that fit into a card of so many GB.
+    """Return the first options that fit into a card of so many GB, and their peaks.
 
     "options" are those that differ from the preset's; "peaks" are None where nothing fits.
     """
@@ -69,7 +69,7 @@ def ladder(name: str) -> Iterator[Options]:
     together = options.batch_size * options.gradient_accumulation_steps
     changes: list[dict[str, Any]] = [{}, {"gradient_checkpointing": True}]
     changes += [{"batch_size": 1, "gradient_accumulation_steps": together}]
-    changes += [{"rank": rank} for rank in (128, 64, LOWEST_RANK) if rank < options.rank]
+    changes += [{"rank": rank} for rank in RANKS if rank < options.rank]
     changes += [{"fp8": True}, {"optimizer": "adamw8bit"}]
     for change in changes:
         options = replace(options, **change)
@@ -77,7 +77,7 @@ def ladder(name: str) -> Iterator[Options]:
 
 
 def _with_fitting_calls(name: str, options: Options, room: float) -> Options:
-    """Return options with as many targets in a call as fit, which changes nothing else."""
+    """Return the options with fewer targets in a call where all do not fit: results stay equal."""
     while options.target_batch_size > 1 and peaks(name, options).sampling > room:
         options = replace(options, target_batch_size=options.target_batch_size // 2)
     return options

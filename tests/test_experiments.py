@@ -44,6 +44,8 @@ from train.experiments import (
     report,
     reproduce,
     study,
+    study_figures,
+    study_recipes,
     variety,
 )
 from train.experiments.denoiser_lora import read_targets
@@ -609,12 +611,14 @@ def test_a_study_measures_each_recipe_once(tmp_path, tiny, study_options, monkey
     assert trained[4:] == [] and not (tmp_path / "elsewhere" / "arms.npz").exists()
     result = json.loads((tmp_path / "s.json").read_text())
     found, settings = result["recipes"], result["settings"]
-    assert all(study.base_value(settings, factor) is not None for factor in study.FACTORS)
+    assert all(
+        study_recipes.base_value(settings, factor) is not None for factor in study_recipes.FACTORS
+    )
     assert not (tmp_path / "s" / "rank=4").exists()
     assert list(found) == ["base", "strength=2.0", "rank=4", "num_targets=4"]
     assert found["base"]["megabytes"] < found["rank=4"]["megabytes"]
     assert found["num_targets=4"]["optimizer_steps"] == found["base"]["optimizer_steps"] == 1
-    assert (tmp_path / "s.png").is_file() and "| rank | 4 | 1 |" in study.table(result)
+    assert (tmp_path / "s.png").is_file() and "| rank | 4 | 1 |" in study_figures.table(result)
     with pytest.raises(ValueError, match="study of other settings"):
         study.main([*study_options, "--n", "5"])
 
@@ -663,8 +667,8 @@ def test_a_study_names_layers(pipe):
     for model in ("emoji-flow", "emoji-sit"):
         config = json.loads((ROOT / "assets" / "refiners" / model / "refiner.json").read_text())
         names[model] = config["target_modules"]
-    assert names.keys() == study.LAYERS.keys() and study.TITLES.keys() == study.FACTORS.keys()
+    assert names.keys() == study_recipes.LAYERS.keys()
     for model, layers in names.items():
-        for pattern in (study.ATTENTION, study.LAYERS[model]):
+        for pattern in (study_recipes.ATTENTION, study_recipes.LAYERS[model]):
             share = sum(bool(re.search(pattern, name)) for name in layers) / len(layers)
             assert 0.1 < share < 0.8, (model, pattern)

@@ -23,7 +23,7 @@ from train.experiments import (
     inversion_error,
     noise_gradients,
     novelty,
-    study,
+    study_figures,
     variety,
 )
 from train.experiments.reproduce import (
@@ -238,14 +238,14 @@ def conditions(results: Results, model: str) -> str:
 def recipe(results: Results, model: str) -> str:
     """Return what each factor of a model's training recipe does: the plot and the table."""
     name = f"study-{model}"
-    study.plot({model: results[name]}, RESULTS / f"{name}.png")
-    return f"![Each factor of the recipe]({name}.png)\n\n{study.table(results[name])}"
+    study_figures.plot({model: results[name]}, RESULTS / f"{name}.png")
+    return f"![Each factor of the recipe]({name}.png)\n\n{study_figures.table(results[name])}"
 
 
 def recipes(results: Results) -> str:
     """Return the plot of all models' training recipes."""
     found = {model: results[f"study-{model}"] for model in MODELS}
-    study.plot(found, RESULTS / "study.png")
+    study_figures.plot(found, RESULTS / "study.png")
     return (
         "Percent of the way to the guided latents (solid) and of the accuracy gap (dashed); filled "
         "marks are the presets.\n\n![Each factor of the recipe, a colour for each model](study.png)"

@@ -20,23 +20,20 @@ their latents (see latent_distance.py), the gap closed that of the judge's accur
 
 import argparse
 import contextlib
-import itertools
 import json
-import math
 import multiprocessing
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor as Pool
 from concurrent.futures import as_completed
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.checkpoint import signature
@@ -44,7 +41,6 @@ from noiserefine.denoiser import denoiser
 from noiserefine.guidance import sample_both
 from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt
-from noiserefine.refiner import check_strength
 from noiserefine.samplers import samplers_of, with_sampler
 from train import train_refiner
 from train.captions import read_prompts, repeat_to
@@ -56,79 +52,17 @@ from train.common import (
     markdown_table,
     mean_and_interval,
     run_script,
-    with_interval,
     write_json,
 )
 from train.experiments.latent_distance import megabytes, percent_of_the_way
+from train.experiments.study_figures import plot, table
+from train.experiments.study_recipes import BASE, FACTORS, Recipe, recipes, shares_targets
 from train.metrics import load_metrics
-from train.options import TARGET_OPTIONS, TRAINING_OPTIONS, Options, check, parse, plan
+from train.options import TARGET_OPTIONS, TRAINING_OPTIONS, Options, parse, plan
 
 STEPS = 20  # of the measured images
-# The values of each factor, in the order in which they are tried; teachers' scales are multiples of
-# the base recipe's. The number of targets alone is varied at equal steps: few are seen often.
-FACTORS: dict[str, tuple] = {
-    "num_targets": (64, 128, 256, 512, 1024, 2048, 4096),
-    "epochs": (0.25, 0.5, 1.0, 4.0),
-    "rank": (4, 8, 16, 64, 128),
-    "lr": (3e-4, 3e-3),
-    "steps": (2, 3, 4, 10, 20),
-    "teacher": ("interval", "rescale", "apg"),
-    "guidance_scale": (1.5, 2.0, 3.0),
-    "layers": ("attention", "outer"),
-    "strength": (0.5, 1.5, 2.0),
-    "target_steps": (5, 20, 40),
-    "batch_size": (16, 64, 128),
-    "seed": (10_000_000, 20_000_000),
-    "size": (64, 256, 1024, 4096, 12_000),  # targets at equal epochs, as --hours chooses them
-}
-TITLES = {
-    "num_targets": "targets, at equal steps",
-    "epochs": "epochs",
-    "rank": "rank",
-    "lr": "learning rate",
-    "steps": "N, steps in the loss",
-    "teacher": "teacher",
-    "guidance_scale": "teacher's scale by the base's",
-    "layers": "layers with a LoRA",
-    "strength": "strength",
-    "target_steps": "N', steps of the targets",
-    "batch_size": "batch size, at equal epochs",
-    "seed": "seed",
-    "size": "targets, at equal epochs",
-}
-# Regular expressions of layers' names. The outer blocks are the first two and the last two, of six
-# or seven.
-ATTENTION = r"\battn"
-LAYERS = {
-    "emoji": r"^(conv_in|down_blocks\.[01]|up_blocks\.[12])\b",
-    "emoji-flow": r"^(pos_embed|context_embedder|transformer_blocks\.[0145])\b",
-    "emoji-sit": r"^(pos_embed|transformer_blocks\.[0156])\b",
-}
-BASE = "base"
-SHARED = [name for name in TARGET_OPTIONS if name != "num_targets"]
+# The options that all figures depend on.
 BOUND = (*TARGET_OPTIONS, *TRAINING_OPTIONS, "batch_size", "gradient_accumulation_steps")
-PANELS = 4  # in a row of the plot
-COLOURS = ("tab:orange", "tab:blue", "tab:green")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The base recipe with another value of one factor."""
-
-    factor: str
-    value: Any
-    options: Options  # of the training
-    strength: float = 1.0  # of the refinement when measured
-
-    @property
-    def name(self) -> str:
-        """The key of its figures."""
-        return self.factor if self.value is None else f"{self.factor}={self.value}"
-
-    @property
-    def training(self) -> str:
-        """The name of its training, which recipes of other strengths share."""
-        return BASE if self.factor == "strength" else self.name
 
 
 def parse_all(arguments: list[str] | None) -> tuple[argparse.Namespace, Options]:
@@ -146,11 +80,10 @@ def parse_all(arguments: list[str] | None) -> tuple[argparse.Namespace, Options]
     )
     add("--n", type=int, default=512, help="images of each arm")
     add("--jobs", type=int, default=1, help="recipes trained at the same time")
-    add("--output", type=Path, help="JSON file of the results; beside it a plot of them")
+    add("--output", type=Path, default=Path("study.json"), help="JSON file; beside it a plot")
     add("--work_dir", type=Path, help="folder to continue from; the name of --output if not given")
     add("--dry_run", action="store_true", help="print the recipes and their cost, and stop")
     args, others = parser.parse_known_args(arguments)
-    args.output = args.output or Path("study.json")
     if args.output.suffix != ".json":
         raise ValueError("--output is a .json file.")
     args.work_dir = args.work_dir or args.output.with_suffix("")
@@ -166,70 +99,12 @@ def _factor(text: str) -> tuple[str, list]:
     name, given, values = text.partition("=")
     if name not in FACTORS:
         raise ValueError(f"There is no factor {name!r}; choose from {', '.join(FACTORS)}.")
-    kind = type(FACTORS[name][0])
+    tried = FACTORS[name].values
     try:
-        return name, [kind(value) for value in values.split(",")] if given else list(FACTORS[name])
+        return name, [type(tried[0])(value) for value in values.split(",")] if given else [*tried]
     except ValueError as error:
-        shown = ",".join(map(str, FACTORS[name][:2]))
+        shown = ",".join(map(str, tried[:2]))
         raise ValueError(f"--factors {text} is no list like {name}={shown}.") from error
-
-
-def recipes(base: Options, factors: dict[str, list]) -> list[Recipe]:
-    """Return the base recipe and those with another value of each factor.
-
-    Raise ValueError for values that cannot work.
-    """
-    varied = [
-        Recipe(factor, value, base, value)
-        if factor == "strength"
-        else Recipe(factor, value, changed(base, factor, value))
-        for factor, values in factors.items()
-        for value in values
-        if value != base_value(vars(base), factor)
-    ]
-    for recipe in varied:
-        check(recipe.options)
-        check_strength(recipe.strength)
-    return [Recipe(BASE, None, base), *varied]
-
-
-def changed(base: Options, factor: str, value: Any) -> Options:
-    """Return the base recipe with another value of a factor.
-
-    Raise ValueError for layers that have no names in the base's preset.
-    """
-    if factor == "num_targets":
-        epochs = base.epochs * base.num_targets / value
-        return replace(base, num_targets=value, epochs=epochs)
-    if factor == "size":
-        return replace(base, num_targets=value)
-    if factor == "guidance_scale":
-        return replace(base, guidance_scale=value * base.guidance_scale)
-    if factor == "layers":
-        layers = {"attention": ATTENTION, "outer": LAYERS.get(base.preset)}.get(value)
-        if layers is None:
-            raise ValueError(
-                f"--factors layers is attention, or outer for the presets {', '.join(LAYERS)}; "
-                f"got {value} for {base.preset}."
-            )
-        return replace(base, layers=layers)
-    return replace(base, **{factor: value})
-
-
-def base_value(base: dict[str, Any], factor: str) -> Any:
-    """Return the value of a factor that the base recipe's options stand for."""
-    special = {
-        "size": base.get("num_targets"),
-        "guidance_scale": 1.0,
-        "strength": 1.0,
-        "layers": base.get("layers") or "all",
-    }
-    return special.get(factor, base.get(factor))
-
-
-def shares_targets(recipe: Recipe, base: Options) -> bool:
-    """Return whether a recipe's targets are the first of the base's, or more of them."""
-    return all(getattr(recipe.options, name) == getattr(base, name) for name in SHARED)
 
 
 class Study:
@@ -469,96 +344,6 @@ def cost_table(chosen: list[Recipe], base: Options, largest: int, n: int) -> str
         f"{markdown_table(titles, lines)}\n\nNetwork evaluations: {total + guided:,} with "
         f"{largest:,} shared targets and the unguided and guided images."
     )
-
-
-def points(result: dict[str, Any], factor: str) -> list[tuple[Any, dict[str, Any]]]:
-    """Return a factor's values and their figures, in order, the base recipe's among them."""
-    found = [(row["value"], row) for row in result["recipes"].values() if row["factor"] == factor]
-    if not found:
-        return []
-    found.append((base_value(result["settings"], factor), result["recipes"][BASE]))
-    return sorted(found, key=lambda point: _place(point[0]))
-
-
-def _place(value: Any) -> tuple:
-    """Return what sorts a factor's values: numbers by size, names with the base's first."""
-    names = ["all", "cfg", *FACTORS["layers"], *FACTORS["teacher"]]
-    return (names.index(value), 0) if isinstance(value, str) else (0, value)
-
-
-def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Plot what each factor does, a colour for each model.
-
-    Solid: the percent of the way. Dashed: the percent of the accuracy gap. Filled: the base recipe.
-    """
-    drawn = [factor for factor in FACTORS if any(points(r, factor) for r in results.values())]
-    if not drawn:
-        return
-    columns = min(PANELS, len(drawn))
-    rows = math.ceil(len(drawn) / columns)
-    size = (3.2 * columns, 2.6 * rows + 0.4)
-    figure = Figure(figsize=size, layout="constrained", dpi=110)
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
-    for axes, factor in itertools.zip_longest(panels, drawn):
-        if factor is None:
-            axes.set_axis_off()
-            continue
-        found = {model: points(result, factor) for model, result in results.items()}
-        values = sorted({v for line in found.values() for v, _ in line}, key=_place)
-        for (model, line), colour in zip(found.items(), COLOURS, strict=False):
-            for key, style in (("percent_of_the_way", "o-"), ("gap_closed", "s--")):
-                shown = [(values.index(v), row) for v, row in line if key in row]
-                if not shown:
-                    continue
-                x, y = [place for place, _ in shown], [row[key] for _, row in shown]
-                label = model if style == "o-" else None
-                axes.plot(x, y, style, color=colour, markerfacecolor="white", label=label)
-                low, high = zip(*(row[f"{key}_interval"] for _, row in shown), strict=True)
-                axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-                base = [(place, row[key]) for place, row in shown if row["factor"] == BASE]
-                axes.plot(*zip(*base, strict=True), style[0], color=colour)
-        labels = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
-        axes.set_xticks(range(len(values)), labels, rotation=45 if len(values) > PANELS else 0)
-        axes.set_title(TITLES[factor], fontsize="medium")
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize="small")
-    figure.supylabel("percent: of the way (solid), of the accuracy gap (dashed)", fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-
-
-def table(result: dict[str, Any]) -> str:
-    """Return the arms' accuracies, and a Markdown table of the recipes."""
-
-    def cell(row: dict[str, Any], key: str, digits: int = 0) -> str:
-        return with_interval(row[key], row[f"{key}_interval"], digits) if key in row else ""
-
-    arms = [f"{name} {cell(arm, 'object_accuracy', 3)}" for name, arm in result["arms"].items()]
-    titles = ["factor", "value", "steps", "evaluations", "MB", "seconds"]
-    titles += ["percent of the way", "object accuracy ↑", "gap closed, %"]
-    rows = [("the preset", "", result["recipes"][BASE])]
-    for factor in FACTORS:
-        rows += [
-            (TITLES[factor], value, row)
-            for value, row in points(result, factor)
-            if row["factor"] != BASE
-        ]
-    lines = [
-        [
-            title,
-            value,
-            row["optimizer_steps"],
-            f"{sum(row['evaluations'].values()):,}",
-            f"{row['megabytes']:.1f}",
-            f"{row['seconds_of_steps']:.0f}",
-            cell(row, "percent_of_the_way"),
-            cell(row, "object_accuracy", 3),
-            cell(row, "gap_closed"),
-        ]
-        for title, value, row in rows
-    ]
-    head = f"n = {result['settings']['n']} images an arm. Object accuracy: {', '.join(arms)}."
-    return f"{head}\n\n{markdown_table(titles, lines)}"
 
 
 if __name__ == "__main__":

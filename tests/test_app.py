@@ -9,6 +9,7 @@ import itertools
 import pickle
 import re
 import socket
+import types
 import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, replace
@@ -37,7 +38,17 @@ from noiserefine.models import pool as models
 from noiserefine.models.catalogue import BACKBONES, Model
 from noiserefine.models.loading import load_pipeline
 from noiserefine.page import handlers, jobs, settings, texts
-from noiserefine.page.events import Arm, Figure, Made, NoArm, Note, Pair, Picture, Progress
+from noiserefine.page.events import (
+    Arm,
+    Download,
+    Figure,
+    Made,
+    NoArm,
+    Note,
+    Pair,
+    Picture,
+    Progress,
+)
 from noiserefine.page.opening import default_settings, opening
 from noiserefine.page.record import read_png
 from noiserefine.page.screen import made_from
@@ -866,6 +877,27 @@ def test_seconds_of_gpu_fit_a_visitors_quota():
             assert 10 <= seconds(view, name, backbone.steps, prompts="", count=4) <= 120, view
     assert seconds("compare", "sd21", float("nan")) and seconds("compare", None, 10**9) < 120
     assert seconds("many", "sd21", 20, prompts=None, count=float("nan"))
+
+
+@pytest.mark.parametrize(
+    "event, note, messages",
+    [
+        (Download(100, 2 * 10**6), gr.skip(), ["Stopped after 1 of 2 MB."]),
+        (Picture("one", Image.new("RGB", (8, 8)), 3), "**Stopped** after 1 of 3 images.", []),
+    ],
+)
+def test_a_run_stopped_before_it_showed_anything_changes_nothing(
+    monkeypatch, event, note, messages
+):
+    said, outputs = [], {"images": gr.Gallery(), "note": gr.Markdown()}
+    monkeypatch.setattr(handlers, "run_view", lambda *_: (batch for batch in [[event], [event]]))
+    monkeypatch.setattr(handlers, "STOPPED", {"a session"})
+    monkeypatch.setattr(gr, "Info", said.append)
+    request = types.SimpleNamespace(session_hash="a session", headers={})
+    handler = handlers.handler_of("strength", outputs, {})
+    [values] = handler(*astuple(Settings(PROMPT)), {}, request, lambda *_, **__: None)
+    assert values[outputs["note"]] == note and said == messages
+    assert not handlers.STOPPED and not handlers.RUNNING
 
 
 def test_page_goes_on_after_errors(client):

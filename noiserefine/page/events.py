@@ -28,7 +28,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Download:
-    """How far the download of a model is, in bytes; of the whole, those files that were begun."""
+    """How many bytes of a model are downloaded, of those in the files begun so far."""
 
     done: int
     total: int

@@ -35,8 +35,7 @@ _LOG = logging.getLogger(__name__)
 # Bounds of what a session keeps so that it is not made again.
 MAX_IMAGES, MAX_PIXELS = 100, 8_000_000
 STOP_SECONDS = 10  # that Stop waits for a run to end by itself at its next step
-# In which the page starts the last of what was clicked during a run, once that has ended.
-NEXT_RUN_SECONDS = 0.5
+NEXT_RUN_SECONDS = 0.5  # within which the page starts what was clicked during the run before
 
 RUNNING: collections.Counter[str] = collections.Counter()  # runs by session
 STOPPED: set[str] = set()  # sessions whose Stop was pressed
@@ -99,18 +98,18 @@ def handler_of(
                 for batch in events:
                     _remember(batch, known)
                     news = [screen.show(event) for event in batch]
-                    if screen.status:
-                        done, total, what, unit = screen.status
-                        progress((done, total), desc=what, unit=unit)
+                    shown = shown or any(news)
+                    if status := screen.status:
+                        progress((status.done, status.total), desc=status.text, unit=status.unit)
                     stop = session in STOPPED
                     if stop:
                         events.close()
                         _complete(screen, settings, has_note=shown and "note" in outputs)
-                    if any(news) or stop and shown:
-                        yield {output: screen.values[name] for name, output in outputs.items()}
-                        shown = True
-                    elif stop:  # what was there before stays
-                        yield {output: gr.skip() for output in outputs.values()}
+                    if any(news) or stop:
+                        yield {  # a run that was stopped before it showed anything changes nothing
+                            output: screen.values[name] if shown else gr.skip()
+                            for name, output in outputs.items()
+                        }
                     if stop:
                         return
         finally:
@@ -119,19 +118,25 @@ def handler_of(
             if not RUNNING[session]:
                 del RUNNING[session]
 
-    # Gradio reads the names of the API's parameters and its description from the function, and
-    # passes `known`, `request` and `progress` last.
+    _describe(handler, view, [*names, *controls])
+    return handler
+
+
+def _describe(handler: Callable, view: str, names: list[str]) -> None:
+    """Give a handler the name, description and parameters that Gradio reads for the API.
+
+    Gradio passes `known`, `request` and `progress` last.
+    """
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(name, kind) for name in (*names, *controls, "known", "request")]
+    parameters = [inspect.Parameter(name, kind) for name in (*names, "known", "request")]
     parameters.append(inspect.Parameter("progress", kind, default=gr.Progress()))
     handler.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     handler.__name__, handler.__doc__ = view, VIEWS[view].text
     handler.__annotations__ = {"request": gr.Request}
-    return handler
 
 
 def request_stop(request: gr.Request) -> None:
-    """Ask the session's run to end at its next step, and wait until it has; also one after it."""
+    """End the session's run at its next step, then the one that was clicked meanwhile."""
     session = request.session_hash or ""
     while RUNNING[session]:
         STOPPED.add(session)
@@ -163,8 +168,7 @@ def _complete(screen: Screen, settings: Settings, has_note: bool) -> None:
     """Complete the screen of a stopped run; say how far it came where no note does."""
     screen.stopped(_picture_of(screen, settings))
     if screen.status and not has_note:
-        done, total, _, unit = screen.status
-        gr.Info(f"Stopped after {done} of {total} {unit}.")
+        gr.Info(f"Stopped after {screen.status}.")
 
 
 def _picture_of(screen: Screen, settings: Settings) -> Any:

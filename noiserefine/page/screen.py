@@ -2,11 +2,12 @@
 
 import functools
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 from PIL import Image
@@ -33,6 +34,19 @@ from noiserefine.page.views import ARMS
 ENLARGED = 512  # pixels; smaller images are kept a second time, enlarged
 
 
+class Status(NamedTuple):
+    """How far a download or a series of images is."""
+
+    done: int
+    total: int
+    unit: str
+    text: str  # what is going on
+
+    def __str__(self) -> str:
+        """Return, for example, “2 of 5 images”."""
+        return f"{self.done} of {self.total} {self.unit}"
+
+
 class Screen:
     """The outputs of one view during one run.
 
@@ -42,7 +56,7 @@ class Screen:
     values     of the outputs by name
     record     what goes into every file
     unfinished the last preview of the arm in progress
-    status     how far a download or a series of images is: done, all, what, unit
+    status     how far a download or a series of images is, if there is one
     """
 
     def __init__(
@@ -58,7 +72,7 @@ class Screen:
         }
         self.settings, self.record, self.folder = settings, dict(record), folder
         self.unfinished: Progress | None = None
-        self.status: tuple[int, int, str, str] | None = None
+        self.status: Status | None = None
         self.samples: dict[str, Any] = {}  # of the arms
         self.nearness: dict[str, float | None] = {}
         self.gallery: list[tuple[str, str]] = []
@@ -72,7 +86,7 @@ class Screen:
     @show.register
     def _show_source(self, event: Source) -> bool:
         self.record |= asdict(event)
-        self.status = None  # the download is over
+        self.status, self.began = None, time.monotonic()  # the model is loaded
         if "caption" in self.values:
             self.values["caption"] = texts.caption(self.settings)
             self.values["made_from"] = json.dumps(astuple(self.settings))
@@ -81,8 +95,8 @@ class Screen:
 
     @show.register
     def _show_download(self, event: Download) -> bool:
-        done, total = round(event.done / 1e6), round(event.total / 1e6)
-        self.status = (done, total, "downloading", "MB")
+        done, total = math.ceil(event.done / 1e6), math.ceil(event.total / 1e6)
+        self.status = Status(done, total, "MB", "downloading")
         return False
 
     @show.register
@@ -131,9 +145,8 @@ class Screen:
         self.gallery.append((self._file(name, event.image, caption=event.caption), event.caption))
         self.values["images"] = list(self.gallery)
         done = len(self.gallery)
-        seconds = time.monotonic() - self.began
-        what = texts.remaining(done, event.total, seconds)
-        self.status = (done, event.total, what, "images")
+        remaining = texts.remaining(done, event.total, time.monotonic() - self.began)
+        self.status = Status(done, event.total, "images", remaining)
         return True
 
     @show.register
@@ -171,8 +184,7 @@ class Screen:
             if picture:
                 self.values[arm] = self._file(self._name(f"{arm}-after-{done}-forwards"), picture)
         if self.status and "note" in self.values:
-            done, total, _, unit = self.status
-            self.values["note"] = f"**Stopped** after {done} of {total} {unit}."
+            self.values["note"] = f"**Stopped** after {self.status}."
 
     def _name(self, what: str) -> str:
         return texts.file_name(self.record["settings"], what)

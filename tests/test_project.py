@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 
 import pytest
 
@@ -24,6 +25,17 @@ def test_requirements_are_those_of_the_project():
     assert (ROOT / "requirements.txt").read_text() == requirements(), (
         "run `python tests/tools/requirements.py`"
     )
+
+
+def test_what_is_imported_is_required():
+    """A package that comes with another today may not tomorrow."""
+    listed = set(re.findall(r"^[\w-]+", requirements().lower(), re.MULTILINE))
+    packages = packages_distributions()
+    for path in (ROOT / "noiserefine").rglob("*.py"):
+        for package in {name.partition(".")[0] for name in _imports(path)}:
+            if package not in sys.stdlib_module_names | {"noiserefine"}:
+                owners = {owner.lower() for owner in packages[package]}
+                assert owners & listed, f"{path.name} imports {package}"
 
 
 def test_the_library_is_imported_from_anywhere(tmp_path):

@@ -926,14 +926,14 @@ def test_every_arm_has_a_row_or_column_of_its_own():
     assert columns["trajectory"](settings, {}, 3) == columns["attention"](settings, {}, 3) == 3
 
 
-def test_runs_without_the_spaces_package(tmp_path):
+def test_what_importing_the_app_imports():
+    """It takes no spaces package, no PyTorch before that is needed, and downloads without Xet."""
     code = (
         "import sys; sys.modules['spaces'] = None; import app; "
         "from noiserefine.page.handlers import run_view; "
         "from noiserefine.page.settings import ZERO_GPU; "
-        "print(ZERO_GPU, run_view.__name__, 'torch' in sys.modules)"
+        "from huggingface_hub.constants import HF_HUB_DISABLE_XET; "
+        "print(ZERO_GPU, run_view.__name__, 'torch' in sys.modules, HF_HUB_DISABLE_XET)"
     )
     with script("-c", code) as process:
-        assert process.communicate()[0].strip().endswith("False run_view False"), (
-            "torch is not imported before it is needed"
-        )
+        assert process.communicate()[0].strip().endswith("False run_view False True")

@@ -20,5 +20,7 @@ words; `opening` is what is shown before anything was made; `blind` counts the v
 
 import os
 
-# Read when huggingface_hub is imported. Xet, its other way to download, cannot be stopped.
+# huggingface_hub reads this when it is imported, which the page's modules do after this one. Xet,
+# its other way to download, cannot be stopped; HF_HUB_DISABLE_XET=0 in the environment brings it
+# back.
 os.environ.setdefault("HF_HUB_DISABLE_XET", "1")

@@ -205,15 +205,14 @@ def model_of(settings: Settings, view: View) -> Model:
 
 
 def number_of_arms(settings: Settings) -> int:
-    """Return the arms of a comparison, as the loaded model tells, else as the catalogue does."""
+    """Return how many arms a comparison has, as the loaded model or else the catalogue says."""
     try:
         model = settings.model
     except ValueError:  # said when something is made
         return len(ARMS)
-    listed = BACKBONES.get(model.backbone)
     if loaded := MODELS.find(model):
         return 1 + (not _no_guidance(loaded)) + (loaded.refiner is not None)
-    if listed:
+    if listed := BACKBONES.get(model.backbone):
         return 1 + (listed.guidance_scale is not None) + (listed.has_refiner or bool(model.refiner))
     return len(ARMS)
 

@@ -1,7 +1,7 @@
 """The card that messengers and social networks show beside a link to the page.
 
-Their programs run no JavaScript, by which alone Gradio adds a head of ours, and read the first card
-that they find, which is Gradio's own.
+Their programs take the first card in the HTML, which is Gradio's own, and run no JavaScript, which
+Gradio needs to add the head of a page.
 """
 
 import html

@@ -40,7 +40,7 @@ LAYERS = {
     "emoji-sit": r"^(pos_embed|transformer_blocks\.[0156])\b",
 }
 BASE = "base"
-# The options that runs share whose targets are of one list.
+# Recipes that agree on these options share targets.
 SHARED = [name for name in TARGET_OPTIONS if name != "num_targets"]
 
 

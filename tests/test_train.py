@@ -364,6 +364,8 @@ def test_paper_is_the_default(tmp_path):
         (["--network", "nonsense"], "--network takes module:Name"),
         (["--loss", "nonsense"], "--loss takes module:Name"),
         (["--height", "65"], "native size"),
+        (["--fp8", "True"], "only with --gradient_checkpointing"),
+        (["--fp8", "True", "--compile", "True"], "--compile cannot: leave one out"),
     ],
 )
 def test_bad_options_are_said_first(tmp_path, tiny, arguments, says):

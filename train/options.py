@@ -122,9 +122,8 @@ class Options:
     )
     fp8: bool = option(
         False,
-        "store the frozen model's weights in 8 bits while training: with "
-        "--gradient_checkpointing they take half the memory; targets are made before it, and the "
-        "LoRA stays in float32",
+        "store the frozen model's weights in 8 bits while training, half their memory; needs "
+        "--gradient_checkpointing. Targets are made before it, and the LoRA stays in float32",
     )
     compile: bool = option(
         False, "torch.compile the frozen model: minutes at the start, faster after"
@@ -310,7 +309,14 @@ def _check_choices(options: Options) -> None:
     if options.optimizer == "adamw8bit" and not importlib.util.find_spec("bitsandbytes"):
         raise ValueError("--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes.")
     if options.compile and options.fp8:
-        raise ValueError("--fp8 casts weights at every step, which --compile cannot: give one.")
+        raise ValueError(
+            "--fp8 casts weights at every step, which --compile cannot: leave one out."
+        )
+    if options.fp8 and not options.gradient_checkpointing:
+        raise ValueError(
+            "--fp8 saves memory only with --gradient_checkpointing True: without it the backward "
+            "pass keeps a cast copy of all weights."
+        )
     if options.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise ValueError("--compile needs a C++ compiler: install one, or leave it out.")
 

@@ -35,15 +35,12 @@ SMALL: dict[str, Any] = dict(mixed_precision="no", rank=8, batch_size=2, target_
 
 def measure(pipe: DiffusionPipeline, options: Options) -> dict[str, Any]:
     """Return the peaks of a run's phases in GiB, and the seconds of a batch and of an update."""
-    for part in encoding_parts(pipe) + decoding_parts(pipe):
-        part.to(device())
-    reset_peak()
-    step = Step(pipe, options)
-    encoding = peak_gib()
-    guided = encode_prompt(pipe, [PROMPT] * options.target_batch_size)
-    picture = encode_prompt(pipe, "", guided=False)
     with on_device(encoding_parts(pipe) + decoding_parts(pipe), device()):
-        pass
+        reset_peak()
+        step = Step(pipe, options)
+        encoding = peak_gib()
+        guided = encode_prompt(pipe, [PROMPT] * options.target_batch_size)
+        picture = encode_prompt(pipe, "", guided=False)
     free_memory()
 
     reset_peak()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from tests.conftest import ROOT
+from train.tools import cuda_table
 
 
 def run(folder, *arguments, **environment):
@@ -20,6 +21,12 @@ def test_results_are_written_and_tabulated(tmp_path):
     command = [sys.executable, "train/tools/cuda_table.py", tmp_path / "cuda.json"]
     table = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert environment["results"]["versions"]["torch"] in table
+
+
+def test_a_processor_has_no_peaks():
+    found = {"sd21, 8 GB": dict.fromkeys(cuda_table.PHASES)}
+    assert not list(cuda_table.tiers_rows(found))
+    assert list(cuda_table.tiers_rows({"sd21, 8 GB": dict.fromkeys(cuda_table.PHASES, 1.0)}))
 
 
 def test_a_part_that_takes_too_long_is_ended_and_recorded(tmp_path):

@@ -64,9 +64,9 @@ def training_rows(found: dict[str, dict[str, Any]]) -> Iterator[list[Any]]:
 
 
 def tiers_rows(found: dict[str, dict[str, Any]]) -> Iterator[list[Any]]:
-    """Yield the measured peaks for each card of `cost.py --memory`."""
+    """Yield the measured peaks for each card of `cost.py --memory`; a processor has none."""
     for name, figures in found.items():
-        if "training_gib" in figures:
+        if figures.get("training_gib"):
             yield [name, *(f"{figures[phase]:.1f}" for phase in PHASES)]
 
 

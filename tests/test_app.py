@@ -607,7 +607,7 @@ def test_hints_on_prompts(prompt, says):
 
 
 def test_what_the_safety_checker_flags_is_black_everywhere(tiny, tmp_path, monkeypatch):
-    """In images, previews, trajectory, film and where Stop stopped; the page says why."""
+    """In images, previews, trajectory, film, maps and after Stop; the page says why."""
     vision = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     vision |= {"intermediate_size": 8, "image_size": 32, "patch_size": 16}
     checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=4))
@@ -620,9 +620,9 @@ def test_what_the_safety_checker_flags_is_black_everywhere(tiny, tmp_path, monke
     inputs, notes = Settings(*tiny[:2], str(tmp_path), 2, *tiny[4:]), []
     captions = []
 
-    def pictures(view):
+    def pictures(view, **controls):
         """Yield every picture that a view shows, and what is shown where Stop is pressed."""
-        for event in itertools.chain(*handlers.run_view(view, inputs, {}, {})):
+        for event in itertools.chain(*handlers.run_view(view, inputs, controls, {})):
             match event:
                 case Progress():
                     yield event.preview
@@ -645,6 +645,7 @@ def test_what_the_safety_checker_flags_is_black_everywhere(tiny, tmp_path, monke
     black = [not image.getbbox() for view in ("compare", "trajectory") for image in pictures(view)]
     assert black == [True] * (len(ARMS) * (2 * 2 + 1) + len(ARMS) * 2 + 1)
     assert [text.count("blacked out by the model's safety checker") for text in notes] == [0, 1]
+    assert not any(image.getbbox() for image in pictures("attention", word=""))
     assert all("blacked out" in caption for caption in captions)
     with pytest.raises(gr.Error, match="safety checker blacked out"):
         shown(*astuple(inputs), view="blind", opponent="guided", prompts="current")

@@ -569,5 +569,6 @@ def attention(job: "Job", word: str) -> None:
         for i in trajectories.evenly(len(maps), trajectories.FRAMES):
             forward = refining + per_map * (i + 1)
             caption = f"{ARMS[arm].title}, “{word}” in forward {forward}"
-            image = spectrum.overlaid(sample.image, maps[i].numpy())
+            overlaid = spectrum.overlaid(sample.image, maps[i].numpy())
+            image = sample.image if sample.blocked else overlaid
             job.show([(caption, image)], len(arms) * frames)

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants, hf_api
 
 from noiserefine.models import downloads
-from noiserefine.models.loading import load_pipeline
+from noiserefine.models.catalogue import Model
 from noiserefine.models.pool import Models
 from noiserefine.page import jobs
 from noiserefine.page.events import Arm, Download
@@ -96,15 +96,18 @@ def test_a_stopped_download_keeps_what_is_complete(hub, tmp_path, monkeypatch):
         if done > total / 2:
             raise Stopped
 
+    models, other = Models(), Model(str(Hub.folder))
+    loaded = models.get(other)
     with downloads.listening(stop), pytest.raises(Stopped):
-        load_pipeline(REPOSITORY, "cpu")
+        models.get(Model(REPOSITORY))
+    assert models.find(other) is loaded, "a stopped download costs no model in memory"
     whole = sum(path.stat().st_size for path in Hub.folder.rglob("*"))
     assert len(seen) > 10 and seen[-1][1] <= whole
     [snapshot] = tmp_path.glob("*/snapshots/*")
     complete = {str(path.relative_to(snapshot)) for path in snapshot.rglob("*.*")}
     assert "model_index.json" in complete and not list(tmp_path.rglob("*.incomplete"))
     hub.clear()
-    monkeypatch.setattr(jobs, "MODELS", Models())
+    monkeypatch.setattr(jobs, "MODELS", models)
     settings = Settings("a cat", backbone=REPOSITORY, steps=1)
     batches = jobs.work("compare", settings, {}, {}, lambda text: None)
     events = [event for batch in batches for event in batch]

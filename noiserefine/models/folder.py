@@ -43,9 +43,7 @@ def load_folder(
     """
     kind, index, variant = examine(source, device, dtype, backbone)
     dtype = dtype or default_dtype(device, kind.__name__)
-    with _hub_errors(source):
-        folder = Path(source if exists(source) else _download(source, index, variant))
-        check_files(folder)
+    folder = fetch(source, index, variant)
     try:
         components = _absent(index, kind) | _text_encoders(folder, index, dtype, variant)
         if backbone and backbone.vae:
@@ -66,6 +64,17 @@ def load_folder(
     pipe = _with_size(source, pipe)
     pipe.register_to_config(_name_or_path=source)  # not the cache's folder
     return pipe
+
+
+def fetch(source: str, index: dict, variant: dict[str, str]) -> Path:
+    """Return the local folder of a folder or hub id, downloaded where it is not there.
+
+    index, variant: what `examine` says of it.  Raises what load_folder raises.
+    """
+    with _hub_errors(source):
+        folder = Path(source if exists(source) else _download(source, index, variant))
+        check_files(folder)
+    return folder
 
 
 def _download(source: str, index: dict, variant: dict[str, str]) -> str:

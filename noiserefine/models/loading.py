@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 from noiserefine.checkpoint import prediction_type
 from noiserefine.models.catalogue import BACKBONES, Backbone, backbone_of
 from noiserefine.models.devices import default_device
-from noiserefine.models.folder import examine, load_folder
+from noiserefine.models.folder import examine, fetch, load_folder
 from noiserefine.models.prediction_check import check_prediction
 from noiserefine.models.single_file import Prediction, identify, load_single_file, prediction_of
 from noiserefine.models.sources import is_safetensors, local_file, read_name
@@ -74,6 +74,19 @@ def check_source(source: str) -> str:
         return BACKBONES[base].pipeline
     kind, *_ = examine(name, default_device(), None, backbone)
     return kind.__name__
+
+
+def fetch_source(source: str) -> None:
+    """Download what load_pipeline reads of a source, where it is not on this machine.
+
+    Raise what load_pipeline raises, as far as the files tell before they are loaded.
+    """
+    name, asked, backbone = read_source(source)
+    if is_safetensors(name):
+        identify(local_file(name), asked)
+    else:
+        _, index, variant = examine(name, default_device(), None, backbone)
+        fetch(name, index, variant)
 
 
 def read_source(

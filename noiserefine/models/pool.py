@@ -15,7 +15,7 @@ from noiserefine.denoiser import denoiser
 from noiserefine.latents import fit_preview
 from noiserefine.models.catalogue import OFFLOADS, Model, Usage
 from noiserefine.models.devices import default_device
-from noiserefine.models.loading import check_source, load_pipeline, read_source
+from noiserefine.models.loading import fetch_source, load_pipeline, read_source
 from noiserefine.models.offload import offload
 from noiserefine.models.refiners import refiner_for, training_command
 from noiserefine.models.usage import usage_of
@@ -71,15 +71,15 @@ class Models:
     def get(self, model: Model) -> Loaded:
         """Return the model with its LoRA at its weight.
 
-        Small files are read first, so that a wrong name costs no model that is in memory; another
-        refiner or LoRA of a backbone in memory is exchanged on it.
+        Files are downloaded and checked first, so that a wrong name or a stopped download costs no
+        model that is in memory; another refiner or LoRA of a backbone in memory is exchanged on it.
         Raises what load_pipeline, add_lora and Refiner.from_pretrained raise, and ValueError where
         the card is too small.
         """
         files = replace(model, lora_weight=1.0)
         with self.lock:
             if files not in self.loaded:
-                self._check(files)
+                self._fetch(files)
                 like = self._exchangeable(files)
                 self.forget(lambda other: other not in (EMBEDDED, like))
                 if like:
@@ -91,14 +91,14 @@ class Models:
                 set_lora_weight(loaded.pipe, model.lora_weight)
             return loaded
 
-    def _check(self, model: Model) -> None:
-        """Raise what loading raises, as far as files tell that are small beside a backbone."""
+    def _fetch(self, model: Model) -> None:
+        """Download what is not there; raise what loading raises, as far as files tell."""
         if model.lora:
             read_lora(find_lora(model.lora)[0], model.lora)
         if model.refiner:
             read_config(resolve(model.refiner))
         if not any(other.backbone == model.backbone for other in self.loaded):
-            check_source(model.backbone)
+            fetch_source(model.backbone)
 
     def _exchangeable(self, model: Model) -> Model | None:
         """Return the model in memory whose LoRA and refiner may be exchanged, if any.

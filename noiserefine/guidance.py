@@ -151,6 +151,8 @@ def sample_both(
 ) -> tuple[torch.Tensor, Any]:
     """Return what `sample_latents` returns, and the images that the pipeline makes of it.
 
+    A prior makes image embeddings instead.
+
     kwargs: guidance, and what else the pipeline's call takes
     """
     canvas, step = canvas_like(pipe, x_T), pipe.scheduler.step
@@ -163,7 +165,7 @@ def sample_both(
         return made
 
     with with_step(pipe.scheduler, keep):
-        images = sample(
+        made = sample(
             pipe,
             latents=canvas.to_latents(x_T),
             num_inference_steps=steps,
@@ -171,5 +173,5 @@ def sample_both(
             height=canvas.height,
             width=canvas.width,
             **kwargs | embeds,
-        ).images
-    return canvas.from_sample(last[0]), images
+        )
+    return canvas.from_sample(last[0]), made[0]

@@ -11,6 +11,7 @@ import re
 import socket
 import types
 import urllib.parse
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, astuple, replace
 from pathlib import Path
@@ -892,13 +893,32 @@ def test_a_run_stopped_before_it_showed_anything_changes_nothing(
 ):
     said, outputs = [], {"images": gr.Gallery(), "note": gr.Markdown()}
     monkeypatch.setattr(handlers, "run_view", lambda *_: (batch for batch in [[event], [event]]))
-    monkeypatch.setattr(handlers, "STOPPED", {"a session"})
+    monkeypatch.setattr(handlers, "STOPPED", {("a session", "strength")})
     monkeypatch.setattr(gr, "Info", said.append)
     request = types.SimpleNamespace(session_hash="a session", headers={})
     handler = handlers.handler_of("strength", outputs, {})
     [values] = handler(*astuple(Settings(PROMPT)), {}, request, lambda *_, **__: None)
     assert values[outputs["note"]] == note and said == messages
     assert not handlers.STOPPED and not handlers.RUNNING
+
+
+def test_stop_spares_what_another_button_starts_after_it(monkeypatch):
+    """It ends the run of its session, and that view's next one."""
+    asked = []
+
+    class Asked(set):
+        def add(self, run):
+            asked.append(run)
+
+    request = types.SimpleNamespace(session_hash="a")
+    monkeypatch.setattr(handlers, "NEXT_RUN_SECONDS", 0)
+    monkeypatch.setattr(handlers, "STOP_SECONDS", 0)
+    monkeypatch.setattr(handlers, "STOPPED", Asked())
+    monkeypatch.setattr(handlers, "RUNNING", Counter({("a", "many"): 1, ("b", "compare"): 1}))
+    assert handlers.request_stop(request) == ["many"] and asked == [("a", "many")]
+    handlers.RUNNING["a", "compare"] += 1
+    handlers.stop_next(["many"], request)
+    assert asked == 2 * [("a", "many")]
 
 
 def test_page_goes_on_after_errors(client):

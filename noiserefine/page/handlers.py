@@ -37,8 +37,8 @@ MAX_IMAGES, MAX_PIXELS = 100, 8_000_000
 STOP_SECONDS = 10  # that Stop waits for a run to end by itself at its next step
 NEXT_RUN_SECONDS = 0.5  # within which the page starts what was clicked during the run before
 
-RUNNING: collections.Counter[str] = collections.Counter()  # runs by session
-STOPPED: set[str] = set()  # sessions whose Stop was pressed
+RUNNING: collections.Counter[tuple[str, str]] = collections.Counter()  # by session and view
+STOPPED: set[tuple[str, str]] = set()  # sessions whose Stop was pressed, and the view that ran
 
 
 def seconds_of_gpu(view: str, settings: Settings, controls: Mapping, *_: Any) -> int:
@@ -89,8 +89,8 @@ def handler_of(
             "controls": given,
             "versions": package_versions(),
         }
-        session = request.session_hash or ""
-        RUNNING[session] += 1
+        run = (request.session_hash or "", view)
+        RUNNING[run] += 1
         events, shown = run_view(view, settings, given, dict(known)), False
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +101,7 @@ def handler_of(
                     shown = shown or any(news)
                     if status := screen.status:
                         progress((status.done, status.total), desc=status.text, unit=status.unit)
-                    stop = session in STOPPED
+                    stop = run in STOPPED
                     if stop:
                         events.close()
                         _complete(screen, settings, has_note=shown and "note" in outputs)
@@ -113,10 +113,10 @@ def handler_of(
                     if stop:
                         return
         finally:
-            STOPPED.discard(session)
-            RUNNING[session] -= 1
-            if not RUNNING[session]:
-                del RUNNING[session]
+            STOPPED.discard(run)
+            RUNNING[run] -= 1
+            if not RUNNING[run]:
+                del RUNNING[run]
 
     _describe(handler, view, [*names, *controls])
     return handler
@@ -135,18 +135,30 @@ def _describe(handler: Callable, view: str, names: list[str]) -> None:
     handler.__annotations__ = {"request": gr.Request}
 
 
-def request_stop(request: gr.Request) -> None:
-    """End the session's run at its next step, then the one that was clicked meanwhile."""
-    session = request.session_hash or ""
-    while RUNNING[session]:
-        STOPPED.add(session)
-        until = time.monotonic() + STOP_SECONDS
-        while session in STOPPED and time.monotonic() < until:
-            time.sleep(0.05)
-        if session in STOPPED:
-            STOPPED.discard(session)
-            return
+def request_stop(request: gr.Request) -> list[str]:
+    """End the session's runs at their next step, and return their views."""
+    views = [view for session, view in RUNNING if session == (request.session_hash or "")]
+    for view in views:
+        _stop((request.session_hash or "", view))
+    return views
+
+
+def stop_next(views: list[str], request: gr.Request) -> None:
+    """End what the buttons of stopped views were clicked for meanwhile, which starts only now."""
+    if views:
         time.sleep(NEXT_RUN_SECONDS)
+    for view in views:
+        _stop((request.session_hash or "", view))
+
+
+def _stop(run: tuple[str, str]) -> None:
+    """Ask a run of a session and view to end, and wait for it."""
+    if RUNNING[run]:
+        STOPPED.add(run)
+    until = time.monotonic() + STOP_SECONDS
+    while run in STOPPED and time.monotonic() < until:
+        time.sleep(0.05)
+    STOPPED.discard(run)
 
 
 def keep_newest(samples: dict) -> None:

@@ -13,7 +13,7 @@ import gradio as gr
 
 from noiserefine.models.catalogue import BACKBONES
 from noiserefine.page import blind, restoring, texts
-from noiserefine.page.handlers import handler_of, jobs, request_stop
+from noiserefine.page.handlers import handler_of, jobs, request_stop, stop_next
 from noiserefine.page.layout import (
     Components,
     Page,
@@ -85,10 +85,13 @@ def _connect_views(page: Page, known: gr.State) -> gr.events.Dependency:
         running.append(connect(listen, name, tab.outputs, tab.controls, **options))
     connect(parts["refine"].click, "refine", {"noise": parts["noise"]}, {})
 
+    stopped = gr.State([])  # the views that Stop ended
     for stop in (page.buttons["stop"], *(tab.stop for tab in page.tabs.values())):
-        # A run ends by itself at its next step; what still waits after that is cancelled.
-        asked = stop.click(request_stop, queue=False, **PRIVATE)
-        asked.then(None, cancels=running, **PRIVATE)
+        # A run ends by itself at its next step; what still waits after that is cancelled, and what
+        # the page starts then, since its button was clicked during the run, is ended, too.
+        asked = stop.click(request_stop, outputs=stopped, queue=False, **PRIVATE)
+        cancelled = asked.then(None, cancels=running, **PRIVATE)
+        cancelled.then(stop_next, stopped, queue=False, **PRIVATE)
     return compared
 
 

@@ -65,17 +65,27 @@ def summary() -> str:
 
 def arms() -> str:
     """Return all figures of every embedded model's three arms."""
-    parts = []
-    for name, result in _evaluations().items():
-        rows = [(title, result["arms"][arm]) for arm, title in ARMS.items()]
-        run = result["settings"]
-        parts.append(
-            f"**{BACKBONES[name].title}**: n = {result['n']} images of {result['prompts']} "
-            f"prompts an arm, seeds from {result['first_seed']}, {run['steps']} steps of "
-            f"{run['sampler']}, guidance scale {run['guidance_scale']}.\n\n"
-            + arms_table(rows, EmojiJudge.figures)
-        )
-    return "\n\n".join(parts)
+    found = _evaluations().items()
+    return "\n\n".join(_arms(BACKBONES[name].title, result) for name, result in found)
+
+
+def few_steps() -> str:
+    """Return the three arms in fewer steps."""
+    results = [json.loads(path.read_text()) for path in RESULTS.glob("steps-*.json")]
+    results.sort(key=lambda result: int(result["settings"]["steps"]))
+    titles = (BACKBONES[Path(result["settings"]["backbone"]).name].title for result in results)
+    return "\n\n".join(map(_arms, titles, results))
+
+
+def _arms(title: str, result: dict) -> str:
+    """Return the table of an evaluation's arms under a line that says how it was made."""
+    rows = [(arm_title, result["arms"][arm]) for arm, arm_title in ARMS.items()]
+    run = result["settings"]
+    return (
+        f"**{title}**: n = {result['n']} images of {result['prompts']} prompts an arm, seeds from "
+        f"{result['first_seed']}, {run['steps']} steps of {run['sampler']}, guidance scale "
+        f"{run['guidance_scale']}.\n\n" + arms_table(rows, EmojiJudge.figures)
+    )
 
 
 def training() -> str:
@@ -184,6 +194,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "catalogue": catalogue.table,
     "summary": summary,
     "arms": arms,
+    "few_steps": few_steps,
     "training": training,
     "distances": distances,
     "benchmark": benchmark,

@@ -137,9 +137,9 @@ def _describe(handler: Callable, view: str, names: list[str]) -> None:
 
 def request_stop(request: gr.Request) -> list[str]:
     """End the session's runs at their next step, and return their views."""
-    views = [view for session, view in RUNNING if session == (request.session_hash or "")]
-    for view in views:
-        _stop((request.session_hash or "", view))
+    session = request.session_hash or ""
+    views = [view for owner, view in list(RUNNING) if owner == session]  # others change it
+    _stop(session, views)
     return views
 
 
@@ -147,18 +147,18 @@ def stop_next(views: list[str], request: gr.Request) -> None:
     """End what the buttons of stopped views were clicked for meanwhile, which starts only now."""
     if views:
         time.sleep(NEXT_RUN_SECONDS)
-    for view in views:
-        _stop((request.session_hash or "", view))
+    _stop(request.session_hash or "", views)
 
 
-def _stop(run: tuple[str, str]) -> None:
-    """Ask a run of a session and view to end, and wait for it."""
-    if RUNNING[run]:
+def _stop(session: str, views: list[str]) -> None:
+    """Ask a session's runs of some views to end, and wait for them."""
+    runs = [(session, view) for view in views if RUNNING[session, view]]
+    for run in runs:
         STOPPED.add(run)
     until = time.monotonic() + STOP_SECONDS
-    while run in STOPPED and time.monotonic() < until:
+    while not STOPPED.isdisjoint(runs) and time.monotonic() < until:
         time.sleep(0.05)
-    STOPPED.discard(run)
+    STOPPED.difference_update(runs)
 
 
 def keep_newest(samples: dict) -> None:

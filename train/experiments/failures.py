@@ -33,6 +33,7 @@ from train.common import (
     run_script,
     write_json,
 )
+from train.experiments.latent_distance import squared_distances
 from train.metrics import load_metrics
 
 Images = list[Image.Image]
@@ -157,8 +158,7 @@ class Studio:
 
     def distances(self, arm: Arm, prompts: tuple[str, ...]) -> np.ndarray:
         """Return the mean squared distances to the guided latents, (n,)."""
-        difference = self.make(arm, prompts)[0] - self.make(GUIDED, prompts)[0]
-        return difference.float().flatten(1).pow(2).mean(1).cpu().numpy()
+        return squared_distances(self.make(arm, prompts)[0], self.make(GUIDED, prompts)[0])
 
 
 def section(

@@ -140,8 +140,16 @@ def distances(
             noises[rank] = refiner(x_T, embeds)
         for name, noise in noises.items():
             x0 = sample_latents(pipe, noise, embeds, steps)
-            found[name] += (x0 - guided).float().flatten(1).pow(2).mean(1).tolist()
+            found[name] += squared_distances(x0, guided).tolist()
     return {name: np.array(values) for name, values in found.items()}
+
+
+def squared_distances(
+    x0: torch.Tensor | np.ndarray, guided: torch.Tensor | np.ndarray
+) -> np.ndarray:
+    """Return the mean squared distance of each latent to its guided one, (n,); of (n, C, h, w)."""
+    difference = torch.as_tensor(x0) - torch.as_tensor(guided)
+    return difference.float().flatten(1).pow(2).mean(1).cpu().numpy()
 
 
 def percent_of_the_way(

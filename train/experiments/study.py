@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from noiserefine import Refiner, draw_noise
-from noiserefine.checkpoint import signature
+from noiserefine.checkpoint import CONFIG_NAME, signature
 from noiserefine.denoiser import denoiser
 from noiserefine.guidance import sample_both
 from noiserefine.models.loading import load_pipeline
@@ -54,7 +54,11 @@ from train.common import (
     run_script,
     write_json,
 )
-from train.experiments.latent_distance import megabytes, percent_of_the_way
+from train.experiments.latent_distance import (
+    megabytes,
+    percent_of_the_way,
+    squared_distances,
+)
 from train.experiments.study_figures import plot, table
 from train.experiments.study_recipes import BASE, FACTORS, Recipe, recipes, shares_targets
 from train.metrics import load_metrics
@@ -141,13 +145,12 @@ class Study:
             self.train(one_step, self.targets_folder)
         if not self.arms_file.exists():
             gaussian, guided = self.sample(None), self.sample(None, self.base.guidance_scale)
-            distances = gaussian["x0"] - guided["x0"]
             self.arms_file.parent.mkdir(parents=True, exist_ok=True)
             with atomic(self.arms_file) as part, part.open("wb") as file:
                 np.savez(
                     file,
                     guided=guided["x0"],
-                    distance=(distances**2).mean((1, 2, 3)),
+                    distance=squared_distances(gaussian["x0"], guided["x0"]),
                     gaussian_correct=gaussian["correct"],
                     guided_correct=guided["correct"],
                 )
@@ -175,7 +178,7 @@ class Study:
 
     def train(self, options: Options, folder: Path, targets_of: Path | None = None) -> None:
         """Train a refiner in a folder, or continue."""
-        if not (folder / "refiner.json").exists():
+        if not (folder / CONFIG_NAME).exists():
             shared = targets_of and str(targets_of)
             given: dict[str, Any] = {"output_dir": str(folder), "targets_of": shared}
             given |= {"validation_prompts": None, "push_to_hub": None}
@@ -207,7 +210,7 @@ class Study:
     def figures(self, refiner: Refiner, strength: float) -> dict[str, Any]:
         """Return what is measured of refined images beside the unguided and guided ones."""
         refined, arms = self.sample(refiner, strength=strength), self.arms
-        distance = ((refined["x0"] - arms["guided"]) ** 2).mean((1, 2, 3))
+        distance = squared_distances(refined["x0"], arms["guided"])
         correct = [arms["gaussian_correct"], refined["correct"], arms["guided_correct"]]
         estimates = {
             "percent_of_the_way": percent_of_the_way(arms["distance"], distance),

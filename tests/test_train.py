@@ -25,6 +25,7 @@ from noiserefine.samplers import with_sampler
 from tests.conftest import EMOJI, ROOT, free_port, script
 from train import embeds, prompts, train_refiner
 from train.captions import read_prompts
+from train.common import UNFINISHED, atomic
 from train.options import PRESETS, Options, parse, plan
 from train.run import has_converged
 from train.settings import check_targets_of
@@ -318,7 +319,7 @@ def test_a_full_disk_is_said(tmp_path, megabytes, tiny):
     with script("train/train_refiner.py", *arguments, preexec_fn=limit) as process:
         said = process.communicate()[0]
     assert process.returncode == 1 and "can't be written" in said and "Traceback" not in said, said
-    assert not list(tmp_path.rglob("*.part")) and not (tmp_path / "checkpoint.pt").exists()
+    assert not list(tmp_path.rglob(f"*{UNFINISHED}")) and not (tmp_path / "checkpoint.pt").exists()
     main([str(argument) for argument in arguments])
     assert lora(tmp_path)
 
@@ -537,14 +538,44 @@ def test_prompt_files_from_public_data(tmp_path):
         prompts.main(["--coco", str(tmp_path / "nothing.json"), "--output", str(output)])
 
 
+def test_precisions_share_targets(tmp_path, tiny):
+    """Each encodes prompts of its own, trains in its precision and saves the LoRA in float32."""
+    first, second = tmp_path / "bf16", tmp_path / "fp32"
+    main([*tiny, "--mixed_precision", "bf16", "--output_dir", str(first)])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    shared = ["--targets_of", str(first), "--output_dir", str(second)]
+    main([*tiny, "--mixed_precision", "no", *shared])
+    prompts = first / "targets" / "prompts"
+    assert {path.name for path in prompts.iterdir()} == {"bfloat16", "float32"}
+    assert stats(second)[0]["loss"] == pytest.approx(stats(first)[0]["loss"], rel=0.01)
+    tensors = [*lora(first).values(), *lora(second).values()]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+
+
+def test_two_runs_may_write_the_same_target(tmp_path):
+    """Each renames its own file, whole, and one that fails leaves none."""
+    path = tmp_path / "target"
+    with atomic(path) as first, atomic(path) as second:
+        assert first.parent == second.parent == tmp_path
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first", "the one that ended last"
+    for error in (OSError, KeyboardInterrupt):
+        with pytest.raises(error), atomic(path) as part:
+            part.write_text("half a file")
+            raise error
+    assert path.read_text() == "first" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_run_goes_on_with_what_does_not_change_its_result(tmp_path, tiny):
     """Memory options, bookkeeping and more epochs at a constant rate may change; others not."""
     run = [*tiny, "--lr_schedule", "constant", "--output_dir", str(tmp_path / "run")]
     main([*run, "--epochs", "2"])
+    (tmp_path / "run" / f"checkpoint.pt.0{UNFINISHED}").write_text("killed while it wrote")
     others = "--batch_size 2 --gradient_accumulation_steps 2 --gradient_checkpointing True"
     others += " --save_every 7 --validate_every 9 --target_batch_size 3 --epochs 4"
     main([*run, *others.split()])
-    assert len(stats(tmp_path / "run")) == 4
+    assert len(stats(tmp_path / "run")) == 4 and not list(tmp_path.rglob(f"*{UNFINISHED}"))
     whole = [*tiny, "--lr_schedule", "constant", "--output_dir", str(tmp_path / "whole")]
     main([*whole, "--epochs", "4"])
     for line, expected in zip(stats(tmp_path / "run"), stats(tmp_path / "whole"), strict=True):

@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import json
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_EVALUATION_SEED = 10**6  # image i of every evaluation has this seed + i
 TWO_SIDED_95 = (2.5, 97.5)  # percentiles
+UNFINISHED = ".part"  # how the name of a file ends that is being written
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
@@ -53,18 +55,20 @@ def load_named(option: str, name: str) -> Any:
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path and rename it to `path` at the end, so no reader sees half a file.
 
+    It is this writer's alone: runs that share targets may write the same file at once.
     Raise OSError if the file cannot be written (a full disk); the old content then stays.
     """
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
         yield part
         os.replace(part, path)
     except (OSError, SafetensorError, RuntimeError) as error:  # Python, safetensors, torch.save
-        part.unlink(missing_ok=True)
         raise OSError(
             f"{path} can't be written: {error}. The previous file is intact; free some disk "
             "space and run the same command again to continue."
         ) from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

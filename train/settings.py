@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from noiserefine.checkpoint import same_weights
-from train.common import write_json
+from train.common import UNFINISHED, write_json
 from train.options import CONSTANT_LR, TARGET_OPTIONS, TRAINING_OPTIONS, Options, effective_batch
 
 SETTINGS = "config.json"
@@ -49,6 +49,8 @@ def open_run(folder: Path, settings: dict[str, Any], main_process: bool) -> None
     if settings["targets_of"]:
         check_targets_of(Path(settings["targets_of"]), settings)
     if main_process:
+        for part in folder.glob(f"*{UNFINISHED}"):  # of a run that was killed while it wrote
+            part.unlink()
         write_json(folder / SETTINGS, settings)
 
 

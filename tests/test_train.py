@@ -161,6 +161,8 @@ def test_every_path_trains(tmp_path, tiny_pipe, tiny):
             "True",
             "--fp8",
             "True",
+            "--layers",
+            "attn1",
             "--epochs",
             "2",
             "--validation_prompts",
@@ -175,7 +177,8 @@ def test_every_path_trains(tmp_path, tiny_pipe, tiny):
         True,
         True,
     ] and "validation_refined" in stats(tmp_path)[-1]
-    assert Refiner.from_pretrained(tmp_path, tiny_pipe).config.training["pag_scale"] == 2
+    training = Refiner.from_pretrained(tmp_path, tiny_pipe).config.training
+    assert (training["pag_scale"], training["fp8"], training["layers"]) == (2, True, "attn1")
 
 
 def test_stored_prompts_train_alike(tmp_path, monkeypatch, tiny):

@@ -54,9 +54,9 @@ from train.tools.share import push
 from train.validation import Validation
 
 RECORDED = (  # in refiner.json
-    *("network", "loss", "guidance_scale", "guidance_scale_range", "pag_scale", "teacher"),
-    *("target_steps", "sampler", "steps", "num_targets", "epochs", "height", "width", "prompts"),
-    "num_validation",
+    *("network", "layers", "loss", "guidance_scale", "guidance_scale_range", "pag_scale"),
+    *("teacher", "target_steps", "sampler", "steps", "num_targets", "epochs", "fp8"),
+    *("height", "width", "prompts", "num_validation"),
 )
 
 

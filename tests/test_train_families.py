@@ -1,6 +1,7 @@
 """The trainer on other families of pipelines, with their own samplers and guidance."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from noiserefine import Refiner, draw_noise
+from noiserefine.denoiser import denoiser
 from noiserefine.guidance import check_guidance
 from noiserefine.models.catalogue import BACKBONES
 from noiserefine.noise import encode_prompt
 from tests import families
-from train import embeds, train_refiner
+from train import embeds, placement, targets, train_refiner
 from train.embeds import Embeds
 from train.options import default_options, describe, parse, plan
 from train.presets import FORWARDS, PRESETS
@@ -30,7 +32,9 @@ def train(tmp_path, monkeypatch):
     def run(name: str, *arguments: str) -> tuple[Refiner, list[dict]]:
         AcceleratorState._reset_state(reset_partial_state=True)
         pipe = families.pipeline(name)
-        monkeypatch.setattr(train_refiner, "load_pipeline", lambda *_: pipe)
+        monkeypatch.setattr(
+            train_refiner, "load_pipeline", lambda _, device, dtype, place: place(pipe, device)
+        )
         prompts = tmp_path / "prompts.txt"
         prompts.write_text("1\n2\n" if name == "sit" else "a cat\na dog\n")
         options = (
@@ -72,6 +76,55 @@ def test_stored_prompts_are_those_of_a_batch(tmp_path, name, stored):
     assert {key for key in batch if not key.startswith("negative")} == read.keys()
     for argument, value in read.items():
         torch.testing.assert_close(value, batch[argument], rtol=0, atol=1e-5)
+
+
+class Card:
+    """A card as the trainer sees it, on the CPU: which networks are on it, and which may run."""
+
+    def __init__(self, name, monkeypatch):
+        self.pipe, self.holds, self.turns = families.pipeline(name), set(), 0
+        self.encoders = placement.encoding_parts(self.pipe)
+        monkeypatch.setattr(placement, "CPU", torch.device("meta"))  # anything that isn't the card
+        monkeypatch.setattr(placement, "_is_on", lambda part, device: part in self.holds)
+        for module in (placement, targets):
+            monkeypatch.setattr(module, "move", self.move)
+
+    def move(self, parts, device):
+        (self.holds.difference_update if device.type == "meta" else self.holds.update)(parts)
+        self.turns += device.type != "meta" and parts == self.encoders
+
+    def watch(self, network, running):
+        """Record in `running` what is on the card whenever a network runs."""
+        return network.register_forward_pre_hook(lambda *_: running.append({*self.holds}))
+
+
+@pytest.mark.parametrize(("name", "stored"), [("sd3", True), ("lumina_next", False)])
+def test_text_encoders_and_denoiser_take_turns(train, monkeypatch, name, stored):
+    """What runs is on the card; text encoders share it with the denoiser in training at most."""
+    card = Card(name, monkeypatch)
+    network, vae = denoiser(card.pipe), card.pipe.vae
+    encoding, denoising, decoding = [], [], []
+    handles = [card.watch(encoder, encoding) for encoder in card.encoders]
+    handles += [card.watch(network, denoising), card.watch(vae.decoder, decoding)]
+    try:
+        train(name, "--target_batch_size", "1")
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert encoding and denoising and decoding
+    assert all(vae in holds and network in holds for holds in decoding)
+    assert all({*card.encoders} <= holds for holds in encoding)
+    assert all(network in holds for holds in denoising)
+    shared = [holds for holds in encoding + denoising if {network, *card.encoders} <= holds]
+    assert bool(shared) != stored
+    assert card.turns <= 10, "all targets are encoded in one turn, and no sampling takes any"
+
+
+def test_a_pipeline_that_reads_prompts_while_it_samples_stays_on_the_card(monkeypatch):
+    card = Card("sd15", monkeypatch)
+    pipe = SimpleNamespace(unet=card.pipe.unet, components=card.pipe.components)
+    placement.taking_turns(pipe, torch.device("cpu"))
+    assert card.holds == {card.pipe.unet, *card.encoders}
 
 
 def test_a_full_card_is_no_full_disk(tmp_path, monkeypatch):
@@ -240,5 +293,6 @@ def test_counted_peaks_are_near_those_measured_on_a_card():
     found = [name for name, figures in measured.items() if "training_gib" in figures]
     assert found
     for name in found:
-        for phase, peak in counted[name].items():
+        for phase in ("sampling", "training"):  # prompts were encoded with every part on the card
+            peak = counted[name][phase]
             assert abs(peak - measured[name][f"{phase}_gib"]) < 0.8, (name, phase)

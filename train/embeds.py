@@ -22,7 +22,7 @@ class Embeds:
     """Prompts as `encode_prompt` makes them, unguided: a file for each, a folder for a precision.
 
     Pipelines that pad prompts to the longest of a batch, and those without text encoders, encode
-    every batch anew: `stored` is False, and text encoders stay on the device.
+    every batch anew: `stored` is False, and text encoders stay on the device in training.
     """
 
     def __init__(self, pipe: DiffusionPipeline, folder: Path):

@@ -25,7 +25,7 @@ from noiserefine.samplers import with_sampler
 from train.common import atomic, load_named
 from train.embeds import Embeds, moved
 from train.options import Options
-from train.placement import decoding_parts, encoding_parts, on_device
+from train.placement import decoding_parts, encoding, encoding_parts, move, on_device
 
 GOLDEN_RATIO = 0.6180339887498949  # its multiples, modulo 1, are spread evenly
 ENCODED_CALLS = 16  # whose prompts are encoded at once
@@ -71,16 +71,15 @@ class Targets:
     def make(self, accelerator: Accelerator) -> None:
         """Sample the targets that are not on disk yet, every process its share.
 
-        Encode their prompts for training.  After this only the denoiser is on the device, and
-        text encoders that training needs.
+        Encode their prompts for training.  After this text encoders are on the device if training
+        needs them.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         calls = self._missing_calls()
         accelerator.wait_for_everyone()  # all processes have seen the same files
         share = calls[accelerator.process_index :: accelerator.num_processes]
         pipe, device = with_sampler(self.pipe, self.options.sampler), accelerator.device
-        encoders, decoders = encoding_parts(pipe), decoding_parts(pipe)
-        with on_device(encoders + decoders, device):
+        with encoding(pipe, device):
             self.embeds.make(self.prompts, accelerator)
             self.empty_prompt = encode_prompt(pipe, "", guided=False)  # to decode with
         hidden = not accelerator.is_local_main_process
@@ -94,8 +93,7 @@ class Targets:
             with atomic(self.folder / f"{indices[0]:08d}.safetensors") as part:
                 save_file(tensors, part, metadata)
         if not self.embeds.stored:
-            for encoder in encoders:
-                encoder.to(device)
+            move(encoding_parts(pipe), device)
         accelerator.wait_for_everyone()
         self.__dict__.pop("files", None)
 
@@ -163,11 +161,11 @@ class Targets:
     ) -> Iterator[tuple[list[int], dict[str, Any]]]:
         """Yield each call's items with their encoded prompts.
 
-        The text encoders are on the device for the prompts of many calls, and not between.
+        The text encoders take the denoiser's place on the device for the prompts of many calls.
         """
         for first in range(0, len(calls), ENCODED_CALLS):
             together = calls[first : first + ENCODED_CALLS]
-            with on_device(encoding_parts(self.pipe), device):
+            with encoding(self.pipe, device):
                 encoded = [
                     moved(encode_prompt(self.pipe, self._prompts(c)), "cpu") for c in together
                 ]

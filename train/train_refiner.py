@@ -47,6 +47,7 @@ from noiserefine.samplers import samplers_of, with_sampler
 from train.captions import read_prompts
 from train.common import load_named, run_script
 from train.options import DTYPES, Options, describe, parse, plan
+from train.placement import taking_turns
 from train.run import Checkpoint, Run, checkpointing_problem, memory_advice, read_log
 from train.settings import open_run, settings_of
 from train.targets import Batch, Targets
@@ -141,7 +142,8 @@ def run(options: Options) -> None:
     set_seed(options.seed)
 
     # The pipeline, prompts and loss: whatever cannot work is refused before the expensive part.
-    pipe = load_pipeline(options.backbone, accelerator.device, DTYPES[options.mixed_precision])
+    dtype = DTYPES[options.mixed_precision]
+    pipe = load_pipeline(options.backbone, accelerator.device, dtype, place=taking_turns)
     options.sampler = options.sampler or samplers_of(pipe)[0]
     guider = GUIDERS[options.teacher](options.guidance_scale)
     check_guidance(pipe, options.guidance_scale, options.pag_scale, guider)

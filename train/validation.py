@@ -15,7 +15,7 @@ from noiserefine.latents import decode
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
 from train.options import Options
-from train.placement import decoding_parts, encoding_parts, on_device
+from train.placement import decoding_parts, encoding, on_device
 
 FIRST_SEED = 2**31  # beyond every target's
 SHOWN = 8  # images of each arm on a sheet
@@ -37,7 +37,7 @@ class Validation:
         generator = torch.Generator().manual_seed(options.seed)
         order = torch.randperm(len(prompts), generator=generator)[: options.num_validation]
         calls = order.split(options.target_batch_size)
-        with on_device(encoding_parts(pipe) + decoding_parts(pipe), accelerator.device):
+        with encoding(pipe, accelerator.device):
             self.embeds = [encode_prompt(pipe, [prompts[i] for i in call]) for call in calls]
             self.empty_prompt = encode_prompt(pipe, "", guided=False)  # to decode with
         seed, size = FIRST_SEED + options.seed, (options.height, options.width)

@@ -1,6 +1,7 @@
 """From a name of the catalogue, a hub id, a folder or a file to a diffusers pipeline."""
 
 import re
+from collections.abc import Callable
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,7 +23,7 @@ def load_pipeline(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     prediction_type: str | None = None,
-    move: bool = True,
+    place: Callable[..., DiffusionPipeline] | None = DiffusionPipeline.to,
 ) -> DiffusionPipeline:
     """Load a text-to-image pipeline, in safetensors only and without running a repository's code.
 
@@ -33,7 +34,8 @@ def load_pipeline(
     where None.
     prediction_type: v, epsilon or v-zsnr (v with zero terminal SNR), for a model whose files say it
     wrongly or not at all; it may also end the source, as in model.safetensors:v or folder:v.
-    move: False leaves the pipeline on the CPU, where its prediction is not checked.
+    place: brings the pipeline to the device and returns it; None leaves it on the CPU, where its
+    prediction is not checked.
     Raises FileNotFoundError where the source cannot be reached, and ValueError where it holds no
     text-to-image model, damaged files, other weights, or a network that predicts v where its files
     say epsilon, or the reverse.
@@ -55,9 +57,9 @@ def load_pipeline(
     if backbone:
         _complete(pipe, backbone)
     pipe.set_progress_bar_config(disable=True)
-    if not move:
+    if place is None:
         return pipe
-    pipe.to(device)
+    pipe = place(pipe, device)
     if not backbone and not asked:
         check_prediction(name, pipe)
     return pipe

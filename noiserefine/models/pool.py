@@ -150,7 +150,8 @@ class Models:
                     f"{backbone.title} needs about {backbone.memory:g} GiB of GPU memory and this "
                     f"card has {memory:.0f}: start the app with {self.smaller_mode()}."
                 )
-        pipe = load_pipeline(model.backbone, device, move=not by_way_of_cpu)
+        place = None if by_way_of_cpu else DiffusionPipeline.to
+        pipe = load_pipeline(model.backbone, device, place=place)
         scheduler = pipe.scheduler
         lora_note = add_lora(pipe, model.lora) if model.lora else ""
         usage = usage_of(pipe, backbone)

@@ -1,7 +1,7 @@
 """The options with which a run fits into a card: those that change least come first.
 
-Memory is counted on tensors without data.  A run takes the most of it when it encodes prompts
-(every part of the pipeline is on the card), when it samples targets (the denoiser and the LoRA), or
+Memory is counted on tensors without data.  A run takes the most of it when it encodes prompts (the
+text encoders and the LoRA are on the card), when it samples targets (the denoiser and the LoRA), or
 when it trains and draws its sheets.
 """
 
@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from noiserefine.denoiser import call_parameters
 from noiserefine.lora import store_in_8_bits
 from train.options import GIB, Options, default_options
 from train.placement import decoding_parts, encoding_parts
@@ -78,7 +79,10 @@ def ladder(name: str) -> Iterator[Options]:
 
 def _with_fitting_calls(name: str, options: Options, room: float) -> Options:
     """Return the options with fewer targets in a call where all do not fit: results stay equal."""
-    while options.target_batch_size > 1 and peaks(name, options).sampling > room:
+    while options.target_batch_size > 1:
+        needed = peaks(name, options)
+        if max(needed.encoding, needed.sampling) <= room:
+            break
         options = replace(options, target_batch_size=options.target_batch_size // 2)
     return options
 
@@ -94,10 +98,12 @@ def peaks(name: str, options: Options) -> Peaks:
     step = lora * (GRADIENT + TEMPORARY[options.optimizer])
     sheet = sizes["decoding"] + decoding_activations(name)
     images = 1 + (options.guidance_scale > 1) + (options.pag_scale > 0)
-    denoising = sizes["denoiser"] + lora * WEIGHT
+    call = options.target_batch_size
+    encoding = sizes["encoding"] + encoding_activations(name, call)
+    sampling = sizes["denoiser"] + call * images * sampling_activations(name)
     return Peaks(
-        round(denoising + sizes["encoding"], 2),
-        round(denoising + options.target_batch_size * images * sampling_activations(name), 2),
+        round(encoding + lora * WEIGHT, 2),
+        round(sampling + lora * WEIGHT, 2),
         round(state + max(taking_the_loss, step, sheet), 2),
     )
 
@@ -149,6 +155,21 @@ def activations(name: str, batch: int, rank: int, checkpointing: bool) -> float:
         stored = live.now
         (sum(image.sum() for image in made) if isinstance(made, list) else made.sum()).backward()
     return max(live.peak / GIB, stored / GIB + batch * sampling_activations(name))
+
+
+@functools.cache
+@torch.no_grad()
+def encoding_activations(name: str, prompts: int) -> float:
+    """Return the most GiB that a text encoder's forward takes for some prompts."""
+    pipe, most = meta_pipeline(name), 0
+    limit = call_parameters(pipe).get("max_sequence_length")  # of T5 or a language model
+    for encoder in encoding_parts(pipe):
+        limits = [getattr(encoder.config, "max_position_embeddings", None), limit and limit.default]
+        tokens = torch.empty(prompts, min(filter(None, limits)), dtype=torch.long, device="meta")
+        with LiveBytes(encoder) as live:
+            encoder(tokens)
+        most = max(most, live.peak)
+    return most / GIB
 
 
 @functools.cache

@@ -2,9 +2,9 @@
 
     python tests/tools/cuda/tiers.py sdxl
 
-Each is measured beside what was counted: encoding a prompt with every part on the card, sampling a
-call of targets, and, with text encoders and VAE on the processor, two optimiser steps of one batch
-each and a sheet's picture.  The table is assets/results/tiers.json; AdamW is torch's in any case.
+Each is measured beside what was counted, with the parts where the trainer has them: encoding the
+prompts of a call of targets, sampling it, two optimiser steps of one batch each, and a sheet's
+picture.  The table is assets/results/tiers.json; AdamW is torch's in any case.
 """
 
 import json
@@ -26,21 +26,32 @@ from noiserefine.noise import encode_prompt
 from noiserefine.samplers import samplers_of, with_sampler
 from train.common import ROOT
 from train.options import DTYPES, Options, default_options
-from train.placement import decoding_parts, encoding_parts, on_device
+from train.placement import decoding_parts, encoding, on_device, taking_turns
 from train.tools.architectures import random_pipeline
 
 TABLE = ROOT / "assets" / "results" / "tiers.json"
 SMALL: dict[str, Any] = dict(mixed_precision="no", rank=8, batch_size=2, target_batch_size=2)
 
 
+def load(name: str, options: Options, small: bool) -> DiffusionPipeline:
+    """Return the pipeline as the trainer places it."""
+    dtype = DTYPES[options.mixed_precision]
+    pipe = small_pipeline(name) if small else random_pipeline(name, device(), dtype)
+    pipe.to(dtype)  # buffers, too
+    if pipe.vae.config.get("force_upcast"):
+        pipe.vae.float()  # as in the trainer
+    return taking_turns(pipe, device())
+
+
 def measure(pipe: DiffusionPipeline, options: Options) -> dict[str, Any]:
     """Return the peaks of a run's phases in GiB, and the seconds of a batch and of an update."""
-    with on_device(encoding_parts(pipe) + decoding_parts(pipe), device()):
+    step = Step(pipe, options)
+    free_memory()
+    with encoding(pipe, device()):
         reset_peak()
-        step = Step(pipe, options)
-        encoding = peak_gib()
         guided = encode_prompt(pipe, [PROMPT] * options.target_batch_size)
         picture = encode_prompt(pipe, "", guided=False)
+        encoding_peak = peak_gib()
     free_memory()
 
     reset_peak()
@@ -62,7 +73,7 @@ def measure(pipe: DiffusionPipeline, options: Options) -> dict[str, Any]:
     with on_device(decoding_parts(pipe), device()):
         decode(pipe, x0[:1], picture)
     return {
-        "encoding_gib": encoding,
+        "encoding_gib": encoding_peak,
         "sampling_gib": sampling,
         "training_gib": steps,
         "sheet_gib": peak_gib(),
@@ -84,11 +95,7 @@ def main() -> None:
         options = replace(default_options(name), **changed)
         if args.small:
             options = replace(options, **SMALL)
-            pipe = pipe or small_pipeline(name).to(device())
-        dtype = DTYPES[options.mixed_precision]
-        pipe = pipe or random_pipeline(name, device(), dtype).to(dtype)  # buffers, too
-        if pipe.vae.config.get("force_upcast"):
-            pipe.vae.float()  # as in the trainer
+        pipe = pipe or load(name, options, args.small)
         options.sampler = options.sampler or samplers_of(pipe)[0]
         counted = {f"counted_{phase}_gib": peak for phase, peak in row["peaks"].items()}
         measured = measure(pipe, options)

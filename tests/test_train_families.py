@@ -1,6 +1,8 @@
 """The trainer on other families of pipelines, with their own samplers and guidance."""
 
 import json
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,7 @@ from noiserefine.guidance import check_guidance
 from noiserefine.models.catalogue import BACKBONES
 from noiserefine.noise import encode_prompt
 from tests import families
-from train import embeds, placement, targets, train_refiner
+from train import embeds, placement, targets, train_refiner, validation
 from train.embeds import Embeds
 from train.options import default_options, describe, parse, plan
 from train.presets import FORWARDS, PRESETS
@@ -236,30 +238,50 @@ def test_every_preset_has_the_general_recipe():
         assert options.mixed_precision != "no"
 
 
-def test_out_of_memory_names_what_helps(train, tmp_path, monkeypatch):
-    def exhausted(*_):
+@pytest.mark.parametrize(
+    ("module", "exhausting", "says"),
+    [
+        (validation, "encode_prompt", "to encode prompts .*with --target_batch_size 4, or "),
+        (targets, "encode_prompt", "to encode prompts .*with --target_batch_size 4, or "),
+        (targets, "sample_latents", "to sample targets .*with --target_batch_size 4, or "),
+        (train_refiner, "msd_loss", "to train .*--gradient_checkpointing True, or --batch_size 1"),
+    ],
+)
+def test_out_of_memory_names_what_helps(train, monkeypatch, module, exhausting, says):
+    """In the stage in which it happens."""
+
+    def exhausted(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
-    train("sd3")
-    monkeypatch.setattr(train_refiner, "msd_loss", exhausted)
-    with pytest.raises(MemoryError, match="--gradient_checkpointing True.*--batch_size 1 --grad"):
-        train("sd3", "--output_dir", str(tmp_path / "full"))
-    monkeypatch.undo()
+    monkeypatch.setattr(module, exhausting, exhausted)
+    with pytest.raises(MemoryError, match=says):
+        train("sd3")
 
 
-def test_advice_on_memory_names_only_what_the_network_can():
-    options = parse(["--preset", "sd35-medium", "--output_dir", "x"])
-    for checkpoints, network, advised in (
-        (False, families.pipeline("sd3").transformer, {"gradient_checkpointing", "rank"}),
-        (False, families.pipeline("chroma").transformer, {"rank"}),
-        (True, families.pipeline("sd3").transformer, {"fp8", "rank"}),
-        (False, None, set()),
+def test_advice_on_memory_names_only_what_helps():
+    """In that stage, with these options and this network."""
+    sd3, chroma = (families.pipeline(name).transformer for name in ("sd3", "chroma"))
+    training, calls = {"batch_size", "rank", "optimizer"}, {"target_batch_size", "rank"}
+    checkpointing = {"gradient_checkpointing": True}
+    for stage, network, changed, advised in (
+        ("training", sd3, {}, {"gradient_checkpointing", *training}),
+        ("training", chroma, {}, training),
+        ("training", sd3, checkpointing, {"fp8", *training}),
+        ("training", sd3, checkpointing | {"batch_size": 1}, {"fp8", "rank", "optimizer"}),
+        ("training", chroma, {"mixed_precision": "no"}, {"mixed_precision", *training}),
+        ("encoding", None, {}, calls),
+        ("sampling", None, {}, calls),
+        ("sampling", None, {"target_batch_size": 1}, {"rank"}),
+        ("loading", None, {}, set()),
+        ("loading", None, {"mixed_precision": "no"}, {"mixed_precision"}),
     ):
-        options.gradient_checkpointing = checkpoints
-        with pytest.raises(MemoryError) as raised, memory_advice(options, network):
+        options = parse(["--preset", "sd35-medium", "--output_dir", "x"])
+        options = replace(options, **{"gradient_checkpointing": False} | changed)
+        with pytest.raises(MemoryError) as raised, memory_advice(options, stage, network):
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        names = {"gradient_checkpointing", "fp8", "rank"}
-        assert {name for name in names if f"--{name} " in str(raised.value)} == advised
+        named = {*re.findall(r"--(\w+)", str(raised.value))}
+        named -= {"output_dir", "targets_of", "gradient_accumulation_steps"}
+        assert named == advised, (stage, changed)
 
 
 def test_every_model_of_the_catalogue_has_a_preset():

@@ -19,6 +19,12 @@ from train.options import Options
 STATS = "stats.jsonl"
 WRONG_CHECKPOINTING = ("ChromaTransformer2DModel",)  # diffusers 0.42: without its attention mask
 MAX_SKIPPED = 20  # steps in a row; fp16's loss scale needs a few to come down
+STAGES = {  # in which the memory may not be enough
+    "loading": "to load the model",
+    "encoding": "to encode prompts",
+    "sampling": "to sample targets or validation images",
+    "training": "to train",
+}
 
 
 class Run:
@@ -161,37 +167,43 @@ class Log:
 
 
 @contextlib.contextmanager
-def memory_advice(options: Options, network: Any = None) -> Iterator[None]:
+def memory_advice(options: Options, stage: str, network: Any = None) -> Iterator[None]:
     """Turn running out of memory into a MemoryError that says which options need less.
 
-    network: the refining one; None before there is one, when none of them helps.
+    stage: of STAGES, in which it ran out; network: the refining one, of the training.
     """
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        problem = f"The memory is not enough ({str(error).splitlines()[0]})."
-        if network is None:
-            raise MemoryError(f"{problem} The model alone needs more.") from error
-        advice = []
+        raise MemoryError(
+            f"The memory is not enough {STAGES[stage]} ({str(error).splitlines()[0]}). "
+            f"{_advice(options, stage, network)}"
+        ) from error
+
+
+def _advice(options: Options, stage: str, network: Any) -> str:
+    """Return what to change: only what takes memory in this stage."""
+    half = ["--mixed_precision bf16"] * (options.mixed_precision == "no")
+    if stage == "loading":
+        return "The model alone needs more" + "".join(f": give {change}" for change in half) + "."
+    advice, changes = [], ["a smaller --rank", *half]
+    if stage != "training" and options.target_batch_size > 1:
+        advice.append(f"--target_batch_size {options.target_batch_size // 2}")
+    if stage == "training":
         if not options.gradient_checkpointing and not checkpointing_problem(network):
             advice.append("--gradient_checkpointing True")
         if options.batch_size > 1:
             accumulated = options.gradient_accumulation_steps * options.batch_size
             advice.append(f"--batch_size 1 --gradient_accumulation_steps {accumulated}")
-        if options.target_batch_size > 1:
-            advice.append(f"--target_batch_size {options.target_batch_size // 2}")
-        changes = ["a smaller --rank"]
         changes += ["--optimizer adamw8bit"] * (options.optimizer == "adamw")
         changes += ["--fp8 True"] * (options.gradient_checkpointing and not options.fp8)
-        advice.append(
-            f"{' and '.join(changes)} in another --output_dir, with --targets_of this one"
-        )
-        raise MemoryError(
-            f"{problem} Run the same command again with {', or '.join(advice)}: targets and "
-            "checkpoints that exist are kept."
-        ) from error
+    advice.append(f"{' and '.join(changes)} in another --output_dir, with --targets_of this one")
+    return (
+        f"Run the same command again with {', or '.join(advice)}: targets and checkpoints that "
+        "exist are kept."
+    )
 
 
 def checkpointing_problem(network: Any) -> str:

@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.dry_run:
         print(describe(options, int(os.environ.get("WORLD_SIZE", "1"))))
         return
-    with memory_advice(options):
+    with memory_advice(options, "loading"):
         run(options)
 
 
@@ -171,12 +171,13 @@ def run(options: Options) -> None:
     accelerator.wait_for_everyone()
     if options.compile:
         denoiser(pipe).compile()
-    with memory_advice(options, refiner.network):
-        validation = None
+    validation = None
+    with memory_advice(options, "sampling"):
         if held_out and accelerator.is_main_process:
             validation = Validation(options, pipe, held_out, accelerator)
             validation(refiner, step=0)
         targets.make(accelerator)
+    with memory_advice(options, "training", refiner.network):
         train(accelerator, targets, refiner, loss_of, validation)
     if accelerator.is_main_process:
         _save(refiner, targets, settings, accelerator.num_processes)

@@ -23,6 +23,7 @@ from train.options import default_options, describe, parse, plan
 from train.presets import FORWARDS, PRESETS
 from train.run import memory_advice
 from train.tools import cost, cuda_table, tiers
+from train.tools.architectures import random_pipeline
 from train.tools.meta import autocast_as_on_cuda
 from train.tools.readme_table import RESULTS
 
@@ -226,8 +227,16 @@ def test_options_for_a_card_are_the_first_that_fit(monkeypatch):
     small = tiers.fitting("sit", 7)
     assert small["options"] == {"gradient_checkpointing": True, "target_batch_size": 16}
     assert max(small["peaks"].values()) < 6
+    assert small["peaks"]["encoding"] < tiers.frozen_size("sit", False), "the denoiser is away then"
     assert tiers.fitting("sit", 1)["peaks"] is None
     assert tiers.frozen_size("sit", True) < 0.75 * tiers.frozen_size("sit", False)
+
+
+def test_encoding_takes_more_for_more_prompts(monkeypatch):
+    small = random_pipeline("sd21", "meta", torch.float16, small=True)
+    monkeypatch.setattr(tiers, "meta_pipeline", lambda name: small)
+    one, eight = (tiers.encoding_activations("a small SD2.1", prompts) for prompts in (1, 8))
+    assert 0 < one < eight <= 8 * one
 
 
 def test_every_preset_has_the_general_recipe():

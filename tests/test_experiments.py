@@ -59,7 +59,8 @@ from train.options import parse, plan
 
 RUN = (
     "--validation_prompts= --num_targets 8 --target_steps 2 --steps 2 --batch_size 8 --epochs 1 "
-    f"--warmup_steps 0 --preset emoji --prompts {ROOT}/assets/prompts/emoji.txt"
+    "--warmup_steps 0 --preset emoji --mixed_precision no "
+    f"--prompts {ROOT}/assets/prompts/emoji.txt"
 ).split()
 
 

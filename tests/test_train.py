@@ -47,7 +47,8 @@ def backbone(tmp_path_factory, tiny_folder):
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     things = ("cat", "dog", "apple", "house")
     prompts.write_text("".join(f"a {c} {t}\n" for c in ("red", "blue", "green") for t in things))
-    return f"--preset emoji --backbone {tiny_folder} --prompts {prompts}".split()
+    options = f"--preset emoji --mixed_precision no --backbone {tiny_folder} --prompts {prompts}"
+    return options.split()
 
 
 @pytest.fixture

@@ -7,6 +7,18 @@ their presets are the paper's recipe with the guidance scale and steps of the mo
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+
+def _quick_precision() -> str:
+    """Return "bf16" where only a processor computes, and multiplies in it, else "no"."""
+    if torch.accelerator.is_available():
+        return "no"
+    # PyTorch tells since 2.10.
+    abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else "no"
+
+
 GENERAL_PROMPTS = dict(
     prompts="assets/prompts/general.txt",
     validation_prompts="assets/prompts/general_heldout.txt",
@@ -28,7 +40,7 @@ EMBEDDED = dict(  # trained on a CPU in minutes
     lr=1e-3,
     lr_schedule="cosine",
     warmup_steps=5,
-    mixed_precision="no",
+    mixed_precision=_quick_precision(),  # bf16 takes little more than half the time of "no"
     save_every=50,
     validate_every=50,
     num_validation=32,

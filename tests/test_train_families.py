@@ -216,6 +216,24 @@ def test_checkpointing_and_a_small_batch_need_less_memory():
     assert 0 < few < many / 2
 
 
+def test_normalised_queries_reach_attention_in_16_bits():
+    """As under CUDA's autocast: attention takes one precision only, in the backward pass too."""
+    assert tiers.activations("klein", 1, 4, True) > 0
+
+
+def test_cards_with_the_same_options_share_a_row():
+    nothing = {"preset": "sit", "options": {}, "peaks": None}
+    peaks = {"encoding": 0.3, "sampling": 2.2, "training": 8.7}
+    found = [
+        nothing | {"card": 8},
+        *(nothing | {"card": card, "peaks": peaks} for card in (12, 16)),
+    ]
+    assert cost.memory(found) == [
+        ["sit, 8 GB", "does not fit", *["–"] * 3],
+        ["sit, 12 to 16 GB", "`--preset sit`", "0.3", "2.2", "8.7"],
+    ]
+
+
 def test_options_for_a_card_are_the_first_that_fit(monkeypatch):
     """A card with room for the preset needs no options; a smaller one needs some that save."""
     monkeypatch.setattr(

@@ -11,6 +11,7 @@ train/presets.py holds the counts for `--dry_run`.  --memory says which options 
 
 import json
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,23 @@ def cost(name: str, tflops: float) -> list[str]:
 
 
 def memory(found: list[dict[str, Any]]) -> list[list[str]]:
-    """Return a row for each model and size of card: the options that fit, and what they take."""
+    """Return the options that fit into cards and what they take: a row for the cards that agree."""
     rows = []
-    for entry in found:
+
+    def advice(row: dict[str, Any]) -> tuple:
+        return row["preset"], row["options"], row["peaks"] is None
+
+    for (preset, options, nothing_fits), agreeing in groupby(found, advice):
+        same = list(agreeing)
+        cards = f"{same[0]['card']} GB"
+        if len(same) > 1:
+            cards = f"{same[0]['card']} to {same[-1]['card']} GB"
         command, peaks = "does not fit", ["–"] * 3
-        if entry["peaks"]:
-            options = [f"--{name} {value}" for name, value in entry["options"].items()]
-            command = f"`{' '.join(['--preset', entry['preset'], *options])}`"
-            peaks = [f"{peak:.1f}" for peak in entry["peaks"].values()]
-        rows.append([f"{entry['preset']}, {entry['card']} GB", command, *peaks])
+        if not nothing_fits:
+            flags = [f"--{name} {value}" for name, value in options.items()]
+            command = f"`{' '.join(['--preset', preset, *flags])}`"
+            peaks = [f"{peak:.1f}" for peak in same[0]["peaks"].values()]
+        rows.append([f"{preset}, {cards}", command, *peaks])
     return rows
 
 

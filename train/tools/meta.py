@@ -88,6 +88,8 @@ def autocast_as_on_cuda(network: nn.Module) -> nn.Module:
     for module in network.modules():
         if isinstance(module, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm):
             module.float().register_forward_pre_hook(cast(torch.float32))
+            if isinstance(module, nn.RMSNorm):  # of queries and keys, which attention casts back
+                module.register_forward_hook(lambda module, args, result: result.half())
         elif isinstance(module, nn.Linear | nn.Conv2d):
             module.register_forward_pre_hook(cast(torch.float16))
     return network

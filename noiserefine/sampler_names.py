@@ -16,14 +16,16 @@ PLAIN_DPM: Settings = PLAIN_SIGMAS | {
     "final_sigmas_type": "zero",
 }
 
+PLAIN_DDIM: Settings = {"clip_sample": False, "set_alpha_to_one": False, "thresholding": False}
+
 # As diffusers' schedulers (paper, appendix A.10), for models with a beta schedule such as Stable
 # Diffusion.  What another scheduler's config may lack is always set: from_config would take
 # defaults that Stable Diffusion does not use.
 SAMPLERS: Table = {
-    "DDIM": (
-        "DDIMScheduler",
-        {"clip_sample": False, "set_alpha_to_one": False, "thresholding": False},
-    ),
+    "DDIM": ("DDIMScheduler", PLAIN_DDIM),
+    # Its first step is at t = T, where x_T belongs, and not below (Lin et al., 2024): few steps
+    # then come nearer to what many give.
+    "DDIM (trailing)": ("DDIMScheduler", PLAIN_DDIM | {"timestep_spacing": "trailing"}),
     "DPM++ 2M": ("DPMSolverMultistepScheduler", PLAIN_DPM | {"algorithm_type": "dpmsolver++"}),
     "DPM++ SDE": ("DPMSolverMultistepScheduler", PLAIN_DPM | {"algorithm_type": "sde-dpmsolver++"}),
     "Euler": ("EulerDiscreteScheduler", PLAIN_SIGMAS),

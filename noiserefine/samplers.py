@@ -78,8 +78,8 @@ def make_scheduler(sampler: str, pipe: DiffusionPipeline) -> SchedulerMixin:
     name, settings = table[sampler]
     kind = getattr(diffusers, name)
     if beta:
-        spacing = timestep_spacing(native)
-        return kind.from_config(native.config, timestep_spacing=spacing, steps_offset=1, **settings)
+        timesteps = {"timestep_spacing": timestep_spacing(native), "steps_offset": 1}
+        return kind.from_config(native.config, **timesteps | settings)
     shift = native.config.get("shift", native.config.get("flow_shift", 1.0))
     taken = inspect.signature(kind.__init__).parameters
     shared = {key: value for key, value in native.config.items() if key in taken}

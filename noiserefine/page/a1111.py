@@ -5,6 +5,7 @@ import re
 KEY = "parameters"
 SAMPLERS = {  # names of other programs, in lower case without "karras" and the like
     "ddim": "DDIM",
+    "ddim (trailing)": "DDIM (trailing)",
     "euler": "Euler",
     "dpm++ 2m": "DPM++ 2M",
     "dpm++ 2m sde": "DPM++ SDE",

@@ -99,6 +99,18 @@ def test_evaluate_runs_and_goes_on(tmp_path, capsys):
         evaluate.main([*arguments, "--strength", "0.5"])
 
 
+def test_bf16_changes_images_little(tmp_path):
+    for precision in ("no", "bf16"):
+        folder, images = tmp_path / precision, tmp_path / "images" / precision
+        options = ["--mixed_precision", precision, "--images", str(images), "--arms", "refined"]
+        evaluate.main([*EVALUATE, *options, "--output", f"{folder}.json"])
+    exact, rounded = (
+        np.int16(Image.open(tmp_path / "images" / precision / "refined" / "00001.png"))
+        for precision in ("no", "bf16")
+    )
+    assert 0 < np.abs(exact - rounded).mean() < 5
+
+
 def test_processes_share_the_measuring(tmp_path):
     """Each of two processes makes one of the two batches, and one of them writes the results."""
     arguments = [*EVALUATE, "--arms", "gaussian", "--output", tmp_path / "two.json"]

@@ -74,6 +74,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--strength", type=float, default=1.0, help="strength of the refinement")
     add("--sampler", choices=SAMPLER_NAMES, help="the first that the model takes, by default")
     add("--batch_size", type=int, default=50)
+    add(
+        "--mixed_precision",
+        choices=("no", "bf16"),
+        default="no",
+        help="bf16: as torch.autocast, quicker where the device multiplies in it",
+    )
     add("--bootstrap", type=int, default=300, help="resamples for the intervals")
     add("--images", type=Path, help="folder to write the images of each arm to")
     add("--output", type=Path, required=True, help="JSON file of the results")

@@ -106,8 +106,10 @@ class Measurement:
             networks.append(refiner.network)
 
         def images(name: str, batch: Batch) -> list[Image.Image]:
-            latents = self._latents(ARMS[name], pipe, refiner, batch.x_T, batch.embeds)
-            return self._sample(ARMS[name], sampling_pipe, latents, batch.embeds, batch.start)
+            device, in_bf16 = pipe.device.type, self.args.mixed_precision == "bf16"
+            with torch.autocast(device, torch.bfloat16, enabled=in_bf16):
+                latents = self._latents(ARMS[name], pipe, refiner, batch.x_T, batch.embeds)
+                return self._sample(ARMS[name], sampling_pipe, latents, batch.embeds, batch.start)
 
         self.measure(pipe, networks, images, prompts, metrics)
 

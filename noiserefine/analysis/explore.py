@@ -19,7 +19,7 @@ from noiserefine.noise import slerp
 from noiserefine.samplers import samplers_of
 
 STRENGTHS = (0, 0.25, 0.5, 0.75, 1, 1.25, 1.5)
-STEPS = (10, 20, 50)
+STEPS = (10, 20, 40)  # the paper's last is 50: too long for a visitor's two minutes of ZeroGPU
 INTERPOLATIONS = 7
 SCALES = 5
 BANDS = 7  # images of `bands`

@@ -38,7 +38,7 @@ from noiserefine.latents import fit_preview
 from noiserefine.models import pool as models
 from noiserefine.models.catalogue import BACKBONES, Model
 from noiserefine.models.loading import load_pipeline
-from noiserefine.page import handlers, jobs, settings, texts
+from noiserefine.page import a1111, handlers, jobs, settings, texts
 from noiserefine.page.events import (
     Arm,
     Download,
@@ -530,6 +530,15 @@ def test_other_programs_settings(tmp_path):
     ]
     with pytest.raises(ValueError, match="made by ComfyUI"):
         read_png(tmp_path / "workflow.png")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_samplers_name_is_read_as_it_is_written(sampler):
+    """In the PNG's text for other programs, and in a link."""
+    chosen = Settings(PROMPT, sampler=sampler)
+    assert a1111.read(a1111.write(asdict(chosen), "refined"))["sampler"] == sampler
+    query = dict(urllib.parse.parse_qsl(link(chosen).removeprefix("?")))
+    assert restored(query)[0][Settings.names().index("sampler")] == sampler
 
 
 def test_an_arm_holds_its_parameters_for_other_programs(client):

@@ -2,12 +2,11 @@
 
 import re
 
+from noiserefine.sampler_names import SAMPLERS
+
 KEY = "parameters"
-SAMPLERS = {  # names of other programs, in lower case without "karras" and the like
-    "ddim": "DDIM",
-    "ddim (trailing)": "DDIM (trailing)",
-    "euler": "Euler",
-    "dpm++ 2m": "DPM++ 2M",
+NAMES = {name.lower(): name for name in SAMPLERS} | {
+    # As other programs call them, without "karras" and the like.
     "dpm++ 2m sde": "DPM++ SDE",
     "heun": "Heun (EDM)",
 }
@@ -50,8 +49,8 @@ def read(text: str) -> dict:
     names = {"steps": "steps", "cfg scale": "guidance_scale", "seed": "seed"}
     settings |= {ours: found[name] for name, ours in names.items() if name in found}
     sampler = re.sub(r" (karras|exponential|a)$", "", found.get("sampler", "").lower())
-    if sampler in SAMPLERS:
-        settings["sampler"] = SAMPLERS[sampler]
+    if sampler in NAMES:
+        settings["sampler"] = NAMES[sampler]
     if size := re.fullmatch(r"(\d+)x(\d+)", found.get("size", "")):
         settings |= {"width": size[1], "height": size[2]}
     return settings

@@ -60,7 +60,7 @@ def sampler_gain(scheduler: SchedulerMixin, num_inference_steps: int) -> float:
         raise ValueError(
             f"This sampler scales the starting noise by {gain} in x0: with a "
             "schedule whose last signal-to-noise ratio is zero and a network that predicts noise, "
-            "MSD needs a sampler that starts below t = T, such as DDIM “leading”."
+            "MSD needs a sampler that starts below t = T, as DDIM does with “leading” timesteps."
         )
     if gain < MIN_GAIN:
         raise ValueError(

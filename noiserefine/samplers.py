@@ -38,7 +38,12 @@ def samplers_of(pipe: DiffusionPipeline) -> list[str]:
     pipelines keep their own sampler.
     """
     if has_beta_schedule(pipe.scheduler):
-        return list(SAMPLERS)
+        spacing = timestep_spacing(pipe.scheduler)  # of all samplers that set no other
+        return [
+            name
+            for name, (_, settings) in SAMPLERS.items()
+            if settings.get("timestep_spacing") != spacing
+        ]
     if not is_flow(pipe.scheduler):
         return [NATIVE]
     native_kind = type(pipe.scheduler).__name__
@@ -78,8 +83,8 @@ def make_scheduler(sampler: str, pipe: DiffusionPipeline) -> SchedulerMixin:
     name, settings = table[sampler]
     kind = getattr(diffusers, name)
     if beta:
-        timesteps = {"timestep_spacing": timestep_spacing(native), "steps_offset": 1}
-        return kind.from_config(native.config, **timesteps | settings)
+        usual = {"timestep_spacing": timestep_spacing(native), "steps_offset": 1}
+        return kind.from_config(native.config, **usual | settings)
     shift = native.config.get("shift", native.config.get("flow_shift", 1.0))
     taken = inspect.signature(kind.__init__).parameters
     shared = {key: value for key, value in native.config.items() if key in taken}

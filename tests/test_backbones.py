@@ -20,7 +20,7 @@ from noiserefine.models.catalogue import BACKBONES
 from noiserefine.models.offload import offload
 from noiserefine.models.user_lora import add_lora
 from noiserefine.noise import encode_prompt
-from noiserefine.samplers import SAMPLERS, make_scheduler, with_sampler
+from noiserefine.samplers import SAMPLERS, make_scheduler, samplers_of, with_sampler
 from tests import families
 from tests.conftest import output, perturbed
 from train.tools.architectures import UNETS, build_denoiser, random_pipeline
@@ -97,6 +97,19 @@ def test_turbo_starts_at_the_last_timestep():
     scheduler = make_scheduler("Euler", random_pipeline("sd-turbo", small=True))
     scheduler.set_timesteps(1)
     assert scheduler.timesteps.tolist() == [999]
+
+
+def test_a_sampler_is_offered_once():
+    """Turbo's DDIM has trailing timesteps in any case."""
+    assert samplers_of(random_pipeline("sd21", small=True)) == list(SAMPLERS)
+    turbo = random_pipeline("sd-turbo", small=True)
+    assert [*SAMPLERS.keys() - samplers_of(turbo)] == ["DDIM (trailing)"]
+    timesteps = []
+    for sampler in ("DDIM", "DDIM (trailing)"):
+        scheduler = make_scheduler(sampler, turbo)
+        scheduler.set_timesteps(4)
+        timesteps.append(scheduler.timesteps.tolist())
+    assert timesteps[0] == timesteps[1]
 
 
 def test_unknown_architecture():

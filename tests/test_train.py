@@ -554,6 +554,8 @@ def test_precisions_share_targets(tmp_path, tiny):
     assert stats(second)[0]["loss"] == pytest.approx(stats(first)[0]["loss"], rel=0.01)
     tensors = [*lora(first).values(), *lora(second).values()]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    recorded = [json.loads((run / "refiner.json").read_text()) for run in (first, second)]
+    assert [config["training"]["mixed_precision"] for config in recorded] == ["bf16", "no"]
 
 
 def test_two_runs_may_write_the_same_target(tmp_path):

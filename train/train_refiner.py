@@ -56,8 +56,8 @@ from train.validation import Validation
 
 RECORDED = (  # in refiner.json
     *("network", "layers", "loss", "guidance_scale", "guidance_scale_range", "pag_scale"),
-    *("teacher", "target_steps", "sampler", "steps", "num_targets", "epochs", "fp8"),
-    *("height", "width", "prompts", "num_validation"),
+    *("teacher", "target_steps", "sampler", "steps", "num_targets", "epochs"),
+    *("mixed_precision", "fp8", "height", "width", "prompts", "num_validation"),
 )
 
 

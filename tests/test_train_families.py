@@ -299,6 +299,7 @@ def test_advice_on_memory_names_only_what_helps():
         ("encoding", None, {}, calls),
         ("sampling", None, {}, calls),
         ("sampling", None, {"target_batch_size": 1}, {"rank"}),
+        ("sampling", None, {"guidance_scale_range": [1.0, 8.0]}, {"rank"}),
         ("loading", None, {}, set()),
         ("loading", None, {"mixed_precision": "no"}, {"mixed_precision"}),
     ):

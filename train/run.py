@@ -189,7 +189,8 @@ def _advice(options: Options, stage: str, network: Any) -> str:
     if stage == "loading":
         return "The model alone needs more" + "".join(f": give {change}" for change in half) + "."
     advice, changes = [], ["a smaller --rank", *half]
-    if stage != "training" and options.target_batch_size > 1:
+    binding = options.guidance_scale_range  # each call has one scale: its size binds the targets
+    if stage != "training" and options.target_batch_size > 1 and not binding:
         advice.append(f"--target_batch_size {options.target_batch_size // 2}")
     if stage == "training":
         if not options.gradient_checkpointing and not checkpointing_problem(network):

@@ -17,7 +17,7 @@ from noiserefine.guidance import check_guidance
 from noiserefine.models.catalogue import BACKBONES
 from noiserefine.noise import encode_prompt
 from tests import families
-from train import embeds, placement, targets, train_refiner, validation
+from train import embeds, placement, presets, targets, train_refiner, validation
 from train.embeds import Embeds
 from train.options import default_options, describe, parse, plan
 from train.presets import FORWARDS, PRESETS
@@ -310,6 +310,21 @@ def test_advice_on_memory_names_only_what_helps():
         named = {*re.findall(r"--(\w+)", str(raised.value))}
         named -= {"output_dir", "targets_of", "gradient_accumulation_steps"}
         assert named == advised, (stage, changed)
+
+
+@pytest.mark.parametrize(
+    ("accelerated", "abilities", "precision"),
+    [
+        (False, {"avx512_bf16": True}, "bf16"),
+        (False, {"avx512_bf16": False, "amx_bf16": True}, "bf16"),
+        (False, {"avx512_f": True}, "no"),
+        (True, {"avx512_bf16": True}, "no"),
+    ],
+)
+def test_embedded_presets_take_the_quick_precision(monkeypatch, accelerated, abilities, precision):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerated)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities, raising=False)
+    assert presets._quick_precision() == precision
 
 
 def test_every_model_of_the_catalogue_has_a_preset():

@@ -78,7 +78,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--mixed_precision",
         choices=("no", "bf16"),
         default="no",
-        help="bf16: as torch.autocast, quicker where the device multiplies in it",
+        help="bf16: under torch.autocast, for processors that multiply in it; models on CUDA are "
+        "in 16 bits in any case",
     )
     add("--bootstrap", type=int, default=300, help="resamples for the intervals")
     add("--images", type=Path, help="folder to write the images of each arm to")

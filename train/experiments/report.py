@@ -112,7 +112,7 @@ def inversion(results: Results) -> str:
 
 
 def samplers(results: Results) -> str:
-    """Return the arms of every sampler and number of steps."""
+    """Return the arms of every sampler tried, at each number of steps."""
     return arms(
         results,
         [

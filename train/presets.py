@@ -14,7 +14,7 @@ def _quick_precision() -> str:
     """Return "bf16" where only a processor computes, and multiplies in it, else "no"."""
     if torch.accelerator.is_available():
         return "no"
-    # PyTorch tells since 2.10.
+    # Older versions of PyTorch do not tell.
     abilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return "bf16" if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else "no"
 

@@ -85,7 +85,7 @@ def test_the_command_is_one_that_the_trainer_takes(size, backbone, preset, sourc
     assert (options.preset, options.backbone) == (preset, source)
     assert plan.folder == training.ROOT / options.output_dir
     full = default_options(preset).num_targets
-    assert options.num_targets in {"full": [full], "demonstration": [128]}.get(size, [512, 1024])
+    assert options.num_targets in {"full": [full], "demonstration": [128]}.get(size, [880, 1024])
 
 
 @pytest.fixture

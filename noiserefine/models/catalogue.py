@@ -341,9 +341,9 @@ BACKBONES = {
     ),
 }
 # Trained here, as the other emoji models are.
-for _name, _title, _pipeline, _parameters in (
-    ("emoji-flow", "Emoji, flow matching (embedded)", "StableDiffusion3Pipeline", 0.008),
-    ("emoji-sit", "Emoji, class-conditional SiT (embedded)", "SiTPipeline", 0.006),
+for _name, _title, _pipeline, _parameters, _scale in (
+    ("emoji-flow", "Emoji, flow matching (embedded)", "StableDiffusion3Pipeline", 0.008, 3.0),
+    ("emoji-sit", "Emoji, class-conditional SiT (embedded)", "SiTPipeline", 0.006, 4.0),
 ):
     if (ASSETS / _name).is_dir():
         BACKBONES[_name] = replace(
@@ -354,7 +354,7 @@ for _name, _title, _pipeline, _parameters in (
             prediction_type=FLOW,
             refiner=str(REFINERS / _name),
             parameters=_parameters,
-            guidance_scale=3.0,
+            guidance_scale=_scale,
             sampler="Native",
             preset=_name,
         )

@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from noiserefine.models import catalogue
 from noiserefine.models.catalogue import ASSETS, BACKBONES
 from train.common import markdown_table, with_interval
@@ -58,7 +60,12 @@ def summary() -> str:
         accuracy = [f"{result['arms'][arm]['object_accuracy']:.3f}" for arm in ARMS]
         closed = result["gap_closed"]
         metrics = ("object_accuracy", "frechet_distance")
-        shares = [_number(closed, metric, digits=0, factor=100) for metric in metrics]
+        shares = [
+            _number(closed, metric, digits=0, factor=100)
+            if float(np.ptp(closed[f"{metric}_interval"])) < 1
+            else "gap too small"  # for a share of it
+            for metric in metrics
+        ]
         rows.append([BACKBONES[name].title, *accuracy, *shares])
     return markdown_table(header, rows)
 
@@ -72,7 +79,9 @@ def arms() -> str:
 def few_steps() -> str:
     """Return the three arms in fewer steps."""
     results = [json.loads(path.read_text()) for path in RESULTS.glob("steps-*.json")]
-    results.sort(key=lambda result: int(result["settings"]["steps"]))
+    results.sort(
+        key=lambda result: (result["settings"]["sampler"], int(result["settings"]["steps"]))
+    )
     titles = (BACKBONES[Path(result["settings"]["backbone"]).name].title for result in results)
     return "\n\n".join(map(_arms, titles, results))
 

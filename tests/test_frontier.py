@@ -77,6 +77,8 @@ def test_the_frontier_tunes_measures_and_goes_on(small, tmp_path, capsys):
     frontier.main([*arguments, "--budgets", "3", "5", "4"])
     assert all(path.stat().st_mtime_ns == made[path] for path in made)
     assert "unguided, 4 steps" in json.loads(output.read_text())["arms"]
+    with pytest.raises(ValueError, match="holds results of other settings"):
+        frontier.main([*arguments, "--mixed_precision", "bf16"])
 
 
 def test_tuning_and_evaluation_share_no_prompt(pipe, tmp_path):

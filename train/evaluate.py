@@ -38,7 +38,7 @@ from noiserefine.models.user_lora import add_lora
 from noiserefine.samplers import SAMPLER_NAMES, samplers_of
 from train.captions import HELD_OUT, coco_captions, fits, read_prompts, repeat_to
 from train.common import argument_parser, load_named, run_script, write_json
-from train.measurement import ARMS, Measurement, all_figures, arms_table
+from train.measurement import ARMS, Measurement, add_precision, all_figures, arms_table
 from train.metrics import METRICS, load_metrics
 
 MIN_IMAGES = 2  # of which a variance can be taken
@@ -74,13 +74,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--strength", type=float, default=1.0, help="strength of the refinement")
     add("--sampler", choices=SAMPLER_NAMES, help="the first that the model takes, by default")
     add("--batch_size", type=int, default=50)
-    add(
-        "--mixed_precision",
-        choices=("no", "bf16"),
-        default="no",
-        help="bf16: under torch.autocast, for processors that multiply in it; models on CUDA are "
-        "in 16 bits in any case",
-    )
+    add_precision(parser)
     add("--bootstrap", type=int, default=300, help="resamples for the intervals")
     add("--images", type=Path, help="folder to write the images of each arm to")
     add("--output", type=Path, required=True, help="JSON file of the results")

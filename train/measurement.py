@@ -106,10 +106,8 @@ class Measurement:
             networks.append(refiner.network)
 
         def images(name: str, batch: Batch) -> list[Image.Image]:
-            device, in_bf16 = pipe.device.type, self.args.mixed_precision == "bf16"
-            with torch.autocast(device, torch.bfloat16, enabled=in_bf16):
-                latents = self._latents(ARMS[name], pipe, refiner, batch.x_T, batch.embeds)
-                return self._sample(ARMS[name], sampling_pipe, latents, batch.embeds, batch.start)
+            latents = self._latents(ARMS[name], pipe, refiner, batch.x_T, batch.embeds)
+            return self._sample(ARMS[name], sampling_pipe, latents, batch.embeds, batch.start)
 
         self.measure(pipe, networks, images, prompts, metrics)
 
@@ -125,6 +123,8 @@ class Measurement:
 
         networks: those whose forwards count. images_of: makes an arm's images of a batch.
         """
+        in_bf16 = self.args.mixed_precision == "bf16"
+        autocast = torch.autocast(pipe.device.type, torch.bfloat16, enabled=in_bf16)
         for start in tqdm(
             self.starts[self.process.process_index :: self.process.num_processes],
             disable=not self.process.is_local_main_process,
@@ -139,7 +139,7 @@ class Measurement:
             batch = Batch(start, batch_prompts, x_T, encode_prompt(pipe, batch_prompts))
             for name in arms:
                 began, counter = time.perf_counter(), ForwardCounter()
-                with counter.watch(*networks):
+                with autocast, counter.watch(*networks):
                     images = images_of(name, batch)
                 cost = {"forwards": counter.count, "seconds": time.perf_counter() - began}
                 rows = {
@@ -272,6 +272,17 @@ class Measurement:
             for key in ("forwards", "seconds")
         }
         return rows, cost
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the precision that the images are made in."""
+    parser.add_argument(
+        "--mixed_precision",
+        choices=("no", "bf16"),
+        default="no",
+        help="bf16: under torch.autocast, for processors that multiply in it; models on CUDA are "
+        "in 16 bits in any case",
+    )
 
 
 def all_figures(metrics: Sequence[Metric | type[Metric]]) -> dict[str, Figure]:

@@ -21,7 +21,7 @@ from noiserefine.models.loading import load_pipeline
 from noiserefine.models.user_lora import add_lora
 from noiserefine.samplers import with_sampler
 from train.captions import HELD_OUT
-from train.measurement import Batch, Measurement
+from train.measurement import Batch, Measurement, add_precision
 from train.metrics import METRICS, Metric, load_metrics
 
 Images = list[Image.Image]
@@ -95,6 +95,7 @@ class Bench:
             arms=list(arms),
             n=len(prompts),
             batch_size=args.batch_size,
+            mixed_precision=args.mixed_precision,
             bootstrap=args.bootstrap,
             images=None,
             reference="guided",
@@ -123,6 +124,7 @@ def add_options(parser: argparse.ArgumentParser, n: int) -> None:
     add("--real_images", type=Path, help="folder of real images, for the metric inception")
     add("--n", type=int, default=n, help="images of each arm")
     add("--batch_size", type=int, default=50)
+    add_precision(parser)
     add("--bootstrap", type=int, default=300, help="resamples for the intervals")
     add("--output", type=Path, required=True, help="JSON file; the folder of its name resumes")
 

@@ -13,9 +13,10 @@ written at once, to OUTPUT.partial.json until all are there. The same command co
 one with other --factors adds to --output. --work_dir keeps targets and the training in progress.
 
 Refined images of held-out prompts are compared with the unguided and guided ones of the same seeds,
-the guided ones at the preset's scale whatever the recipe's teacher. "Percent of the way" is that of
-their latents (see latent_distance.py), the gap closed that of the judge's accuracy. Intervals are
-95 % bootstrap intervals over images. Seconds depend on what else the device does, e.g. by --jobs.
+all in the base recipe's precision, the guided ones at the preset's scale whatever the recipe's
+teacher. "Percent of the way" is that of their latents (see latent_distance.py), the gap closed that
+of the judge's accuracy. Intervals are 95 % bootstrap intervals over images. Seconds depend on what
+else the device does, e.g. by --jobs.
 """
 
 import argparse
@@ -230,13 +231,18 @@ class Study:
     ) -> dict[str, np.ndarray]:
         """Return the latents "x0", (n, C, h, w), and whether the judge sees the object, (n,)."""
         size = self.base.target_batch_size
+        in_bf16 = self.base.mixed_precision == "bf16"
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=in_bf16)
         latents, correct = [], []
         for start in range(0, self.args.n, size):
             prompts = self.prompts[start : start + size]
             x_T = draw_noise(self.pipe, FIRST_EVALUATION_SEED + start, len(prompts))
             embeds = encode_prompt(self.pipe, prompts)
-            noise = refiner.refine(x_T, embeds, strength) if refiner else x_T.to(self.device)
-            x0, images = sample_both(self.pipe, noise, embeds, STEPS, guidance_scale=guidance_scale)
+            with autocast:
+                noise = refiner.refine(x_T, embeds, strength) if refiner else x_T.to(self.device)
+                x0, images = sample_both(
+                    self.pipe, noise, embeds, STEPS, guidance_scale=guidance_scale
+                )
             latents.append(x0.float().cpu().numpy())
             correct.append(self.judge.measure(images, prompts)["correct"][:, 0])
         return {"x0": np.concatenate(latents), "correct": np.concatenate(correct)}

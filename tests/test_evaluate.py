@@ -439,7 +439,7 @@ def test_benchmark_runs(tmp_path):
 def test_guidance_scales_run(tmp_path, pipe):
     perturbed(pipe, guidance_scale_range=[1, 5]).save_pretrained(tmp_path / "refiner")
     arguments = f"--backbone {EMOJI} --n 2 --batch_size 1 --steps 2 --scales 1 3".split()
-    output = ["--output", str(tmp_path / "scales.json")]
+    output = ["--mixed_precision", "bf16", "--output", str(tmp_path / "scales.json")]
     guidance_scales.main([*arguments, "--refiner", str(tmp_path / "refiner"), *output])
     result = json.loads((tmp_path / "scales.json").read_text())
     distances = np.array(result["distance_of_refined_to_guided"])

@@ -31,6 +31,7 @@ from train.common import (
     with_interval,
     write_json,
 )
+from train.measurement import add_precision
 from train.metrics import load_metrics
 
 
@@ -44,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--n", type=int, default=200, help="prompts")
     add("--steps", type=int, default=20)
     add("--batch_size", type=int, default=50)
+    add_precision(parser)
     add("--output", type=Path, required=True, help="JSON file of the results")
     args = parser.parse_args(arguments)
     pipe = load_pipeline(args.backbone)
@@ -52,6 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
         refiner.check_guidance_scale(scale)
     (judge,) = load_metrics(["judge"], None, pipe.device)
     pipe, prompts = with_sampler(pipe, "DDIM"), held_out_prompts(args.n)
+    in_bf16 = args.mixed_precision == "bf16"
+    autocast = torch.autocast(pipe.device.type, torch.bfloat16, enabled=in_bf16)
 
     arms = ("guided", "refined")
     recognised: dict[str, list[list[bool]]] = {arm: [[] for _ in args.scales] for arm in arms}
@@ -62,10 +66,12 @@ def main(arguments: list[str] | None = None) -> None:
         embeds = encode_prompt(pipe, batch_prompts)
         x0: dict[str, list[torch.Tensor]] = {arm: [] for arm in arms}
         for scale in args.scales:
-            x_hat = refiner.refine(x_T, embeds, guidance_scale=scale)
-            guided = sample_latents(pipe, x_T, embeds, args.steps, guidance_scale=scale)
+            with autocast:
+                x_hat = refiner.refine(x_T, embeds, guidance_scale=scale)
+                guided = sample_latents(pipe, x_T, embeds, args.steps, guidance_scale=scale)
+                refined = sample_latents(pipe, x_hat, embeds, args.steps)
             x0["guided"].append(guided.float())
-            x0["refined"].append(sample_latents(pipe, x_hat, embeds, args.steps).float())
+            x0["refined"].append(refined.float())
         for arm, all_latents in x0.items():
             for latents, found in zip(all_latents, recognised[arm], strict=True):
                 rows = judge.measure(decode(pipe, latents), batch_prompts)
@@ -79,6 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
         "steps": args.steps,
         "scales": args.scales,
         "refiner": args.refiner,
+        "mixed_precision": args.mixed_precision,
         # Rows: the scale refined for. Columns: the scale of the guided images.
         "distance_of_refined_to_guided": torch.cat(distances, 2).mean(2).tolist(),
     }

@@ -17,7 +17,7 @@ from noiserefine.models import catalogue
 from noiserefine.models.catalogue import ASSETS, BACKBONES
 from train.common import markdown_table, with_interval
 from train.emoji.judge import EmojiJudge
-from train.experiments import latent_distance
+from train.experiments import latent_distance, study_figures
 from train.measurement import arms_table
 from train.tools import cost, cuda_table
 
@@ -132,6 +132,16 @@ def distances() -> str:
     return "\n\n".join(parts)
 
 
+def studies() -> str:
+    """Return what each factor of the training recipe does, by model."""
+    paths = sorted(RESULTS.glob("study-*.json"))
+    found = {path.stem.removeprefix("study-"): json.loads(path.read_text()) for path in paths}
+    return "\n\n".join(
+        f"**{BACKBONES[model].title}**: {study_figures.table(result)}"
+        for model, result in found.items()
+    )
+
+
 def benchmark() -> str:
     """Return the seconds of the whole pipeline in each arm."""
     header = ["model", "device, precision", "images a call", "unguided", "guided", "refined"]
@@ -206,6 +216,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "few_steps": few_steps,
     "training": training,
     "distances": distances,
+    "studies": studies,
     "benchmark": benchmark,
     "guidance_scales": guidance_scales,
     "msd": msd,

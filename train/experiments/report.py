@@ -248,7 +248,7 @@ def recipes(results: Results) -> str:
     study_figures.plot(found, RESULTS / "study.png")
     return (
         "Percent of the way to the guided latents (solid) and of the accuracy gap (dashed); filled "
-        "marks are the presets.\n\n![Each factor of the recipe, a colour for each model](study.png)"
+        "marks are the base recipe.\n\n![Each factor of the recipe, a colour for each model](study.png)"
     )
 
 

@@ -79,7 +79,7 @@ def table(result: dict[str, Any]) -> str:
     arms = [f"{name} {cell(arm, 'object_accuracy', 3)}" for name, arm in result["arms"].items()]
     titles = ["factor", "value", "steps", "evaluations", "MB", "seconds"]
     titles += ["percent of the way", "object accuracy ↑", "gap closed, %"]
-    rows = [("the preset", "", result["recipes"][BASE])]
+    rows = [("the base recipe", "", result["recipes"][BASE])]
     for factor in FACTORS:
         rows += [
             (FACTORS[factor].title, value, row)
@@ -100,5 +100,11 @@ def table(result: dict[str, Any]) -> str:
         ]
         for title, value, row in rows
     ]
-    head = f"n = {result['settings']['n']} images an arm. Object accuracy: {', '.join(arms)}."
+    base = result["settings"]
+    head = (
+        f"n = {base['n']} images an arm. Object accuracy: {', '.join(arms)}. Base recipe: "
+        f"{base['num_targets']:,} targets of {base['target_steps']} steps, N = {base['steps']}, "
+        f"rank {base['rank']}, batch size {base['batch_size']}, epochs {base['epochs']:g}, "
+        f"learning rate {base['lr']:g}."
+    )
     return f"{head}\n\n{markdown_table(titles, lines)}"

@@ -248,7 +248,8 @@ def recipes(results: Results) -> str:
     study_figures.plot(found, RESULTS / "study.png")
     return (
         "Percent of the way to the guided latents (solid) and of the accuracy gap (dashed); filled "
-        "marks are the base recipe.\n\n![Each factor of the recipe, a colour for each model](study.png)"
+        "marks are base recipes.\n\n"
+        "![Each factor of the recipe, a colour for each model](study.png)"
     )
 
 

@@ -3,6 +3,7 @@
 import http.server
 import json
 import re
+import shutil
 import threading
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from huggingface_hub import constants, hf_api
 
 from noiserefine.models import downloads
 from noiserefine.models.catalogue import Model
+from noiserefine.models.loading import load_pipeline
 from noiserefine.models.pool import Models
 from noiserefine.page import jobs
 from noiserefine.page.events import Arm, Download
@@ -115,3 +117,12 @@ def test_a_stopped_download_keeps_what_is_complete(hub, tmp_path, monkeypatch):
     assert whole / 2 < max(done) <= whole
     assert hub and not complete & hub.keys(), "these are not fetched again"
     assert any(isinstance(event, Arm) for event in events)
+
+
+def test_files_of_a_removed_part_are_left_on_the_hub(hub, tiny_folder, tmp_path):
+    """A model whose safety checker was taken out may still hold its files, pickles among them."""
+    Hub.folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (Hub.folder / "safety_checker").mkdir()
+    (Hub.folder / "safety_checker" / "pytorch_model.bin").write_bytes(b"a pickle")
+    assert load_pipeline(REPOSITORY, "cpu").safety_checker is None
+    assert not any(name.startswith("safety_checker") for name in hub)

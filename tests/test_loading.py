@@ -386,11 +386,13 @@ def test_a_mirror_with_other_weights_is_refused(monkeypatch):
             {"variant": "fp16"},
         ),
         (["unet/a.safetensors", "other/b.fp16.safetensors", "flax_model.msgpack"], True, {}),
+        (["unet/a.safetensors", "safety_checker/a.bin"], False, {}),
     ],
 )
 def test_half_is_downloaded_where_half_is_used(monkeypatch, files, half, wanted):
     monkeypatch.setattr(layout, "hub_files", lambda _: files)
     index = {"_class_name": "X", "unet": ["diffusers", "U"], "vae": ["diffusers", "V"]}
+    index["safety_checker"] = [None, None]  # taken out, and its file left behind
     assert layout._variant("somebody/model", index, prefer=half) == wanted
 
 

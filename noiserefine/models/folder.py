@@ -82,20 +82,26 @@ def _download(source: str, index: dict, variant: dict[str, str]) -> str:
     if bar := bar_class():  # diffusers takes none; what it finds missing afterwards is small
         files = _needed(hub_files(source), index, variant.get("variant"))
         snapshot_download(source, allow_patterns=files, tqdm_class=bar)
-    folder = DiffusionPipeline.download(source, use_safetensors=True, **variant)
+    removed = {name: None for name, entry in index.items() if entry == [None, None]}
+    folder = DiffusionPipeline.download(source, use_safetensors=True, **variant, **removed)
     _check_json(Path(folder))
     return folder
 
 
 def _needed(files: list[str], index: dict, variant: str | None) -> list[str]:
     """Return the files of a repository that are read: weights of one variant, and small ones."""
-    needed = ["model_index.json"]
+    needed, parts = ["model_index.json"], _parts(index)
     for file in map(PurePosixPath, files):
         weights = WEIGHTS.fullmatch(file.name)
         reads = weights[1] == variant if weights else file.suffix in (".json", ".txt", ".model")
-        if len(file.parts) == 2 and file.parent.name in index and reads:  # noqa: PLR2004
+        if len(file.parts) == 2 and file.parent.name in parts and reads:  # noqa: PLR2004
             needed.append(str(file))
     return needed
+
+
+def _parts(index: dict) -> set[str]:
+    """Return the names of the components that are there: one that was removed is [null, null]."""
+    return {name for name, entry in index.items() if isinstance(entry, list) and any(entry)}
 
 
 def _absent(index: dict, kind: type[DiffusionPipeline]) -> dict[str, None]:
@@ -188,6 +194,7 @@ def _variant(source: str, index: dict, prefer: bool) -> dict[str, str]:
     prefer: take half-precision files beside plain ones, to download half as much.
     Raises ValueError for a network whose weights are pickles only.
     """
+    parts = _parts(index)
     root = Path(source)
     files = [
         PurePosixPath(name)
@@ -200,10 +207,10 @@ def _variant(source: str, index: dict, prefer: bool) -> dict[str, str]:
     variants: dict[str, set[str]] = {}
     for file in files:
         found = WEIGHTS.fullmatch(file.name)
-        if found and file.parent.name in index:
+        if found and file.parent.name in parts:
             variants.setdefault(file.parent.name, set()).add(found[1] or "")
     pickles = {file.parent.name for file in files if file.suffix == ".bin"}
-    if only := sorted((pickles & index.keys()) - variants.keys()):
+    if only := sorted((pickles & parts) - variants.keys()):
         raise ValueError(
             f"{source} has its {only[0]} as a pickle (.bin) only, which can run code when it is "
             f"opened, and was not. Models with {SAFETENSORS} files work."

@@ -386,6 +386,7 @@ def test_a_mirror_with_other_weights_is_refused(monkeypatch):
             {"variant": "fp16"},
         ),
         (["unet/a.safetensors", "other/b.fp16.safetensors", "flax_model.msgpack"], True, {}),
+        (["unet/a.safetensors", "unet/a.non_ema.safetensors"], True, {}),
         (["unet/a.safetensors", "safety_checker/a.bin"], False, {}),
     ],
 )

@@ -191,7 +191,8 @@ def pipeline_class(source: str, index: dict) -> type[DiffusionPipeline]:
 def _variant(source: str, index: dict, prefer: bool) -> dict[str, str]:
     """Return {"variant": name} where weights have no plain file, or half precision is wanted.
 
-    prefer: take half-precision files beside plain ones, to download half as much.
+    prefer: take half-precision files beside plain ones, to download half as much.  Other variants,
+    such as non_ema, are other weights and never preferred.
     Raises ValueError for a network whose weights are pickles only.
     """
     parts = _parts(index)
@@ -217,7 +218,7 @@ def _variant(source: str, index: dict, prefer: bool) -> dict[str, str]:
         )
     lacking = [names for names in variants.values() if "" not in names]
     wanted = lacking or [names for names in variants.values() if prefer]
-    for name in ("fp16", "bf16", *sorted(set().union(*wanted) - {""})):
+    for name in ("fp16", "bf16", *sorted(set().union(*lacking))):
         if any(name in names for names in wanted) and all(name in names for names in lacking):
             return {"variant": name}
     return {}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 
 from noiserefine import Refiner
@@ -347,7 +348,9 @@ def test_paper_is_the_default(tmp_path):
         "training": 3_600_000,
     }
     heun = ["--output_dir", "x", "--prompts", "x", "--pag_scale", "0", "--sampler", "Heun (EDM)"]
-    assert plan(parse(heun), 1)[1] == {"targets": 39 * 100_000, "training": (19 + 2) * 300_000}
+    heun_cost = {"targets": 39 * 100_000, "training": (19 + 2) * 300_000}
+    assert plan(parse(heun), 1)[1] == heun_cost
+    assert plan(parse(heun), 1, DDIMScheduler())[1] == heun_cost, "of the chosen sampler"
 
 
 @pytest.mark.parametrize(

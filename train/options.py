@@ -219,7 +219,9 @@ def plan(
     processes: the number of devices. A backward pass counts as one evaluation.
     scheduler: the pipeline's, to count the forwards of its own sampler.
     """
-    sampler = (options.sampler or NATIVE) if scheduler is None else scheduler
+    sampler = options.sampler or NATIVE
+    if sampler == NATIVE and scheduler is not None:
+        sampler = scheduler
     used_targets = options.keep_top or options.num_targets
     per_step = effective_batch(options, processes)
     total_steps = max(1, round(options.epochs * used_targets / per_step))

@@ -236,10 +236,14 @@ def with_lora(
     twin = plain_twin(network)
     full = min(twin.get_submodule(head).weight.flatten(1).shape)
     pattern = {f"^{re.escape(head)}": full} if full > rank else {}
+    modules = dict(twin.named_modules())
+    whole = [f".{target}" for target in targets if target in modules]  # names, no ends of names
+    namesakes = [n for n in modules if n not in targets and n.endswith(tuple(whole))]
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         target_modules=targets,
+        exclude_modules=namesakes or None,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
     )
@@ -327,7 +331,8 @@ def save_lora(
     dtype: precision of its tensors; None for their own.
     """
     name, config = denoiser_name(pipe), network.peft_config[ADAPTER].to_dict()
-    config["target_modules"] = sorted(config["target_modules"])
+    for key in ("target_modules", "exclude_modules"):  # sets, which JSON has not
+        config[key] = config[key] and sorted(config[key])
     about = json.dumps({f"{name}.{key}": value for key, value in config.items()}, sort_keys=True)
     save_file(
         {

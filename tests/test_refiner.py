@@ -15,6 +15,7 @@ from noiserefine.lora import UNET_TARGETS, adapted, merge_lora
 from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt
 from tests.conftest import EMOJI, EMOJI_REFINER, output, perturbed
+from tests.families import pipeline
 from train.captions import held_out_prompts
 from train.metrics import load_metrics
 
@@ -47,6 +48,17 @@ def test_layers_are_chosen(sdxl, tmp_path):
     for pattern, says in (("attention$", "No layer's name matches"), ("(", "no regular")):
         with pytest.raises(ValueError, match=says):
             Refiner.create(sdxl, 4, layers=pattern)
+
+
+def test_a_chosen_layer_is_no_other_whose_name_ends_like_it(tmp_path):
+    """FLUX's last layer is proj_out, and each of its single blocks has a proj_out, too."""
+    pipe = pipeline("flux_schnell")
+    refiner = perturbed(pipe, 2, layers="context_embedder")
+    names = {"context_embedder", "proj_out"}
+    assert {name for name, _ in adapted(refiner.network)} == names
+    refiner.save_pretrained(tmp_path)
+    again = Refiner.from_pretrained(tmp_path, pipe, merge=False)
+    assert {name for name, _ in adapted(again.network)} == names
 
 
 def test_strength(any_pipe):

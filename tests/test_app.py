@@ -584,6 +584,20 @@ def test_links_and_pngs_with_a_wrong_value_keep_the_others(values, says):
     assert restored({"sampler": "Euler b"})[0][6] == Settings("").sampler
 
 
+@pytest.mark.parametrize(
+    "query, sampler",
+    [
+        ({"backbone": "emoji-sit"}, "Native"),  # no flow model takes DDIM
+        ({"backbone": "Tongyi-MAI/Z-Image"}, "Native"),
+        ({"backbone": "emoji-flow", "sampler": "Euler"}, "Euler"),
+        ({"backbone": "sd-turbo"}, "DDIM"),  # as links were written that chose it there
+        ({"backbone": ["emoji-sit"]}, "DDIM"),
+    ],
+)
+def test_a_link_without_a_sampler_has_one_that_its_model_takes(query, sampler):
+    assert restored(query)[0][Settings.names().index("sampler")] == sampler
+
+
 def test_a_link_names_the_shipped_refiner_not_its_place():
     settings = Settings("a cat", refiner="emoji-scales")
     assert link(settings) == "?prompt=a+cat&refiner=emoji-scales"

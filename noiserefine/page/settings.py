@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from noiserefine.limits import MAX_GUIDANCE_SCALE, MAX_SEED, MAX_STEPS, MAX_STRENGTH
-from noiserefine.models.catalogue import ASSETS, BACKBONES, Model
+from noiserefine.models.catalogue import ASSETS, BACKBONES, FLOW, Model, backbone_of
 from noiserefine.sampler_names import SAMPLER_NAMES
 
 try:
@@ -162,14 +162,18 @@ def link(settings: Settings) -> str:
 def restored(values: dict) -> tuple[list, list[str]]:
     """Return the settings stored in a link or PNG in field order, and what is wrong with others.
 
-    Missing and wrong settings get their default, a missing prompt None. What depends on the model
-    is checked when an image is made.
+    Missing and wrong settings get their default, a missing prompt None. Flow models do not take the
+    default sampler: those of the catalogue get their own. What else depends on the model is checked
+    when an image is made.
     """
     updates, problems = [], []
-    for field in fields(Settings):
-        default = None if field.name == "prompt" else field.default
+    defaults = {field.name: field.default for field in fields(Settings)} | {"prompt": None}
+    listed = backbone_of(str(values.get("backbone")))
+    if listed and listed.prediction_type == FLOW:
+        defaults["sampler"] = listed.sampler
+    for name, default in defaults.items():
         try:
-            updates.append(_setting(values.get(field.name), field.name, default))
+            updates.append(_setting(values.get(name), name, default))
         except ValueError as error:
             updates.append(default)
             problems.append(f"{error} The default is taken instead.")

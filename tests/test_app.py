@@ -29,7 +29,7 @@ from mcp.client.streamable_http import streamable_http_client
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file
-from transformers import CLIPConfig, CLIPImageProcessor
+from transformers import CLIPConfig, CLIPImageProcessor, PreTrainedTokenizerBase
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.analysis.explore import INTERPOLATIONS, SCALES, STEPS, STRENGTHS
@@ -811,13 +811,18 @@ def test_a_users_lora_is_in_every_column():
     assert not any(same(plain, styled)) and all(same(plain, shown(*GOOD)))
 
 
-def test_asking_what_hinders_a_view_changes_no_picture():
-    """It is asked while another visitor's picture may be sampled with the same LoRA."""
+def test_asking_what_hinders_a_view_changes_no_picture(monkeypatch):
+    """It is asked while another visitor's picture may be sampled with the same LoRA.
+
+    A tokenizer that two threads use may forget the padding of one, and offloaded networks move.
+    """
     inputs = [*GOOD[:5], 0.0, *GOOD[6:9], "", LORA, 0.8]
     shown(*inputs)
     loaded = jobs.MODELS.find(Settings(*inputs).model)
     before = output(loaded.pipe)
-    reasons = jobs.hindrances(Settings(*inputs[:11], -0.5), ["compare", "samplers"])
+    with monkeypatch.context() as patch:
+        patch.delattr(PreTrainedTokenizerBase, "__call__")
+        reasons = jobs.hindrances(Settings(*inputs[:11], -0.5), ["compare", "samplers"])
     assert list(reasons) == ["samplers"] and "strength is 0" in reasons["samplers"]
     assert torch.equal(output(loaded.pipe), before)
 

@@ -144,6 +144,10 @@ def work(
         with listening(lambda done, total: report(Download(done, total))):
             loaded = MODELS.get(model)
         job = _prepare(loaded, model, asked, known, report)
+        refiner = loaded.refiner
+        job.make.check(job.recipe if refiner else job.recipe.guided)  # before any forward
+        used = (refiner.source, refiner.weights_sha256) if refiner else (None, None)
+        report(Source(model.backbone, loaded.revision, *used))
         if reason := view.unmet(job):
             raise ValueError(reason)
         view.function(job, **controls)
@@ -167,7 +171,10 @@ def _prepare(
     known: Mapping[tuple[Model, Recipe], Sample],
     report: Callable[[Event], None],
 ) -> Job:
-    """Check the recipe against the loaded model, before any forward."""
+    """Return the job of a recipe. No tokenizer and no network is called for it.
+
+    Raises ValueError for a guidance scale that the refiner does not take.
+    """
     refiner = loaded.refiner
     scale = refiner.scale_input(recipe.guidance_scale) if refiner else None
     no_guidance = _no_guidance(loaded)
@@ -180,9 +187,6 @@ def _prepare(
         on_made=lambda sample: report(Made(_part_used(model, sample.recipe), sample)),
         on_step=lambda: report(Tick()),
     )
-    make.check(recipe if refiner else recipe.guided)
-    used = (refiner.source, refiner.weights_sha256) if refiner else (None, None)
-    report(Source(model.backbone, loaded.revision, *used))
     return Job(loaded, make, recipe, model.backbone, no_guidance, report)
 
 
@@ -221,7 +225,8 @@ def hindrances(settings: Settings, views: Iterable[str]) -> dict[str, str]:
     """Return for views that cannot work with a model in memory why not; {} for other models."""
     try:
         recipe, model = recipe_of(settings), settings.model
-        # `get` would set the LoRA's weight, and a picture may be sampled with it right now.
+        # A picture may be sampled with it right now: `get` would set the LoRA's weight, and
+        # checking the recipe would use tokenizers and text encoders in two threads at once.
         if not (loaded := MODELS.find(model)):
             return {}
         job = _prepare(loaded, model, recipe, {}, lambda event: None)

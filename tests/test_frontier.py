@@ -81,7 +81,7 @@ def test_the_frontier_tunes_measures_and_goes_on(small, tmp_path, capsys):
         frontier.main([*arguments, "--mixed_precision", "bf16"])
 
 
-def test_tuning_and_evaluation_share_no_prompt(pipe, tmp_path):
+def test_tuning_and_evaluation_share_no_prompt(pipe, judge, tmp_path):
     bench = Bench(pipe, 2.0)
     (tmp_path / "few.txt").write_text("a cat\na dog\n")
     classes = str(ROOT / "assets" / "prompts" / "emoji_objects.txt")
@@ -89,6 +89,7 @@ def test_tuning_and_evaluation_share_no_prompt(pipe, tmp_path):
         args = frontier.parse([*SMALL, *options, "--n", "300", "--output", "x.json"])
         evaluation, tuning = frontier.split_prompts(args, bench)
         assert len(evaluation) == 300 and len(tuning) == 200 and not set(evaluation) & set(tuning)
+        assert {*evaluation, *tuning} <= judge.pairs.keys()
     few = str(tmp_path / "few.txt")
     (tmp_path / "same.txt").write_text("a cat\na dog\n")
     same = ["--prompts", str(tmp_path / "same.txt"), "--tuning_prompts", few]
@@ -140,6 +141,16 @@ def test_the_judge_prefers_the_image_of_the_prompt(judge):
     logits = [head(torch.from_numpy(features).float()).log_softmax(1) for head in heads]
     expected = float(logits[0][0, found[0]] + logits[1][0, background[0]])
     assert scores[0] == pytest.approx(expected, abs=1e-4) and np.isfinite(scores).all()
+
+
+def test_prompts_of_the_object_alone_leave_the_backgrounds_accuracy_to_the_others(judge):
+    """It is 1 / 2 of those two, and unknown where no prompt names one."""
+    rng, (some, none) = np.random.default_rng(0), ([1, 0, np.nan, np.nan], [np.nan] * 4)
+    for backgrounds, expected in ((some, 0.5), (none, np.nan)):
+        rows = {"features": rng.normal(size=(4, 128)), "correct": np.c_[[1, 1, 1, 0], backgrounds]}
+        found = judge.summarise(rows, [np.arange(4)])
+        assert found["object_accuracy"] == 0.75
+        assert found["background_accuracy"] == pytest.approx(expected, nan_ok=True)
 
 
 def test_vendi_score_counts_different_images():

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from train.emoji.classifier import Judge
-from train.emoji.render import BACKGROUNDS, objects, prompt
+from train.emoji.render import BACKGROUNDS, article, objects, prompt
 from train.metrics import Figure, Metric, Rows, frechet_distance
 
 
@@ -15,7 +15,8 @@ class EmojiJudge(Metric):
     """Accuracy of object and background, Frechet distance and variance of the judge's features.
 
     The distance is to real held-out renders; the variance is that among the images of one prompt,
-    summed over features. Class names, the prompts of the SiT, say nothing of the background.
+    summed over features. Prompts that name the object alone, as the SiT's do, say nothing of the
+    background: its accuracy is that of the others.
     """
 
     default_source = str(Path(__file__).with_name("classifier.safetensors"))
@@ -31,9 +32,11 @@ class EmojiJudge(Metric):
         self.judge = Judge.from_pretrained(Path(source))
         self.real = self.judge.real_moments()
         self.judge.to(device)
-        self.pairs = {thing.name: (i, np.nan) for i, thing in enumerate(objects())} | {
-            prompt(i, j): (i, j) for i in range(len(objects())) for j in range(len(BACKGROUNDS))
-        }
+        self.pairs = {
+            text: (i, np.nan)
+            for i, thing in enumerate(objects())
+            for text in (thing.name, article(thing.name))
+        } | {prompt(i, j): (i, j) for i in range(len(objects())) for j in range(len(BACKGROUNDS))}
 
     def measure(self, images: list[Image.Image], prompts: list[str]) -> Rows:
         """Return features (N, 128) and what is correct (N, 2); raise for unknown prompts."""
@@ -67,14 +70,12 @@ class EmojiJudge(Metric):
 
     def summarise(self, rows: Rows, groups: list[np.ndarray]) -> dict[str, float]:
         """Return the figures of measured images, grouped by prompt."""
-        features, (objects_right, backgrounds_right) = rows["features"], rows["correct"].mean(0)
+        features, (objects_right, backgrounds_right) = rows["features"], rows["correct"].T
+        named = backgrounds_right[~np.isnan(backgrounds_right)]
         variances = [features[group].var(0, ddof=1).sum() for group in groups if len(group) > 1]
-        found = {
-            "object_accuracy": float(objects_right),
-            "background_accuracy": float(backgrounds_right),
+        return {
+            "object_accuracy": float(objects_right.mean()),
+            "background_accuracy": float(named.mean()) if len(named) else np.nan,
             "frechet_distance": frechet_distance(features, self.real),
             "feature_variance": float(np.mean(variances)) if variances else np.nan,
         }
-        if np.isnan(backgrounds_right):
-            del found["background_accuracy"]
-        return found

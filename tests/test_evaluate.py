@@ -30,6 +30,7 @@ from tests.conftest import EMOJI, EMOJI_REFINER, ROOT, free_port, perturbed, scr
 from train import evaluate, measurement
 from train.captions import HELD_OUT
 from train.emoji.captions import build_tokenizer
+from train.emoji.judge import EmojiJudge
 from train.emoji.render import BACKGROUNDS, held_out_pairs, objects, prompt
 from train.experiments import guidance_scales
 from train.metrics import METRICS, Moments, frechet_distance, load_metrics
@@ -174,6 +175,22 @@ def test_intervals_resample_prompts(tmp_path):
         "0.43 to 0.57 if images were drawn one by one"
     )
     assert arm["feature_variance"] == pytest.approx(4 * 128, rel=0.1) and arm["forwards"] == 1
+
+
+def test_a_resample_without_a_gap_does_not_move_the_gaps_interval(tmp_path, monkeypatch):
+    """All resamples are 6 too high and close half of the gap; in one the gap is nearly 0."""
+    args = argparse.Namespace(output=tmp_path / "r.json", n=2, batch_size=2, reference="guided")
+    session = measurement.Measurement(args, PartialState())
+    spread = np.append(0, 6 + np.linspace(-1, 1, 99))
+    arms = {"gaussian": 18 + spread, "refined": 14 + spread, "guided": 10 + spread}
+    arms["guided"][-1] = arms["gaussian"][-1] - 1e-6
+    estimates = {name: {"frechet_distance": values} for name, values in arms.items()}
+    monkeypatch.setattr(session, "estimates", lambda *_: estimates)
+    monkeypatch.setattr(session, "head", lambda _: {"arms": {}, "differences": {}})
+    monkeypatch.setattr(session, "cost", lambda _: {})
+    closed = session.results([], [EmojiJudge])["gap_closed"]
+    assert closed["frechet_distance"] == 0.5
+    assert closed["frechet_distance_interval"] == pytest.approx([0.5, 0.5], abs=0.01)
 
 
 def small_clip(folder, tokenizer, head=False):

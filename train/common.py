@@ -113,9 +113,14 @@ def interval(estimates: np.ndarray, biased: bool = False) -> list[float]:
     score downwards) by more than they vary: for those, `biased`, the interval is that of the
     resamples' deviations from their own mean, moved to the estimate.
     """
-    low, high = np.percentile(estimates[1:], TWO_SIDED_95).tolist()
-    shift = float(estimates[0] - estimates[1:].mean()) if biased else 0.0
-    return [low + shift, high + shift]
+    resamples = (without_bias(estimates) if biased else estimates)[1:]
+    return np.percentile(resamples, TWO_SIDED_95).tolist()
+
+
+def without_bias(estimates: np.ndarray) -> np.ndarray:
+    """Return the estimate and its resamples, these moved so that their mean is the estimate."""
+    resamples = estimates[1:]
+    return np.append(estimates[:1], resamples + (estimates[0] - resamples.mean()))
 
 
 def mean_and_interval(

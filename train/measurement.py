@@ -3,7 +3,7 @@
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from train.common import (
     interval,
     markdown_table,
     with_interval,
+    without_bias,
     write_json,
 )
 from train.metrics import Figure, Metric
@@ -168,13 +169,14 @@ class Measurement:
                 differences = {key: values[key] - reference[key] for key in values}
                 result["differences"][name] = summary(differences, figures)
         if {"gaussian", "refined"} <= estimates.keys():
-            gaussian, refined = estimates["gaussian"], estimates["refined"]
+            three = estimates["gaussian"], estimates["refined"], reference
             closed = {
-                key: (gaussian[key] - refined[key]) / (gaussian[key] - reference[key])
-                for key in gaussian
+                key: _gap_closed([arm[key] for arm in three], figures[key].biased)
+                for key in reference
                 if figures[key].in_gap
             }
-            result["gap_closed"] = summary(closed, figures)
+            unbiased = {key: replace(figure, biased=False) for key, figure in figures.items()}
+            result["gap_closed"] = summary(closed, unbiased)
         return result
 
     def estimates(
@@ -341,6 +343,16 @@ def _estimates(
             for key, value in metric.summarise(drawn_rows, drawn_groups).items():
                 values.setdefault(key, []).append(value)
     return {key: np.array(value) for key, value in values.items()}
+
+
+def _gap_closed(arms: list[np.ndarray], biased: bool) -> np.ndarray:
+    """Return (gaussian - refined) / (gaussian - reference); arms: the three, in that order.
+
+    A bias is taken off the arms: the mean of the shares says nothing where some are near 0 / 0.
+    """
+    gaussian, refined, reference = map(without_bias, arms) if biased else arms
+    with np.errstate(divide="ignore", invalid="ignore"):  # not finite, which the summary leaves out
+        return (gaussian - refined) / (gaussian - reference)
 
 
 def summary(estimates: dict[str, np.ndarray], figures: dict[str, Figure]) -> dict[str, Any]:

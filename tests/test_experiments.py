@@ -294,8 +294,10 @@ def test_novelty_finds_a_copy(tmp_path):
     (tmp_path / "measured").mkdir()
     np.savez(tmp_path / "measured" / "copied-000000.npz", features=copies)
     np.savez(tmp_path / "measured" / "other-000000.npz", features=copies + 1)
-    folders = f"--pictures {tmp_path} --measured {tmp_path / 'measured'}"
-    novelty.main(f"{folders} --output {tmp_path / 'n.json'}".split())
+    folders, output = f"--pictures {tmp_path} --measured", f"--output {tmp_path / 'n.json'}"
+    with pytest.raises(FileNotFoundError, match="holds no measurements"):
+        novelty.main(f"{folders} {tmp_path} {output}".split())
+    novelty.main(f"{folders} {tmp_path / 'measured'} {output}".split())
     result = json.loads((tmp_path / "n.json").read_text())
     assert (
         result["copied"]["distance"] == pytest.approx(0, abs=1e-2)

@@ -51,6 +51,11 @@ def main(arguments: list[str] | None = None) -> None:
     add("--judge", type=Path, default=Path("train/emoji/classifier.safetensors"))
     add("--output", type=Path, required=True, help="JSON file of the results")
     args = parser.parse_args(arguments)
+    if not any(args.measured.glob("*.npz")):
+        raise FileNotFoundError(
+            f"{args.measured} holds no measurements: it is the folder that evaluate.py writes "
+            "beside its --output."
+        )
     judge = Judge.from_pretrained(args.judge)
 
     def features_of(name: str, stride: int = 1) -> np.ndarray:

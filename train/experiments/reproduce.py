@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from noiserefine.checkpoint import WEIGHTS_NAME
@@ -265,7 +265,7 @@ class Commands:
         measured = shlex.quote(str(self.results / "base"))
         rendered = self.work / "pictures" / "judge_classes.npy"
         return [
-            self.base,
+            replace(self.base, copy=None),  # the images' features, which are not in the copy
             self._script("emoji/render", f"--output_dir {pictures}", rendered),
             self.figures("novelty", "novelty", f"--pictures {pictures} --measured {measured}"),
         ]

@@ -137,7 +137,7 @@ def distances(
     for x_T, embeds, guided in tqdm(batches, desc=f"{steps} steps"):
         noises: dict[int | str, torch.Tensor] = {"gaussian": x_T}
         for rank, refiner in refiners.items():
-            noises[rank] = refiner(x_T, embeds)
+            noises[rank] = refiner.refine(x_T, embeds)
         for name, noise in noises.items():
             x0 = sample_latents(pipe, noise, embeds, steps)
             found[name] += squared_distances(x0, guided).tolist()

@@ -159,6 +159,9 @@ def test_vendi_score_counts_different_images():
     assert variety.vendi_score(np.ones((4, 3))) == pytest.approx(1)
     assert variety.vendi_score(3 * eye) == pytest.approx(4)
     assert variety.vendi_score(eye[[0, 0, 1, 1]]) == pytest.approx(2)
+    rows = {"features": eye, "inception_features": np.ones((4, 3))}
+    of_judge = variety.Vendi("judge", None, torch.device("cpu")).summarise(rows, [np.arange(4)])
+    assert of_judge["vendi_score"] == pytest.approx(4), "of the first metric's features"
 
 
 def test_variety_is_compared_at_equal_quality():

@@ -53,7 +53,7 @@ class Vendi(Metric):
 
     def summarise(self, rows: Rows, groups: list[np.ndarray]) -> dict[str, float]:
         """Return the mean over prompts."""
-        (features,) = [value for name, value in rows.items() if name.endswith("features")]
+        features = next(value for name, value in rows.items() if name.endswith("features"))
         return {"vendi_score": float(np.mean([vendi_score(features[g]) for g in groups]))}
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -47,6 +48,9 @@ def test_the_frontier_tunes_measures_and_goes_on(small, tmp_path, capsys):
     assert "2 methods" in capsys.readouterr().out and not output.exists()
     with pytest.raises(ValueError, match="no method 'magic'"):
         frontier.main([*arguments, "--methods", "magic"])
+    for name, least in (("n", 1), ("batch_size", 0), ("bootstrap", 0)):
+        with pytest.raises(ValueError, match="must be at least 2"):
+            frontier.main([*arguments, f"--{name}", str(least)])
     arguments += ["--methods", *methods]
     frontier.main(arguments)
     result = json.loads(output.read_text())
@@ -204,7 +208,11 @@ def test_compatibility(tmp_path, capsys):
     output = tmp_path / "compatibility.json"
     arguments = [*SMALL, "--backbone", EMOJI, "--refiner", EMOJI_REFINER, "--steps", "1"]
     arguments += ["--output", str(output), "--sizes", "64x128", "100x128"]
-    style = ["--lora", INK, f"judge={ROOT / 'train/emoji/classifier-ink.safetensors'}"]
+    with pytest.raises(FileNotFoundError, match="no LoRA at"):
+        compatibility.main([*arguments, "--lora", INK, "--lora", str(tmp_path / "none")])
+    assert not output.with_suffix("").exists(), "before anything is measured"
+    ink = shutil.copytree(INK, tmp_path / "ink.1")
+    style = ["--lora", str(ink), f"judge={ROOT / 'train/emoji/classifier-ink.safetensors'}"]
     compatibility.main(
         [*arguments, *style, "--negative_prompt", "a blue background", "--cache", "0.1"]
     )
@@ -212,14 +220,17 @@ def test_compatibility(tmp_path, capsys):
     assert "is not one of them" in found["size 100x128"]["impossible"]
     assert "caches no blocks of UNet" in found["first block cache 0.1"]["impossible"]
     measured = {name: each["arms"] for name, each in found.items() if "arms" in each}
-    assert list(measured) == ["as trained", "LoRA emoji-ink", "size 64x128", "negative prompt"]
+    assert list(measured) == ["as trained", "LoRA ink.1", "size 64x128", "negative prompt"]
+    settings = json.loads((output.with_suffix("") / "LoRA ink.1" / "settings.json").read_text())
+    assert settings["about"]["judge"] == "classifier-ink.safetensors"
+    assert len(settings["about"]["lora_sha256"]) == len(settings["about"]["judge_sha256"]) == 64
     for arms in measured.values():
         assert [arm["forwards"] for arm in arms.values()] == [1, 2, 2]
     first = [arms["gaussian"]["frechet_distance"] for arms in measured.values()]
     assert len(set(first)) == 3 and first[0] == first[3], "only guidance follows a negative prompt"
     guided = [measured[name]["guided"]["frechet_distance"] for name in measured]
     assert len(set(guided)) == 4
-    assert "| LoRA emoji-ink |" in capsys.readouterr().out
+    assert "| LoRA ink.1 |" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         compatibility.parse([*arguments, "--sizes", "64"])
 

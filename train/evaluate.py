@@ -126,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     measurement = Measurement(args, process)
     about = _files(args) | {"backbone_signature": signature(denoiser(pipe))}
     if args.lora:
-        about["lora_sha256"] = _lora_sha256(pipe)
+        about["lora_sha256"] = lora_sha256(pipe)
     if refiner:
         about["refiner_sha256"] = refiner.weights_sha256
     for metric in metrics:
@@ -156,8 +156,8 @@ def _files(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _lora_sha256(pipe: DiffusionPipeline) -> str:
-    """Return the SHA-256 of a LoRA's weights: a file of the hub may change."""
+def lora_sha256(pipe: DiffusionPipeline) -> str:
+    """Return the SHA-256 of the weights of a pipeline's LoRA: a file of the hub may change."""
     weights = {
         f"{part}.{name}": value
         for part, network in pipe.components.items()

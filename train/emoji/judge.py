@@ -1,5 +1,6 @@
 """The embedded models' metric: a classifier judges objects and backgrounds."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ class EmojiJudge(Metric):
     }
 
     def __init__(self, source: str, real_images: Path | None, device: torch.device):
-        self.about = {"judge": Path(source).name}
+        sha256 = hashlib.sha256(Path(source).read_bytes()).hexdigest()
+        self.about = {"judge": Path(source).name, "judge_sha256": sha256}
         self.judge = Judge.from_pretrained(Path(source))
         self.real = self.judge.real_moments()
         self.judge.to(device)

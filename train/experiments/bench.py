@@ -21,6 +21,7 @@ from noiserefine.models.loading import load_pipeline
 from noiserefine.models.user_lora import add_lora
 from noiserefine.samplers import with_sampler
 from train.captions import HELD_OUT
+from train.evaluate import MIN_IMAGES, lora_sha256
 from train.measurement import Batch, Measurement, add_precision
 from train.metrics import METRICS, Metric, load_metrics
 
@@ -91,7 +92,7 @@ class Bench:
         Raise ValueError if the folder holds measurements of other settings.
         """
         settings = argparse.Namespace(
-            output=folder.with_suffix(".json"),
+            output=folder.with_name(f"{folder.name}.json"),  # names may have a dot
             arms=list(arms),
             n=len(prompts),
             batch_size=args.batch_size,
@@ -138,6 +139,8 @@ def open_bench(
     """
     if args.output.suffix != ".json":
         raise ValueError("--output is a .json file; the folder of that name keeps measurements.")
+    if args.n < MIN_IMAGES or args.batch_size < 1 or args.bootstrap < 1:
+        raise ValueError("--n must be at least 2, --batch_size and --bootstrap at least 1.")
     process = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     pipe = load_pipeline(args.backbone, process.device)
     refiner = Refiner.from_pretrained(args.refiner, pipe) if args.refiner else None
@@ -162,5 +165,6 @@ def open_bench(
             twin = load_pipeline(args.backbone, process.device)
             add_lora(twin, lora)
             setattr(bench, name, twin)
+            about[f"{name}_sha256"] = lora_sha256(twin)
         about[name] = lora
     return bench

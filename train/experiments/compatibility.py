@@ -27,7 +27,7 @@ from noiserefine import Refiner, draw_noise
 from noiserefine.denoiser import call_parameters, denoiser
 from noiserefine.guidance import sample_latents
 from noiserefine.models.loading import load_pipeline
-from noiserefine.models.user_lora import add_lora
+from noiserefine.models.user_lora import add_lora, find_lora
 from noiserefine.noise import encode_prompt, image_size
 from noiserefine.samplers import NATIVE
 from train.common import (
@@ -38,7 +38,7 @@ from train.common import (
     with_interval,
     write_json,
 )
-from train.evaluate import chosen_prompts
+from train.evaluate import chosen_prompts, lora_sha256
 from train.experiments.bench import Bench, Images, add_options, open_bench
 from train.measurement import Batch
 from train.metrics import load_metrics
@@ -50,6 +50,8 @@ Condition = Callable[[Bench, argparse.Namespace], tuple[Bench, Change]]
 def main(arguments: list[str] | None = None) -> None:
     """Measure every condition and write the table."""
     args = parse(arguments)
+    for path, *_ in args.lora:
+        find_lora(path)  # a missing one ends the run now, and not after the first condition
     bench = open_bench(args)
     prompts = chosen_prompts(args.prompts, args.n, bench.pipe)
     result: dict[str, Any] = {"n": args.n, "steps": args.steps, "conditions": {}}
@@ -111,8 +113,10 @@ def with_lora(
     pipe = load_pipeline(args.backbone, bench.process.device)
     add_lora(pipe, path)
     refiner = Refiner.from_pretrained(args.refiner, pipe)
-    about = bench.about | {"lora": path, "lora_metrics": metrics}
+    about = bench.about | {"lora": path, "lora_sha256": lora_sha256(pipe)}
     judges = load_metrics(metrics, args.real_images, bench.process.device) or bench.metrics
+    for metric in judges:
+        about |= metric.about
     return replace(bench, pipe=pipe, refiner=refiner, metrics=judges, about=about), _same
 
 

@@ -636,6 +636,13 @@ def test_a_study_measures_each_recipe_once(tmp_path, tiny, study_options, monkey
     assert found["strength=2.0"]["percent_of_the_way"] != found["base"]["percent_of_the_way"]
 
 
+def test_other_layers_of_the_base_recipe_come_first():
+    varied = {"layers=outer": {"factor": "layers", "value": "outer"}}
+    result = {"settings": {"layers": "conv_in"}, "recipes": varied | {"base": {"factor": "base"}}}
+    values = [value for value, _ in study_figures.points(result, "layers")]
+    assert values == ["conv_in", "outer"]
+
+
 def test_gap_closed_is_a_share_of_means():
     unguided, refined, guided = np.array([0, 0, 0, 0]), np.array([1, 0, 1, 0]), np.ones(4)
     percent, (low, high) = latent_distance.percent_of_the_way(unguided, refined, guided)

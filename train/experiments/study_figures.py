@@ -26,7 +26,9 @@ def points(result: dict[str, Any], factor: str) -> list[tuple[Any, dict[str, Any
 def _place(value: Any) -> tuple:
     """Return what sorts a factor's values: numbers by size, names with the base's first."""
     names = ["all", "cfg", *FACTORS["layers"].values, *FACTORS["teacher"].values]
-    return (names.index(value), 0) if isinstance(value, str) else (0, value)
+    if not isinstance(value, str):
+        return 0, value
+    return names.index(value) if value in names else -1, 0  # other layers of the base recipe
 
 
 def plot(results: dict[str, dict[str, Any]], path: Path) -> None:

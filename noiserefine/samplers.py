@@ -133,6 +133,8 @@ def predicted_x0(
     consistency models of trigonometric flow.
     sample and timestep as `scheduler.step` takes them, which was not called for this step yet.
     """
+    if scheduler.config.get("prediction_type") == "sample":
+        return model_output
     if scheduler.config.get("prediction_type") == "trigflow":
         angle = float(timestep)
         return math.cos(angle) * sample - math.sin(angle) * model_output

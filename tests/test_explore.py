@@ -201,7 +201,7 @@ def test_guided_from_refined(make, pipe, refiner):
     )
 
 
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_predicted_x0(pipe, monkeypatch, sampler, prediction_type):
     """A perfect prediction gives x0 back, at the first step and at later ones."""
@@ -220,7 +220,11 @@ def test_predicted_x0(pipe, monkeypatch, sampler, prediction_type):
                 scheduler.alphas_cumprod[t].sqrt(),
                 (1 - scheduler.alphas_cumprod[t]).sqrt(),
             )
-        truth = noise if prediction_type == "epsilon" else signal * noise - level * x0
+        truth = {
+            "epsilon": noise,
+            "v_prediction": signal * noise - level * x0,
+            "sample": x0,
+        }[prediction_type]
         x = signal * x0 + level * noise
         sample = (
             x if torch.equal(scheduler.scale_model_input(x, t), x) else x / signal

@@ -359,6 +359,8 @@ def test_paper_is_the_default(tmp_path):
         (["--preset", "nonsense"], "no preset"),
         (["--steps", "0"], "--steps must be above 0"),
         (["--guidance_scale", "1"], "need guidance"),
+        (["--seed", "-1"], "--seed is from 0 to 2147483647; got -1"),
+        (["--seed", str(2**31)], "--seed is from 0 to"),
         (["--keep_top", "5"], "go together"),
         (["--prompts", "missing.txt"], "no prompt file"),
         (["--backbone", "missing"], "no folder or file here"),

@@ -19,6 +19,7 @@ from train.presets import FORWARDS, PRESETS, QUICK, QUICK_EMBEDDED
 
 SECONDS_PER_HOUR, BYTES_16, GIB = 3600, 2, 2**30
 MIN_TARGETS = 64  # for --hours
+MAX_SEED = 2**31 - 1  # seeds of validation follow from 2**31 on
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LR_SCHEDULES = [  # piecewise_constant is missing: it takes its steps as a text
     kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT
@@ -201,6 +202,8 @@ def check(options: Options) -> None:
     for name in POSITIVE:
         if not getattr(options, name) > 0:
             raise ValueError(f"--{name} must be above 0; got {getattr(options, name)}.")
+    if not 0 <= options.seed <= MAX_SEED:
+        raise ValueError(f"--seed is from 0 to {MAX_SEED}; got {options.seed}.")
     _check_choices(options)
     _check_guidance(options)
     if options.patience and not options.validation_prompts:

@@ -28,7 +28,7 @@ from train import embeds, prompts, train_refiner
 from train.captions import read_prompts
 from train.common import UNFINISHED, atomic
 from train.options import PRESETS, Options, parse, plan
-from train.run import has_converged
+from train.run import Checkpoint, has_converged
 from train.settings import check_targets_of
 from train.targets import Targets
 from train.train_refiner import main
@@ -272,6 +272,19 @@ def test_targets_are_kept_and_filtered(tmp_path, tiny_pipe):
     )
     assert selected == sorted(scores.topk(2).indices.tolist())
     assert torch.cat([load_file(path)["seeds"] for path in files]).tolist() == list(range(6))
+
+
+def test_damaged_files_of_a_run_are_named(tmp_path, tiny_pipe):
+    """As a disk leaves them that loses its power."""
+    run = ["--output_dir", str(tmp_path), "--prompts", "x", "--sampler", "DDIM"]
+    targets = Targets(parse([*run, *TINY.split()]), tiny_pipe, ["a cat"])
+    targets.folder.mkdir()
+    for name in ("checkpoint.pt", "targets/00000000.safetensors"):
+        (tmp_path / name).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="checkpoint.pt is damaged: remove it"):
+        Checkpoint(tmp_path / "checkpoint.pt", []).load()
+    with pytest.raises(ValueError, match="00000000.safetensors is damaged.*: remove it"):
+        targets.make(Accelerator())
 
 
 def test_steps_that_are_not_finite_change_nothing(tmp_path, monkeypatch, tiny):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -127,9 +128,17 @@ class Checkpoint:
         self.parts = {name: part for name, part in parts.items() if part is not None}
 
     def load(self) -> int:
-        """Restore the saved state and return its step; 0 if nothing was saved."""
+        """Restore the saved state and return its step; 0 if nothing was saved.
+
+        Raise ValueError for a damaged file.
+        """
         if not self.path.exists():
             return 0
+        if not zipfile.is_zipfile(self.path):
+            raise ValueError(
+                f"{self.path} is damaged: remove it, and the same command trains from the first "
+                "step on, with the targets that exist."
+            )
         state = torch.load(self.path, map_location="cpu", weights_only=True)
         for parameter, value in zip(self.parameters, state["parameters"], strict=True):
             parameter.data.copy_(value)

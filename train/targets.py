@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -201,11 +201,20 @@ class Targets:
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
     def _missing_calls(self) -> list[list[int]]:
-        """Return the items to sample, in calls of `--target_batch_size` with nothing between."""
+        """Return the items to sample, in calls of `--target_batch_size` with nothing between.
+
+        Raise ValueError for a damaged file.
+        """
         missing = set(range(self.options.num_targets))
         for start, path in self.files.items():
-            with safe_open(path, "pt") as file:
-                missing -= set(range(start, start + file.get_slice("seeds").get_shape()[0]))
+            try:
+                with safe_open(path, "pt") as file:
+                    missing -= set(range(start, start + file.get_slice("seeds").get_shape()[0]))
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{path} is damaged ({error}): remove it, and the same command samples its "
+                    "targets again."
+                ) from error
         calls: list[list[int]] = []
         for index in sorted(missing):
             starts_call = index % self.options.target_batch_size == 0

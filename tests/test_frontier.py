@@ -120,6 +120,16 @@ def test_every_method_spends_what_it_says(pipe, refiner, judge):
         assert image.size == (128, 128)
 
 
+@pytest.mark.parametrize("usual", [1.2, 4.0])
+def test_every_scale_that_is_tried_guides(pipe, judge, usual):
+    """The usual one is the first; there are lower and higher ones, and none is 1 or below."""
+    found = families(Bench(pipe, usual, metrics=[judge]), ["DDIM"])
+    for name in ("cfg DDIM", "interval", "every 2"):
+        usual_one, *others = [setting["g"] for setting in found[name].settings]
+        assert usual_one == pytest.approx(usual)
+        assert 1 < min(others) < usual < max(others)
+
+
 def test_methods_that_need_what_is_not_given_are_left_out(pipe, judge):
     assert (
         not {"refined DDIM", "distilled", "few-step"}

@@ -29,9 +29,9 @@ from train.experiments.bench import Bench, Images
 from train.measurement import Batch
 from train.metrics import Aesthetic, ClipScore, Metric
 
-SCALES = (1.0, 0.75, 1.5, 2.0)  # times the usual guidance scale
+SCALES = (1.0, 0.25, 0.5, 1.5, 3.0)  # of guidance, g - 1, times the usual
 INTERVALS = ((0.2, 0.9), (0.0, 0.5), (0.0, 0.75), (0.25, 0.75))  # shares of the steps
-STRENGTHS = (1.0, 0.75, 1.25)
+STRENGTHS = (1.0, 0.5, 0.75, 1.25)
 SHARPENINGS = (1.5, 1.25, 2.0, 3.0)
 SEED_STRIDE = 10**7  # between the seeds of an image's candidates
 
@@ -76,6 +76,11 @@ def families(bench: Bench, samplers: Sequence[str]) -> dict[str, Family]:
     return found
 
 
+def scales(bench: Bench) -> list[float]:
+    """Return the guidance scales to try, the usual one first: a Frechet distance asks for less."""
+    return [1 + factor * (bench.guidance_scale - 1) for factor in SCALES]
+
+
 def unguided(bench: Bench, sampler: str) -> Family:
     """Return plain sampling."""
     return Family(
@@ -93,7 +98,7 @@ def cfg(bench: Bench, sampler: str) -> Family:
         lambda batch, steps, setting: bench.sample(
             batch, steps, sampler, guidance_scale=setting["g"]
         ),
-        [{"g": factor * bench.guidance_scale} for factor in SCALES],
+        [{"g": g} for g in scales(bench)],
     )
 
 
@@ -105,9 +110,7 @@ def interval(bench: Bench, sampler: str) -> Family:
         return ClassifierFreeGuidance(guidance_scale=setting["g"], start=start, stop=stop)
 
     settings = [
-        {"g": factor * bench.guidance_scale, "from": start, "to": stop}
-        for start, stop in INTERVALS
-        for factor in SCALES
+        {"g": g, "from": start, "to": stop} for start, stop in INTERVALS for g in scales(bench)
     ]
     return _guided(f"CFG in an interval, {sampler}", bench, sampler, guider, settings)
 
@@ -119,7 +122,7 @@ def every_kth(bench: Bench, sampler: str, k: int) -> Family:
         bench,
         sampler,
         lambda setting: EveryKth(setting["g"], k),
-        [{"g": factor * bench.guidance_scale} for factor in SCALES],
+        [{"g": g} for g in scales(bench)],
     )
 
 

@@ -4,13 +4,14 @@
         --output runs/frontier-emoji.json
     python train/experiments/frontier.py --refiner assets/refiners/emoji --dry_run
 
-train/experiments/methods.py says which methods there are. What a method can be set to (guidance
-scale, interval, strength, sharpening) is chosen for each figure on --tuning_prompts, which the
-evaluation does not use, with --tuning_budget forwards. Where --prompts is the same file, as the
-classes of a class-conditional model are, every fourth prompt is for the tuning and the others for
-the evaluation. All methods have the same prompts and seeds; intervals are 95 % bootstrap intervals
-over prompts. The winner of a budget is chosen on the evaluation itself, so the best of many like
-methods looks a little better than it is; a judge that chose the images flatters them.
+train/experiments/methods.py says which methods there are. Guidance and refined noise are tried with
+every sampler, the others with the model's own. What a method can be set to (guidance scale,
+interval, strength, sharpening) is chosen for each figure on --tuning_prompts, which the evaluation
+does not use, with --tuning_budget forwards. Where --prompts is the same file, as the classes of a
+class-conditional model are, every fourth prompt is for the tuning and the others for the
+evaluation. All methods have the same prompts and seeds; intervals are 95 % bootstrap intervals over
+prompts. The winner of a budget is chosen on the evaluation itself, so the best of many like methods
+looks a little better than it is; a judge that chose the images flatters them.
 
 Beside --output: a plot (.png), and a folder that keeps what was measured, so that the same command
 continues, also with more budgets or samplers.
@@ -232,6 +233,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
             lows, highs = zip(*(point["interval"] for point in points), strict=True)
             axes.fill_between(forwards, lows, highs, color=style["color"], alpha=0.07, linewidth=0)
         axes.set(xscale="log", xlabel="network forwards", title=figure["title"])
+        budgets = [row["budget"] for row in figure["winners"]]
+        axes.set_xticks(budgets, budgets)
+        axes.minorticks_off()
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize="small")
     drawn.savefig(path)
 

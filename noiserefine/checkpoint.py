@@ -84,7 +84,9 @@ class RefinerConfig:
             and bool(self.target_modules)
             and all(isinstance(name, str) for name in self.target_modules),
             "head": isinstance(self.head, str),
-            "vector": self.vector is None or isinstance(self.vector, str),
+            "vector": isinstance(self.vector, str)
+            or self.vector is None
+            and self.guidance_scale_range is None,
             "adds_input": isinstance(self.adds_input, bool),
             "guidance_scale_range": self.guidance_scale_range is None
             or isinstance(self.guidance_scale_range, list)

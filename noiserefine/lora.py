@@ -230,11 +230,11 @@ def with_lora(
     """Return a twin of the network with a fresh LoRA and without the head's bias.
 
     The head's LoRA has at least the rank of its weight, so that it can cancel it, and is in single
-    precision, so that it cancels it exactly.
+    precision, so that it cancels it exactly.  Raises ValueError for a head that is no layer.
     """
     flags = {parameter: parameter.requires_grad for parameter in network.parameters()}
     twin = plain_twin(network)
-    full = min(twin.get_submodule(head).weight.flatten(1).shape)
+    full = min(_layer(twin, head).weight.flatten(1).shape)
     pattern = {f"^{re.escape(head)}": full} if full > rank else {}
     modules = dict(twin.named_modules())
     whole = [f".{target}" for target in targets if target in modules]  # names, no ends of names
@@ -259,6 +259,17 @@ def with_lora(
     head_layer.lora_A.float()
     head_layer.lora_B.float()
     return twin
+
+
+def _layer(network: ModelMixin, name: str) -> nn.Linear | nn.Conv2d:
+    """Return a layer by its name. Raises ValueError for a name that is none's."""
+    layer = dict(network.named_modules()).get(name)
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        raise ValueError(
+            f"{type(network).__name__} has no layer {name!r}, neither linear nor a convolution: "
+            "the refiner's configuration is damaged or belongs to another model."
+        )
+    return layer
 
 
 @torch.no_grad()
@@ -348,8 +359,11 @@ def save_lora(
 
 
 def add_scale_input(network: ModelMixin, layer: str) -> None:
-    """Add a projection of the guidance scale's embedding to what a layer reads, zero at first."""
-    weight = network.get_submodule(layer).weight
+    """Add a projection of the guidance scale's embedding to what a layer reads, zero at first.
+
+    Raises ValueError for a name that is no layer's.
+    """
+    weight = _layer(network, layer).weight
     network.scale_input = nn.Linear(
         SCALE_EMBEDDING, weight.shape[1], bias=False, device=weight.device, dtype=weight.dtype
     )

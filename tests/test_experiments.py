@@ -501,7 +501,7 @@ def test_the_report_has_a_section_for_every_experiment(tmp_path, monkeypatch, ca
         "rank=4": trained | {"factor": "rank", "value": 4},
         "teacher=apg": trained | {"factor": "teacher", "value": "apg"},
     }
-    base = {"n": 512, "rank": 32, "teacher": "cfg", "layers": None}
+    base = reproduce.PRESETS["emoji"] | {"n": 512, "teacher": "cfg", "layers": None}
     studied = {"settings": base, "recipes": varied_recipes}
     for model in reproduce.MODELS:
         for name, made in (

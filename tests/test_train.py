@@ -274,6 +274,17 @@ def test_targets_are_kept_and_filtered(tmp_path, tiny_pipe):
     assert torch.cat([load_file(path)["seeds"] for path in files]).tolist() == list(range(6))
 
 
+@pytest.mark.parametrize("values", [[1.0, float("nan")], [1.0]])
+def test_a_score_is_a_number_for_each_image(tmp_path, tiny_pipe, values):
+    """The highest would be a NaN, and one too few would move all that follow."""
+    run = ["--output_dir", str(tmp_path), "--prompts", "x", "--sampler", "DDIM", *TINY.split()]
+    run += ["--num_targets", "2", "--keep_top", "1", "--score", "tests.test_train:brightness"]
+    targets = Targets(parse(run), tiny_pipe, ["a cat"])
+    targets.score = lambda images, prompts: values
+    with pytest.raises(ValueError, match="brightness gave .* for 2 images"):
+        targets.make(Accelerator())
+
+
 def test_damaged_files_of_a_run_are_named(tmp_path, tiny_pipe):
     """As a disk leaves them that loses its power."""
     run = ["--output_dir", str(tmp_path), "--prompts", "x", "--sampler", "DDIM"]

@@ -3,6 +3,7 @@
 import bisect
 import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -196,8 +197,13 @@ class Targets:
         if self.score:
             with on_device(decoding_parts(pipe), x0.device):
                 images = decode(pipe, x0, self.empty_prompt)
-            scores = self.score(images, self._prompts(indices))
-            tensors["scores"] = torch.tensor([float(value) for value in scores])
+            scores = [float(value) for value in self.score(images, self._prompts(indices))]
+            if len(scores) != len(images) or not all(map(math.isfinite, scores)):
+                raise ValueError(
+                    f"--score {options.score} gave {scores} for {len(images)} images: it has to "
+                    "return a finite number for each."
+                )
+            tensors["scores"] = torch.tensor(scores)
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
     def _missing_calls(self) -> list[list[int]]:

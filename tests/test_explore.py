@@ -1,9 +1,11 @@
 """The views: what they show, on the embedded backbone."""
 
+import copy
 import io
 import json
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -527,6 +529,15 @@ def test_a_film_holds_every_frame(make):
     film_ = Image.open(io.BytesIO(film([[red, blue], [blue, red]])))
     assert film_.n_frames == 2 and film_.size == (16, 8)
     assert film_.convert("RGB").getpixel((12, 4)) == (0, 0, 255)
+
+
+def test_attention_needs_tokens_that_are_padded_on_the_right(pipe):
+    """Kolors, whose UNet is Stable Diffusion's, pads on the left: words are elsewhere there."""
+    assert hindrance(pipe) == ""
+    other = copy.copy(pipe)
+    vars(other)["tokenizer"] = SimpleNamespace(padding_side="left")
+    for unlike_clip in (other, pipeline("kolors")):
+        assert "places of a prompt's words" in hindrance(unlike_clip)
 
 
 UNIVERSAL = ["sd3", "flux_dev", "sit"]  # flow matching, packed latents, classes

@@ -17,12 +17,17 @@ PUNCTUATION = ",.;:!?()\"'“”‘’„«»…"
 
 def hindrance(pipe: DiffusionPipeline) -> str:
     """Return why the attention of a pipeline cannot be recorded, or ""."""
-    if isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
-        return ""
-    return (
-        "This view records the cross-attention of Stable Diffusion's UNets. This model is a "
-        f"{type(pipe).__name__}, whose attention has another form."
-    )
+    if not isinstance(getattr(pipe, "unet", None), UNet2DConditionModel):
+        return (
+            "This view records the cross-attention of Stable Diffusion's UNets. This model is a "
+            f"{type(pipe).__name__}, whose attention has another form."
+        )
+    if getattr(pipe.tokenizer, "padding_side", None) != "right":
+        return (
+            "This view knows the places of a prompt's words among CLIP's tokens. This model is a "
+            f"{type(pipe).__name__}, whose tokenizer is another."
+        )
+    return ""
 
 
 def plain_words(prompt: str) -> list[str]:

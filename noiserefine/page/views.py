@@ -330,18 +330,19 @@ def many(job: "Job", prompts: str, count: float) -> None:
     """Show the arms of several prompts and seeds."""
     lines = text(prompts, "The list of prompts", 2 * MAX_TEXT).splitlines()
     lines = [line.strip() for line in lines if line.strip()] or [job.recipe.prompt]
+    lines = list(dict.fromkeys(lines))  # each once
     count = whole(count, "The number of images a prompt")
-    batch = {
-        (prompt, seed): job.arms(prompt=prompt, seed=seed)
-        for prompt in lines
-        for seed in range(job.recipe.seed, job.recipe.seed + count)
-    }
-    total = sum(len(arms) for arms in batch.values())
+    total = len(lines) * count * len(job.arms())
     if not 1 <= total <= MOST_IMAGES:
         raise ValueError(
             f"{len(lines)} prompts with {count} images each are {total} images in all columns; "
             f"from 1 to {MOST_IMAGES} can be made in one go."
         )
+    batch = {
+        (prompt, seed): job.arms(prompt=prompt, seed=seed)
+        for prompt in lines
+        for seed in range(job.recipe.seed, job.recipe.seed + count)
+    }
     for arms in batch.values():
         for recipe in arms.values():
             job.make.check(recipe)

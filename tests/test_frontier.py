@@ -17,7 +17,7 @@ from tests.conftest import EMOJI, EMOJI_REFINER, ROOT
 from tests.families import FAMILIES, pipeline
 from tests.test_families import PROMPTS, noise
 from train.emoji.render import prompt
-from train.experiments import compatibility, frontier, variety
+from train.experiments import compatibility, frontier, methods, variety
 from train.experiments.bench import Bench
 from train.experiments.methods import families, preference, sharpen
 from train.measurement import Batch
@@ -165,6 +165,22 @@ def test_prompts_of_the_object_alone_leave_the_backgrounds_accuracy_to_the_other
         found = judge.summarise(rows, [np.arange(4)])
         assert found["object_accuracy"] == 0.75
         assert found["background_accuracy"] == pytest.approx(expected, nan_ok=True)
+
+
+def test_the_judge_chooses_in_the_precision_that_it_measures_in(pipe, judge, monkeypatch):
+    """Where images are made under autocast, too."""
+    found = families(Bench(pipe, 2.0, metrics=[judge]), ["DDIM"])["best seed, 4 steps"]
+    batch = Batch(0, ["a cat"], draw_noise(pipe, 10**6), encode_prompt(pipe, ["a cat"]))
+    seen = []
+
+    def prefer(*_):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return np.zeros(1)
+
+    monkeypatch.setattr(methods, "preference", prefer)
+    with torch.autocast("cpu", torch.bfloat16):
+        found.images(batch, 2, {})
+    assert seen == [False, False]
 
 
 def test_vendi_score_counts_different_images():

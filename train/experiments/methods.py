@@ -185,7 +185,8 @@ def best_of(bench: Bench, sampler: str, steps: int) -> Family:
             other = replace(batch, x_T=x_T.to(batch.x_T.device))
             images = bench.sample(other, steps, sampler)
             candidates.append(images)
-            scores.append(preference(bench.metrics[0], images, batch.prompts))
+            with torch.autocast(batch.x_T.device.type, enabled=False):  # as it measures
+                scores.append(preference(bench.metrics[0], images, batch.prompts))
         best = np.argmax(scores, axis=0)
         return [candidates[i][row] for row, i in enumerate(best)]
 

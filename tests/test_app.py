@@ -475,6 +475,7 @@ def test_an_arm_restores_the_settings_that_make_it_again(client):
         path = next(path for path in result["keep"] if path.endswith(f"{arm}.png"))
         record = read_png(path)
         assert record["arm"] == arm and record["view"] == "compare"
+        assert record["refiner"] == "assets/refiners/emoji", "not where the page runs"
         assert len(record["refiner_sha256"]) == 64 and record["versions"]["torch"]
         assert ("nearness" in record) == (arm == "refined")
         assert np.array_equal(shown(*restored_values(record))[arm].image, pixels(path))

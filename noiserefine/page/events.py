@@ -17,7 +17,7 @@ class Source:
 
     backbone: str
     revision: str | None
-    refiner: str | None  # its folder or hub id
+    refiner: str | None  # its folder, from the repository if it is in it, or hub id
     refiner_sha256: str | None
 
 

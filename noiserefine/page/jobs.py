@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from noiserefine.models.pool import Loaded, Models
 from noiserefine.page.events import Download, Event, Made, Picture, Progress, Source, Tick
 from noiserefine.page.settings import REFINERS, ZERO_GPU, Settings, number, text, whole
 from noiserefine.page.stream import Worker, stream
+from noiserefine.page.training import shown
 from noiserefine.page.views import ARMS, VIEWS, View
 from noiserefine.page.vocabulary import is_embedded
 from noiserefine.samplers import forwards
@@ -146,7 +148,9 @@ def work(
         job = _prepare(loaded, model, asked, known, report)
         refiner = loaded.refiner
         job.make.check(job.recipe if refiner else job.recipe.guided)  # before any forward
-        used = (refiner.source, refiner.weights_sha256) if refiner else (None, None)
+        used: tuple[str | None, str | None] = (None, None)
+        if refiner and refiner.source:
+            used = shown(Path(refiner.source)), refiner.weights_sha256
         report(Source(model.backbone, loaded.revision, *used))
         if reason := view.unmet(job):
             raise ValueError(reason)

@@ -4,8 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from noiserefine.models.catalogue import ASSETS, Model
+from noiserefine.models.catalogue import Model
 from noiserefine.page.settings import Settings, changed
+from noiserefine.page.training import shown
 
 SHOWN_SECONDS = 1.0  # below it the time says more about the machine than about the method
 
@@ -94,11 +95,9 @@ def code(settings: Settings, refiner: str | None, refiner_scale: float | None = 
         f"latents = draw_noise(pipe, seed{sizes})  # x_T",
     ]
     if refiner and settings.strength:
-        if refiner.startswith(str(ASSETS)):
-            refiner = str(Path(refiner).relative_to(ASSETS.parent))
         scale = "" if refiner_scale is None else f", guidance_scale={refiner_scale:g}"
         lines += [
-            f"refiner = Refiner.from_pretrained({refiner!r}, pipe)",
+            f"refiner = Refiner.from_pretrained({shown(Path(refiner))!r}, pipe)",
             f"latents = refiner(latents, prompt, strength={settings.strength:g}{scale})",
         ]
     arguments = ", ".join(f"{name}={value!r}" for name, value in changed(settings).items())

@@ -45,7 +45,7 @@ class Options:
     preset: str = option("sd21", f"the defaults to start from: {', '.join(PRESETS)}")
     quick: bool = option(False, "a small first run of the preset: an evening on one card")
     hours: float = option(
-        None, "use as many targets as fit into this time, at most the preset's; see --tflops"
+        None, "use as many targets as fit into this time on one card, at most the preset's"
     )
     tflops: float = option(200.0, "10^12 operations a second that the card sustains")
     backbone: str = option(

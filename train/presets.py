@@ -109,9 +109,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         validation_prompts="assets/prompts/emoji_objects.txt",
     ),
 }
-# `--quick`: the first refiner of a model within an evening. These values follow from the embedded
-# models, which learn targets by heart from the second epoch on: new ones serve better than more
-# epochs. They have not been tried on the big models.
+# `--quick`: the first refiner of a model within an evening. On the embedded models about 1000
+# targets are enough, each seen once or twice, and few steps in the loss do as well as many ("The
+# training recipe" in assets/results/README.md). None of this has been tried on the big models.
 QUICK = dict(
     num_targets=880,
     target_steps=15,

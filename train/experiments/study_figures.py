@@ -11,6 +11,7 @@ from train.common import markdown_table, with_interval
 from train.experiments.study_recipes import BASE, FACTORS, base_value
 
 PANELS = 4  # in a row of the plot
+LOWEST = -50  # percent; the table alone has what is worse
 COLOURS = ("tab:orange", "tab:blue", "tab:green")
 
 
@@ -66,6 +67,7 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
         axes.set_xticks(range(len(values)), labels, rotation=45 if len(values) > PANELS else 0)
         axes.set_title(FACTORS[factor].title, fontsize="medium")
         axes.grid(alpha=0.3)
+    figure.axes[0].set_ylim(bottom=max(LOWEST, figure.axes[0].get_ylim()[0]))  # of all panels
     figure.axes[0].legend(fontsize="small")
     figure.supylabel("percent: of the way (solid), of the accuracy gap (dashed)", fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -408,7 +408,7 @@ def test_metrics_that_cannot_run_say_why(names, says):
 
 
 def test_prompts_of_files(tmp_path, pipe):
-    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    (tmp_path / "prompts.txt").write_text("a quasar\na theorem\n")
     (tmp_path / "coco.json").write_text(
         json.dumps(
             {
@@ -421,10 +421,10 @@ def test_prompts_of_files(tmp_path, pipe):
         )
     )
     assert sorted(evaluate.chosen_prompts(str(tmp_path / "prompts.txt"), 4, pipe)) == [
-        "a cat",
-        "a cat",
-        "a dog",
-        "a dog",
+        "a quasar",
+        "a quasar",
+        "a theorem",
+        "a theorem",
     ]
     assert evaluate.chosen_prompts(str(tmp_path / "coco.json"), 2, pipe) == ["a bird", "a bird"]
     arguments = ["--prompts", str(tmp_path / "prompts.txt"), "--arms", "gaussian"]

@@ -124,8 +124,7 @@ class Measurement:
 
         networks: those whose forwards count. images_of: makes an arm's images of a batch.
         """
-        in_bf16 = self.args.mixed_precision == "bf16"
-        autocast = torch.autocast(pipe.device.type, torch.bfloat16, enabled=in_bf16)
+        autocast = autocast_to(self.args.mixed_precision, pipe.device)
         for start in tqdm(
             self.starts[self.process.process_index :: self.process.num_processes],
             disable=not self.process.is_local_main_process,
@@ -285,6 +284,11 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
         help="bf16: under torch.autocast, for processors that multiply in it; models on CUDA are "
         "in 16 bits in any case",
     )
+
+
+def autocast_to(mixed_precision: str, device: torch.device) -> torch.autocast:
+    """Return the context that images are made in: bf16 where mixed_precision is "bf16"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision == "bf16")
 
 
 def all_figures(metrics: Sequence[Metric | type[Metric]]) -> dict[str, Figure]:

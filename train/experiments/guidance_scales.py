@@ -31,7 +31,7 @@ from train.common import (
     with_interval,
     write_json,
 )
-from train.measurement import add_precision
+from train.measurement import add_precision, autocast_to
 from train.metrics import load_metrics
 
 
@@ -54,8 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         refiner.check_guidance_scale(scale)
     (judge,) = load_metrics(["judge"], None, pipe.device)
     pipe, prompts = with_sampler(pipe, "DDIM"), held_out_prompts(args.n)
-    in_bf16 = args.mixed_precision == "bf16"
-    autocast = torch.autocast(pipe.device.type, torch.bfloat16, enabled=in_bf16)
+    autocast = autocast_to(args.mixed_precision, pipe.device)
 
     arms = ("guided", "refined")
     recognised: dict[str, list[list[bool]]] = {arm: [[] for _ in args.scales] for arm in arms}

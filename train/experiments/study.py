@@ -62,6 +62,7 @@ from train.experiments.latent_distance import (
 )
 from train.experiments.study_figures import plot, table
 from train.experiments.study_recipes import BASE, FACTORS, Recipe, recipes, shares_targets
+from train.measurement import autocast_to
 from train.metrics import load_metrics
 from train.options import TARGET_OPTIONS, TRAINING_OPTIONS, Options, parse, plan
 
@@ -231,8 +232,7 @@ class Study:
     ) -> dict[str, np.ndarray]:
         """Return the latents "x0", (n, C, h, w), and whether the judge sees the object, (n,)."""
         size = self.base.target_batch_size
-        in_bf16 = self.base.mixed_precision == "bf16"
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=in_bf16)
+        autocast = autocast_to(self.base.mixed_precision, self.device)
         latents, correct = [], []
         for start in range(0, self.args.n, size):
             prompts = self.prompts[start : start + size]

@@ -71,8 +71,16 @@ def _call(pipe: DiffusionPipeline, sample: torch.Tensor, steps: bool, **call) ->
         made = SimpleNamespace(prev_sample=sample, denoised=sample)
         return made if return_dict else (sample, sample)
 
-    scheduler.set_timesteps, scheduler.step = set_few, step
+    # Some pipelines round latents to the precision of the prompt, which the decoder may not have.
+    vae = copy.copy(pipe.vae)
+
+    @functools.wraps(pipe.vae.decode)
+    def decode(z, *args, **kwargs):
+        return pipe.vae.decode(z.to(pipe.vae.dtype), *args, **kwargs)
+
+    scheduler.set_timesteps, scheduler.step, vae.decode = set_few, step, decode
     twin = with_parts(pipe, scheduler=scheduler)
+    vars(twin)["vae"] = vae
     twin.set_progress_bar_config(disable=True)
     return twin(**call).images[0]
 

@@ -36,14 +36,16 @@ def train(tmp_path, monkeypatch):
         AcceleratorState._reset_state(reset_partial_state=True)
         pipe = families.pipeline(name)
         monkeypatch.setattr(
-            train_refiner, "load_pipeline", lambda _, device, dtype, place: place(pipe, device)
+            train_refiner,
+            "load_pipeline",
+            lambda _, device, dtype, place: place(pipe.to(dtype), device),
         )
         prompts = tmp_path / "prompts.txt"
         prompts.write_text("1\n2\n" if name == "sit" else "a cat\na dog\n")
         options = (
             "--preset sd35-medium --pag_scale 0 --num_validation 1 --num_targets 4 "
             "--target_steps 2 --steps 2 --batch_size 2 --gradient_accumulation_steps 1 "
-            "--epochs 1 --rank 4 --mixed_precision no --lr 1e-3 --warmup_steps 0 "
+            "--epochs 1 --rank 4 --lr 1e-3 --warmup_steps 0 "
             f"--gradient_checkpointing False --prompts {prompts} --validation_prompts {prompts}"
         )
         train_refiner.main([*options.split(), "--output_dir", str(tmp_path / name), *arguments])
@@ -54,7 +56,7 @@ def train(tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux2_klein", "sit", "pixart_sigma"])
+@pytest.mark.parametrize("name", ["sd3", "flux2_klein", "sit", "pixart_sigma", "sana", "z_image"])
 def test_a_family_is_trained_and_loaded(train, name):
     refiner, log = train(name)
     assert len(log) == 2 and all(line["loss"] > 0 and not line["skipped"] for line in log)

@@ -246,7 +246,11 @@ def table(result: dict[str, Any]) -> str:
     def cell(value: dict[str, Any] | None) -> str:
         return with_interval(value["value"], value["interval"], 3) if value else ""
 
-    parts = []
+    tuning = result["tuning"]
+    parts = [
+        f"n = {result['n']} images of {result['prompts']} prompts an arm; settings chosen on "
+        f"{tuning['n']} images of {tuning['prompts']} other prompts in {tuning['budget']} forwards."
+    ]
     for figure in result["figures"].values():
         rows = [
             [

@@ -181,8 +181,8 @@ def megabytes(refiner: Refiner) -> float:
 
 
 def table(result: dict) -> str:
-    """Return the results as a Markdown table."""
-    return markdown_table(
+    """Return what was measured, and the results as a Markdown table."""
+    rows = markdown_table(
         [
             *("steps", "rank", "MB", "distance unguided", "distance refined"),
             *("percent of the way", "images that come nearer, %"),
@@ -199,6 +199,10 @@ def table(result: dict) -> str:
             ]
             for row in result["results"]
         ],
+    )
+    return (
+        f"n = {result['n']}, seeds from {result['first_seed']}, guidance scale "
+        f"{result['settings']['guidance_scale']}.\n\n{rows}"
     )
 
 

@@ -209,12 +209,7 @@ def forwards_spent(results: Results, model: str) -> str:
     name = f"frontier-{model}"
     result = results[name]
     frontier.plot(result, RESULTS / f"{name}.png")
-    tuning = result["tuning"]
-    return (
-        f"n = {result['n']} images of {result['prompts']} prompts an arm; settings chosen on "
-        f"{tuning['n']} images of {tuning['prompts']} other prompts in {tuning['budget']} "
-        f"forwards.\n\n![Quality by forwards]({name}.png)\n\n{frontier.table(result)}"
-    )
+    return f"![Quality by forwards]({name}.png)\n\n{frontier.table(result)}"
 
 
 def seeds_of_a_prompt(results: Results, model: str) -> str:
@@ -222,10 +217,7 @@ def seeds_of_a_prompt(results: Results, model: str) -> str:
     name = f"variety-{model}"
     result = results[name]
     variety.plot(result, RESULTS / f"{name}.png")
-    return (
-        f"{result['seeds']} seeds of {result['prompts']} prompts an arm, {result['steps']} steps."
-        f"\n\n![Quality by variety]({name}.png)\n\n{variety.table(result)}"
-    )
+    return f"![Quality by variety]({name}.png)\n\n{variety.table(result)}"
 
 
 def conditions(results: Results, model: str) -> str:

@@ -189,7 +189,10 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def table(result: dict[str, Any]) -> str:
     """Return the arms, and refined minus guided at equal quality, as Markdown tables."""
     figures = EmojiJudge.figures | Inception.figures | Vendi.figures
-    parts = [arms_table(list(result["arms"].items()), figures)]
+    parts = [
+        f"{result['seeds']} seeds of {result['prompts']} prompts an arm, {result['steps']} steps.",
+        arms_table(list(result["arms"].items()), figures),
+    ]
     if rows := list(result["refined_minus_guided"].items()):
         parts.append("Variety of refined noise minus that of guidance at the same quality:")
         parts.append(arms_table(rows, figures))

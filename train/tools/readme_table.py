@@ -9,6 +9,7 @@ TABLES, whose function reads JSON files that the measuring scripts wrote.
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from noiserefine.models import catalogue
 from noiserefine.models.catalogue import ASSETS, BACKBONES
 from train.common import markdown_table, with_interval
 from train.emoji.judge import EmojiJudge
-from train.experiments import latent_distance, study_figures
+from train.experiments import frontier, latent_distance, study_figures, variety
 from train.measurement import arms_table
 from train.tools import cost, cuda_table
 
@@ -119,26 +120,15 @@ def training() -> str:
     return markdown_table(header, rows)
 
 
-def distances() -> str:
-    """Return how far refining carries the latents to the guided ones, by rank and steps."""
-    parts = []
-    for path in sorted(RESULTS.glob("distances-*.json")):
-        result = json.loads(path.read_text())
-        model = path.stem.removeprefix("distances-")
-        parts.append(
-            f"`{model}`, n = {result['n']}, seeds from {result['first_seed']}, guidance scale "
-            f"{result['settings']['guidance_scale']}.\n\n" + latent_distance.table(result)
-        )
-    return "\n\n".join(parts)
-
-
-def studies() -> str:
-    """Return what each factor of the training recipe does, by model."""
-    paths = sorted(RESULTS.glob("study-*.json"))
-    found = {path.stem.removeprefix("study-"): json.loads(path.read_text()) for path in paths}
+def by_model(script: str, table: Callable[[dict], str]) -> str:
+    """Return an experiment's table of each model it was made with: SCRIPT-MODEL.json."""
+    found = {
+        backbone.title: RESULTS / f"{script}-{name}.json" for name, backbone in BACKBONES.items()
+    }
     return "\n\n".join(
-        f"**{BACKBONES[model].title}**: {study_figures.table(result)}"
-        for model, result in found.items()
+        f"**{title}**: {table(json.loads(path.read_text()))}"
+        for title, path in found.items()
+        if path.exists()
     )
 
 
@@ -215,8 +205,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "arms": arms,
     "few_steps": few_steps,
     "training": training,
-    "distances": distances,
-    "studies": studies,
+    "distances": partial(by_model, "distances", latent_distance.table),
+    "studies": partial(by_model, "study", study_figures.table),
+    "frontiers": partial(by_model, "frontier", frontier.table),
+    "varieties": partial(by_model, "variety", variety.table),
     "benchmark": benchmark,
     "guidance_scales": guidance_scales,
     "msd": msd,

@@ -441,8 +441,10 @@ def test_prompts_of_files(tmp_path, pipe):
     ]
 
 
-def test_benchmark_runs(tmp_path):
-    arguments = f"--backbone {EMOJI} --refiner {EMOJI_REFINER} --rounds 1 --warmup 0 --steps 3"
+@pytest.mark.parametrize("model", ["emoji", "emoji-sit"])
+def test_benchmark_runs(model, tmp_path):
+    models = f"--backbone assets/{model} --refiner assets/refiners/{model}"
+    arguments = f"{models} --rounds 1 --warmup 0 --steps 3"
     benchmark_main([*arguments.split(), "--output", str(tmp_path / "benchmark.json")])
     benchmark = json.loads((tmp_path / "benchmark.json").read_text())
     assert {name: arm["forwards"] for name, arm in benchmark["arms"].items()} == {
@@ -485,7 +487,10 @@ def test_benchmark_of_random_weights(sdxl):
         "refined": 3,
     }
     assert (
-        0 < result["refiner_bytes"] < result["unet_bytes"] < result["arms"]["refined"]["peak_bytes"]
+        0
+        < result["refiner_bytes"]
+        < result["denoiser_bytes"]
+        < result["arms"]["refined"]["peak_bytes"]
     )
 
 

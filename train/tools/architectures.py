@@ -47,6 +47,7 @@ from train.tools.convert_sit import IMAGENET_CLASSES, read_classes
 Config = dict[str, Any]
 BACKBONE_HELP = "folder or hub id of the pipeline; with --random_weights an architecture's name"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PROMPT = "7"  # a class of class-conditional models, too
 TOKENIZER = ROOT / "assets" / "emoji" / "tokenizer"
 # The prompt alone, as if the user had sent it to a language model without a template of its own.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

@@ -24,13 +24,13 @@ from noiserefine.guidance import sample
 from noiserefine.models.devices import default_device, default_dtype
 from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt
-from noiserefine.samplers import SAMPLER_NAMES, with_sampler
+from noiserefine.samplers import SAMPLER_NAMES, samplers_of, with_sampler
 from train.common import argument_parser, run_script, write_json
-from train.tools.architectures import BACKBONE_HELP, DTYPES, random_pipeline
+from train.tools.architectures import BACKBONE_HELP, DTYPES, PROMPT, random_pipeline
 from train.tools.memory import peak_bytes, reset_peak, timed
 
 ARMS = ("unguided", "guided", "refined")
-PROMPT, GUIDANCE_SCALE = "a red apple on a blue background", 7.0
+GUIDANCE_SCALE = 7.0
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     add("--rank", type=int, default=128, help="rank of the untrained refiner")
     add("--dtype", choices=DTYPES, help="by default the device's own")
-    add("--sampler", choices=SAMPLER_NAMES, default="DDIM")
+    add("--sampler", choices=SAMPLER_NAMES, help="by default the model's own")
     add("--steps", type=int, default=20)
     add("--batch_size", type=int, default=1, help="images a call")
     add("--rounds", type=int, default=20, help="calls of each arm after the --warmup ones")
@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     dtype = DTYPES[args.dtype] if args.dtype else default_dtype(device)
     load = random_pipeline if args.random_weights else load_pipeline
     pipe = load(args.backbone, device, dtype)
+    args.sampler = args.sampler or samplers_of(pipe)[0]
     if args.refiner:
         refiner = Refiner.from_pretrained(args.refiner, pipe, merge=args.mode == "merged")
     else:
@@ -97,7 +98,7 @@ def measure(pipe: DiffusionPipeline, refiner: Refiner, args: argparse.Namespace)
         "dtype": str(precision(denoiser(pipe))),
         "refined_over_unguided": _ratio(seconds["refined"], seconds["unguided"]),
         "refined_over_guided": _ratio(seconds["refined"], seconds["guided"]),
-        "unet_bytes": sum(weights.values()),
+        "denoiser_bytes": sum(weights.values()),
         "refiner_bytes": sum(p.numel() * p.element_size() for p in added),
         "arms": {
             arm: {

@@ -25,10 +25,11 @@ from noiserefine.denoiser import as_latents, denoiser, first_step, guidance_argu
 from noiserefine.models.devices import default_device
 from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt
+from noiserefine.samplers import samplers_of
 from train.common import argument_parser, run_script, write_json
 from train.options import Options
 from train.targets import Batch
-from train.tools.architectures import BACKBONE_HELP, DTYPES, random_pipeline
+from train.tools.architectures import BACKBONE_HELP, DTYPES, PROMPT, random_pipeline
 from train.tools.memory import peak_bytes, timed
 from train.train_refiner import MSD
 
@@ -46,9 +47,10 @@ class Step:
         self.refiner = Refiner.create(self.pipe, args.rank)
         denoiser(self.pipe).requires_grad_(False)
         cast_training_params(self.refiner.network)
-        self.steps, self.loss = steps, MSD(self.pipe, Options(sampler="DDIM", steps=steps))
+        options = Options(sampler=samplers_of(self.pipe)[0], steps=steps)
+        self.steps, self.loss = steps, MSD(self.pipe, options)
         x_T = draw_noise(self.pipe, 0, args.batch_size).to(self.pipe.device)
-        embeds = encode_prompt(self.pipe, ["a cat"] * args.batch_size, guided=False)
+        embeds = encode_prompt(self.pipe, [PROMPT] * args.batch_size, guided=False)
         scales = torch.ones(args.batch_size)
         self.batch = Batch(x_T, embeds, scales, torch.zeros_like(x_T), extra={}, seed=0)
 

@@ -18,9 +18,8 @@ from noiserefine import Refiner, draw_noise
 from noiserefine.guidance import sample
 from noiserefine.models.offload import offload
 from noiserefine.noise import encode_prompt
-from train.tools.architectures import UNETS, random_pipeline
+from train.tools.architectures import PROMPT, UNETS, random_pipeline
 
-PROMPT = "7"  # a class of SiT's, too
 STEPS, GUIDANCE_SCALE = 20, 7.0
 RANKS = {"sdxl": 256}  # the presets'
 RANK = 128

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from arms import PROMPT, small_pipeline
+from arms import small_pipeline
 from diffusers import DiffusionPipeline
 from results import arguments, device, free_memory, peak_gib, report, reset_peak, timed
 from training import Step
@@ -27,7 +27,7 @@ from noiserefine.samplers import samplers_of, with_sampler
 from train.common import ROOT
 from train.options import DTYPES, Options, default_options
 from train.placement import decoding_parts, encoding, on_device, taking_turns
-from train.tools.architectures import random_pipeline
+from train.tools.architectures import PROMPT, random_pipeline
 
 TABLE = ROOT / "assets" / "results" / "tiers.json"
 SMALL: dict[str, Any] = dict(mixed_precision="no", rank=8, batch_size=2, target_batch_size=2)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from arms import PROMPT, small_pipeline
+from arms import small_pipeline
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from results import arguments, device, free_memory, peak_gib, report, reset_peak, timed
@@ -25,7 +25,7 @@ from noiserefine.guidance import sample_latents
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import samplers_of
 from train.options import DTYPES, Options, default_options
-from train.tools.architectures import random_pipeline
+from train.tools.architectures import PROMPT, random_pipeline
 from train.train_refiner import MSD
 
 LEAST_MEMORY: dict[str, Any] = dict(batch_size=1, gradient_checkpointing=True, rank=32)

@@ -134,6 +134,11 @@ def test_files_have_speaking_names_and_an_enlarged_copy(client):
     assert sum(name.endswith("-enlarged.png") for name in files) == len(ARMS)
 
 
+def test_arms_of_a_prompt_without_spaces_have_files_of_their_own():
+    settings = asdict(Settings("猫" * 200))
+    assert len({texts.file_name(settings, arm) for arm in ARMS}) == len(ARMS)
+
+
 def test_opening_is_the_default_comparison():
     """Made anew by tests/tools/opening.py when the default model changes."""
     first, state = opening(), shown(*astuple(default_settings()))

@@ -58,7 +58,8 @@ def file_name(settings: dict, what: str) -> str:
     """Return a descriptive file name, without its ending: panda-pink-background-seed7-refined."""
     words = re.findall(r"\w+", str(settings["prompt"]).lower())
     words = [word for word in words if word not in ("a", "an", "the", "on", "of")]
-    return "-".join([*words[:4], f"seed{_whole(settings['seed'])}", what])[:80]
+    about = "-".join(words[:4])[:40]  # a prompt without spaces is one word
+    return "-".join(filter(None, (about, f"seed{_whole(settings['seed'])}", what)))
 
 
 def short(prompt: str) -> str:

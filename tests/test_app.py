@@ -567,6 +567,9 @@ def test_an_images_settings_are_its_own():
     assert made["view"] == "compare" and not made["controls"]
     both = made_from(record, replace(sample, recipe=replace(sample.recipe, strength=0.5)))
     assert {name: both[name] for name in record} == record, "no arm is guided from refined noise"
+    scaled = replace(sample, recipe=Recipe("a cat", 3, 10, "Euler", 1.0, 1.0, 4.0))
+    made = made_from(record | {"refiner": "assets/refiners/emoji-scales"}, scaled)
+    assert made["settings"]["refiner"] == "emoji-scales", "a view takes it by itself"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ from noiserefine.page.events import (
     Source,
 )
 from noiserefine.page.record import contact_sheet, enlarged, save_png
-from noiserefine.page.settings import Settings, link
+from noiserefine.page.settings import REFINERS, Settings, link
+from noiserefine.page.training import shown
 from noiserefine.page.views import ARMS
 
 ENLARGED = 512  # pixels; smaller images are kept a second time, enlarged
@@ -237,5 +238,9 @@ def made_from(record: dict, sample: Any) -> dict:
         settings["strength"] = recipe.strength
     if scale := recipe.refiner_scale or (recipe.guidance_scale > 1 and recipe.guidance_scale):
         settings["guidance_scale"] = scale
+    if recipe.refiner_scale:  # the view may have taken the refiner by itself
+        folders = {shown(Path(entry.folder)): name for name, entry in REFINERS.items()}
+        if name := folders.get(record["refiner"]):
+            settings["refiner"] = name
     settings = record["settings"] | settings
     return record | made | {"settings": settings, "view": "compare", "controls": {}}

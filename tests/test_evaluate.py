@@ -2,6 +2,7 @@ import argparse
 import json
 import os
 import pickle
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -519,3 +520,12 @@ def test_a_flow_model_is_measured_with_a_sampler_of_its_own(tmp_path):
     result = json.loads((tmp_path / "sit.json").read_text())
     assert result["settings"]["sampler"] == "Native"
     assert "background_accuracy" not in result["arms"]["gaussian"]
+
+
+def test_a_few_step_lora_is_measured_with_its_scheduler(tmp_path):
+    lora = tmp_path / "ink-lcm.safetensors"
+    shutil.copy(ROOT / "assets/loras/emoji-ink/pytorch_lora_weights.safetensors", lora)
+    options = ["--n", "2", "--steps", "1", "--arms", "gaussian", "--bootstrap", "5"]
+    options += ["--lora", str(lora), "--output", str(tmp_path / "lcm.json")]
+    evaluate.main(["--backbone", EMOJI, *options])
+    assert json.loads((tmp_path / "lcm.json").read_text())["settings"]["sampler"] == "Native"

@@ -108,6 +108,8 @@ def main(arguments: list[str] | None = None) -> None:
     # Accelerator reads this variable by itself, PartialState does not.
     process = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     pipe = load_pipeline(args.backbone, process.device)
+    if args.lora:
+        add_lora(pipe, args.lora)  # which may bring a scheduler of its own
     args.sampler = args.sampler or samplers_of(pipe)[0]
     if args.guidance_scale is None:
         args.guidance_scale = usual_guidance_scale(pipe, args.backbone)
@@ -116,8 +118,6 @@ def main(arguments: list[str] | None = None) -> None:
             "At a guidance scale of 1 the guided arms are unguided: leave them out, as --arms "
             "gaussian refined does, or give a --guidance_scale above 1."
         )
-    if args.lora:
-        add_lora(pipe, args.lora)
     network = load_named("network", args.network) if args.network else Refiner
     refiner = network.from_pretrained(args.refiner, pipe) if args.refiner else None
     prompts = chosen_prompts(args.prompts, args.n, pipe)

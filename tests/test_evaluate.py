@@ -26,6 +26,7 @@ from transformers import (
 
 from noiserefine import Refiner
 from noiserefine.models.catalogue import BACKBONES
+from noiserefine.models.loading import load_pipeline
 from tests import families
 from tests.conftest import EMOJI, EMOJI_REFINER, ROOT, free_port, perturbed, script
 from train import evaluate, measurement
@@ -456,9 +457,11 @@ def test_benchmark_runs(model, tmp_path):
     assert benchmark["refined_over_guided"] > 0 and benchmark["refined_over_unguided"] > 0
 
 
-def test_guidance_scales_run(tmp_path, pipe):
-    perturbed(pipe, guidance_scale_range=[1, 5]).save_pretrained(tmp_path / "refiner")
-    arguments = f"--backbone {EMOJI} --n 2 --batch_size 1 --steps 2 --scales 1 3".split()
+def test_guidance_scales_run(tmp_path):
+    flow = str(ROOT / "assets" / "emoji-flow")
+    refiner = perturbed(load_pipeline(flow, "cpu"), guidance_scale_range=[1, 5])
+    refiner.save_pretrained(tmp_path / "refiner")
+    arguments = f"--backbone {flow} --n 2 --batch_size 1 --steps 2 --scales 1 3".split()
     output = ["--mixed_precision", "bf16", "--output", str(tmp_path / "scales.json")]
     guidance_scales.main([*arguments, "--refiner", str(tmp_path / "refiner"), *output])
     result = json.loads((tmp_path / "scales.json").read_text())

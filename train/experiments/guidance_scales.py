@@ -20,7 +20,7 @@ from noiserefine.guidance import sample_latents
 from noiserefine.latents import decode
 from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt
-from noiserefine.samplers import with_sampler
+from noiserefine.samplers import samplers_of, with_sampler
 from train.captions import held_out_prompts
 from train.common import (
     FIRST_EVALUATION_SEED,
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     for scale in args.scales:
         refiner.check_guidance_scale(scale)
     (judge,) = load_metrics(["judge"], None, pipe.device)
-    pipe, prompts = with_sampler(pipe, "DDIM"), held_out_prompts(args.n)
+    pipe, prompts = with_sampler(pipe, samplers_of(pipe)[0]), held_out_prompts(args.n)
     autocast = autocast_to(args.mixed_precision, pipe.device)
 
     arms = ("guided", "refined")

@@ -584,7 +584,8 @@ def test_latent_distances_by_rank_and_steps(tiny_folder, tiny, tmp_path):
     pipe, size = with_sampler(tiny, "DDIM"), argparse.Namespace(batch_size=4, guidance_scale=3.0)
     size.steps = [3]
     batches = latent_distance.guided_batches(pipe, held_out_prompts(4), size)
-    expected = latent_distance.distances(pipe, {}, batches, 2)["gaussian"].mean()
+    takes_scale = {4: perturbed(tiny, rank=4, guidance_scale_range=[1, 4])}
+    expected = latent_distance.distances(pipe, takes_scale, batches, 2, 3.0)["gaussian"].mean()
     assert rows[-1]["gaussian"] == pytest.approx(expected, rel=1e-3)
     equal = latent_distance.percent_of_the_way(np.ones(5), np.zeros(5))
     assert equal == (100, [100, 100])
@@ -630,7 +631,7 @@ def test_a_study_measures_each_recipe_once(tmp_path, tiny, study_options, monkey
     settings = argparse.Namespace(batch_size=4, guidance_scale=2.0, steps=[study.STEPS])
     pipe = with_sampler(tiny, "DDIM")
     batches = latent_distance.guided_batches(pipe, held_out_prompts(4), settings)
-    distances = latent_distance.distances(pipe, {2: refiner}, batches, study.STEPS)
+    distances = latent_distance.distances(pipe, {2: refiner}, batches, study.STEPS, 2.0)
     percent, _ = latent_distance.percent_of_the_way(distances["gaussian"], distances[2])
     assert found["base"]["percent_of_the_way"] == pytest.approx(percent, rel=1e-3)
     assert found["strength=2.0"]["percent_of_the_way"] != found["base"]["percent_of_the_way"]

@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = []
     for steps, ranks in rows:
         chosen = {rank: refiners[rank] for rank in ranks}
-        found = distances(pipe, chosen, batches, steps)
+        found = distances(pipe, chosen, batches, steps, args.guidance_scale)
         for rank in ranks:
             percent, bounds = percent_of_the_way(found["gaussian"], found[rank])
             results.append(
@@ -130,6 +130,7 @@ def distances(
     refiners: dict[int, Refiner],
     batches: list[GuidedBatch],
     steps: int,
+    guidance_scale: float,
 ) -> dict[int | str, np.ndarray]:
     """Return the distances (n,) to guided latents of "gaussian" and of each refiner's latents."""
     found: dict[int | str, list[float]] = {"gaussian": []}
@@ -137,7 +138,8 @@ def distances(
     for x_T, embeds, guided in tqdm(batches, desc=f"{steps} steps"):
         noises: dict[int | str, torch.Tensor] = {"gaussian": x_T}
         for rank, refiner in refiners.items():
-            noises[rank] = refiner.refine(x_T, embeds)
+            scale = refiner.scale_input(guidance_scale)
+            noises[rank] = refiner.refine(x_T, embeds, guidance_scale=scale)
         for name, noise in noises.items():
             x0 = sample_latents(pipe, noise, embeds, steps)
             found[name] += squared_distances(x0, guided).tolist()

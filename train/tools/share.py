@@ -42,13 +42,14 @@ belongs to the refining forward alone. Use it with NoiseRefine, from a copy of i
 
 ```python
 from noiserefine import Refiner, draw_noise
+from noiserefine.guidance import sample
 from noiserefine.models.loading import load_pipeline
 
 pipe = load_pipeline("{base}")
 refiner = Refiner.from_pretrained("{repo_id}", pipe)
 prompt = "{prompt}"
 latents = refiner(draw_noise(pipe, seed=0), prompt{scale})
-image = pipe(prompt, latents=latents, guidance_scale=1.0).images[0]
+image = sample(pipe, prompt=prompt, latents=latents).images[0]  # unguided
 ```
 
 It fits fine-tunes of its base, too. NoiseRefine's page shows the same noise unguided, guided and

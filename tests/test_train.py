@@ -26,7 +26,7 @@ from noiserefine.samplers import with_sampler
 from tests.conftest import EMOJI, ROOT, free_port, script
 from train import embeds, prompts, train_refiner
 from train.captions import read_prompts
-from train.common import UNFINISHED, atomic
+from train.common import UNFINISHED, WAIT, atomic
 from train.options import PRESETS, Options, parse, plan
 from train.run import Checkpoint, has_converged
 from train.settings import check_targets_of
@@ -229,6 +229,11 @@ def test_processes_share_the_work(tmp_path, tiny):
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-4) and two[
         "grad_norm"
     ] == pytest.approx(one["grad_norm"], rel=1e-3)
+
+
+def test_processes_may_wait_for_a_slower_one():
+    accelerator = train_refiner._accelerator(Options(mixed_precision="no"))
+    assert accelerator.init_handler.timeout == WAIT, "and not the ten minutes of NCCL"
 
 
 def brightness(images, prompts):

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_EVALUATION_SEED = 10**6  # image i of every evaluation has this seed + i
 TWO_SIDED_95 = (2.5, 97.5)  # percentiles
+WAIT = timedelta(days=7)  # for slower processes; by default NCCL ends all after ten minutes
 UNFINISHED = ".part"  # how the name of a file ends that is being written
 
 

@@ -37,7 +37,7 @@ from noiserefine.models.usage import usual_guidance_scale
 from noiserefine.models.user_lora import add_lora
 from noiserefine.samplers import SAMPLER_NAMES, samplers_of
 from train.captions import HELD_OUT, coco_captions, fits, read_prompts, repeat_to
-from train.common import argument_parser, load_named, run_script, write_json
+from train.common import WAIT, argument_parser, load_named, run_script, write_json
 from train.measurement import ARMS, Measurement, add_precision, all_figures, arms_table
 from train.metrics import METRICS, load_metrics
 
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Make, measure and compare the images that the command line asks for."""
     args = parse(arguments)
     # Accelerator reads this variable by itself, PartialState does not.
-    process = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    process = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=WAIT)
     pipe = load_pipeline(args.backbone, process.device)
     if args.lora:
         add_lora(pipe, args.lora)  # which may bring a scheduler of its own

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
@@ -45,7 +45,7 @@ from noiserefine.msd import msd_loss, sampler_gain
 from noiserefine.noise import image_size
 from noiserefine.samplers import samplers_of, with_sampler
 from train.captions import read_prompts
-from train.common import load_named, run_script
+from train.common import WAIT, load_named, run_script
 from train.options import DTYPES, Options, describe, parse, plan
 from train.placement import taking_turns
 from train.run import Checkpoint, Run, checkpointing_problem, memory_advice, read_log
@@ -213,6 +213,7 @@ def _accelerator(options: Options) -> Accelerator:
     return Accelerator(
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
     )
 
 

@@ -21,6 +21,7 @@ from noiserefine.models.loading import load_pipeline
 from noiserefine.models.user_lora import add_lora
 from noiserefine.samplers import with_sampler
 from train.captions import HELD_OUT
+from train.common import WAIT
 from train.evaluate import MIN_IMAGES, lora_sha256
 from train.measurement import Batch, Measurement, add_precision
 from train.metrics import METRICS, Metric, load_metrics
@@ -141,7 +142,7 @@ def open_bench(
         raise ValueError("--output is a .json file; the folder of that name keeps measurements.")
     if args.n < MIN_IMAGES or args.batch_size < 1 or args.bootstrap < 1:
         raise ValueError("--n must be at least 2, --batch_size and --bootstrap at least 1.")
-    process = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    process = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=WAIT)
     pipe = load_pipeline(args.backbone, process.device)
     refiner = Refiner.from_pretrained(args.refiner, pipe) if args.refiner else None
     scale = args.guidance_scale

@@ -600,7 +600,11 @@ def study_options(tiny_folder, tmp_path):
 
 
 def test_a_study_measures_each_recipe_once(tmp_path, tiny, study_options, monkeypatch):
-    """A later call with more factors trains and measures only what is new."""
+    """A later call with more factors trains and measures only what is new.
+
+    Its refiners take the guidance scale.
+    """
+    study_options += ["--guidance_scale_range", "1", "8"]
     trained, run = [], train_refiner.run
     monkeypatch.setattr(study, "STEPS", 2)
     monkeypatch.setattr(

@@ -239,7 +239,10 @@ class Study:
             x_T = draw_noise(self.pipe, FIRST_EVALUATION_SEED + start, len(prompts))
             embeds = encode_prompt(self.pipe, prompts)
             with autocast:
-                noise = refiner.refine(x_T, embeds, strength) if refiner else x_T.to(self.device)
+                noise = x_T.to(self.device)
+                if refiner:
+                    scale = refiner.scale_input(self.base.guidance_scale)
+                    noise = refiner.refine(x_T, embeds, strength, scale)
                 x0, images = sample_both(
                     self.pipe, noise, embeds, STEPS, guidance_scale=guidance_scale
                 )

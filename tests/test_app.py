@@ -916,6 +916,8 @@ def test_seconds_of_gpu_fit_a_visitors_quota():
             assert 10 <= seconds(view, name, backbone.steps, prompts="", count=4) <= 120, view
     assert seconds("compare", "sd21", float("nan")) and seconds("compare", None, 10**9) < 120
     assert seconds("many", "sd21", 20, prompts=None, count=float("nan"))
+    heun = Settings(PROMPT, sampler="Heun (EDM)")  # 39, 78 and 40 forwards
+    assert VIEWS["compare"].cost(heun, {}) >= 157
 
 
 @pytest.mark.parametrize(

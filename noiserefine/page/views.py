@@ -104,13 +104,18 @@ def has_unet_attention(job: "Job") -> str:
 
 def cost_of_images(count: int) -> Callable[[Settings, Mapping], float]:
     """Return the cost of `count` images, of which a guided one counts two."""
-    return lambda settings, controls: count * (_steps(settings) + 1)
+    return lambda settings, controls: count * (_forwards(settings) + 1)
 
 
 def _steps(settings: Settings) -> float:
     """Return the steps, or 1 where they are refused later."""
     steps = settings.steps
     return steps if isinstance(steps, (int, float)) and 1 <= steps <= MAX_STEPS else 1
+
+
+def _forwards(settings: Settings) -> int:
+    """Return the forwards of an unguided image."""
+    return samplers_of_diffusers.forwards(str(settings.sampler), int(_steps(settings)))
 
 
 def _samplers_cost(settings: Settings, controls: Mapping) -> float:
@@ -138,8 +143,7 @@ def _many_cost(settings: Settings, controls: Mapping) -> float:
 
 def _frames_per_row(settings: Settings, controls: Mapping, arms: int) -> int:
     """Return the columns in which an arm's frames fill whole rows."""
-    forwards = samplers_of_diffusers.forwards(str(settings.sampler), int(_steps(settings)))
-    return min(trajectories.FRAMES, forwards)
+    return min(trajectories.FRAMES, _forwards(settings))
 
 
 @dataclass(frozen=True)

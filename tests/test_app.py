@@ -36,7 +36,7 @@ from noiserefine.analysis.explore import INTERPOLATIONS, SCALES, STEPS, STRENGTH
 from noiserefine.analysis.recipe import Maker, Recipe, Sample
 from noiserefine.latents import fit_preview
 from noiserefine.models import pool as models
-from noiserefine.models.catalogue import BACKBONES, Model
+from noiserefine.models.catalogue import ASSETS, BACKBONES, Model
 from noiserefine.models.loading import load_pipeline
 from noiserefine.page import a1111, handlers, jobs, settings, texts
 from noiserefine.page.events import (
@@ -56,6 +56,7 @@ from noiserefine.page.screen import made_from
 from noiserefine.page.settings import Settings, any_model_allowed, link, restored
 from noiserefine.page.stream import stream
 from noiserefine.page.views import ARMS, VIEWS
+from noiserefine.page.vocabulary import random_prompt
 from noiserefine.sampler_names import SAMPLERS
 from tests.conftest import EMOJI, EMOJI_REFINER, ROOT, output, perturbed, script
 from train.tools.architectures import random_pipeline
@@ -390,6 +391,14 @@ def test_views_of_a_model_without_refiner_or_guidance(turbo):
         len(shown(*turbo, view="trajectory")["images"]) == 1
         and len(shown(*turbo, view="attention", word="apple")["images"]) == 1
     )
+
+
+def test_random_prompts_are_those_a_model_reads():
+    files = (ASSETS / "prompts" / f"{name}.txt" for name in ("emoji", "emoji_heldout"))
+    known = {line for file in files for line in file.read_text().splitlines()}
+    assert {random_prompt("emoji") for _ in range(100)} <= known
+    classes = load_pipeline(ASSETS / "emoji-sit", "cpu")
+    classes.encode_prompt([random_prompt("emoji-sit") for _ in range(100)])
 
 
 def test_a_blind_pair_is_the_two_arms():

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FlowMatchH
 from torch import nn
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
+from noiserefine.analysis.recipe import Maker, Recipe
 from noiserefine.models.sit import SiTPipeline
 from train.tools.convert_sit import IMAGENET_CLASSES, build_transformer, convert, read_checkpoint
 
@@ -207,6 +208,7 @@ def test_sampling_solves_the_published_ode(published, sit, scheduler, guidance_s
 def test_names_and_numbers(sit):
     prompts = ["Golden Retriever", " dog ", "5", 5, "hen", "missile", "giant panda", ""]
     assert sit.encode_prompt(prompts).tolist() == [0, 0, 5, 5, 5, 3, 2, CLASSES]
+    assert sit.encode_prompt(["a golden retriever", "The hen"]).tolist() == [0, 5]
     assert sit.encode_prompt("hen").tolist() == sit.encode_prompt(5).tolist() == [5]
 
 
@@ -214,6 +216,7 @@ def test_names_and_numbers(sit):
     "prompt, message",
     [
         ("a photo of a golden retriever", "is no class.*nearest are golden retriever"),
+        ("a hen on an entirely blue background", "is no class.*nearest are hen"),
         ("zzz", "No name is near"),
         ("panda", "several classes.*1 .red panda, panda.*2 .giant panda"),
         (CLASSES, f"no class {CLASSES}: this model has classes 0 to {CLASSES - 1}"),
@@ -223,6 +226,12 @@ def test_names_and_numbers(sit):
 def test_prompts_that_name_no_class(sit, prompt, message):
     with pytest.raises(ValueError, match=message):
         sit(prompt)
+
+
+def test_a_negative_prompt_is_refused_before_any_forward(sit):
+    recipe = Recipe("hen", sampler="Native", guidance_scale=2.0, negative_prompt="a fox")
+    with pytest.raises(ValueError, match="SiTPipeline takes no negative prompt"):
+        Maker(sit).check(recipe)
 
 
 def test_without_names_a_number_is_asked_for(sit):

@@ -9,6 +9,7 @@ dx/dsigma = eps - x_*.
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,6 +18,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel, S
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+ARTICLE = re.compile(r"^(an?|the) ")
 
 
 class SiTPipeline(DiffusionPipeline):
@@ -97,7 +100,8 @@ class SiTPipeline(DiffusionPipeline):
                     f"There is no class {prompt}: this model has classes 0 to {self.no_class - 1}."
                 )
             return int(prompt)
-        numbers = self.labels.get(prompt.casefold(), [])
+        text = prompt.casefold()
+        numbers = self.labels.get(text) or self.labels.get(ARTICLE.sub("", text), [])
         if len(numbers) == 1:
             return numbers[0]
         if numbers:
@@ -108,7 +112,8 @@ class SiTPipeline(DiffusionPipeline):
                 f"This model has no class names: give a number from 0 to {self.no_class - 1} "
                 f"instead of “{prompt}”."
             )
-        nearest = difflib.get_close_matches(prompt.casefold(), self.labels, n=3, cutoff=0.5)
+        mentioned = [name for name in self.labels if re.search(rf"\b{re.escape(name)}\b", text)]
+        nearest = mentioned or difflib.get_close_matches(text, self.labels, n=3, cutoff=0.5)
         hint = f"The nearest are {', '.join(nearest)}." if nearest else "No name is near."
         raise ValueError(
             f"“{prompt}” is no class of this model, which takes a class name or a number from 0 to "

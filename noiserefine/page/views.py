@@ -20,7 +20,7 @@ from noiserefine.page.blind import in_random_order
 from noiserefine.page.events import Arm, Compared, Figure, NoArm, Noise, Note, Pair
 from noiserefine.page.lazy import Lazy
 from noiserefine.page.settings import MAX_TEXT, Settings, number, text, whole
-from noiserefine.page.vocabulary import is_embedded, knows, vocabulary
+from noiserefine.page.vocabulary import is_embedded, knows, random_prompt
 from noiserefine.sampler_names import SAMPLERS
 
 if TYPE_CHECKING:
@@ -411,10 +411,7 @@ def blind(job: "Job", opponent: str, prompts: str) -> None:
     """Report two arms of a new seed, in random order."""
     prompt = job.recipe.prompt
     if prompts == "known" and is_embedded(job.backbone):
-        words = vocabulary()
-        prompt = "{} on a {} background".format(
-            secrets.choice(words["objects"]), secrets.choice(words["backgrounds"])
-        )
+        prompt = random_prompt(job.backbone)
     seed = secrets.randbelow(MAX_SEED + 1)
     arms = job.arms(seed=seed, prompt=prompt)
     if opponent not in arms or opponent == "refined":

@@ -1,5 +1,7 @@
 """The trainer on other families of pipelines, with their own samplers and guidance."""
 
+import copy
+import functools
 import json
 import re
 from dataclasses import replace
@@ -30,7 +32,10 @@ from train.tools.readme_table import RESULTS
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """Return what trains a family's tiny pipeline for two steps."""
+    """Return what trains a family's tiny pipeline for two steps, in the preset's precision."""
+    shared = families.pipeline
+    copies = functools.cache(lambda name: copy.deepcopy(shared(name)))
+    monkeypatch.setattr(families, "pipeline", copies)
 
     def run(name: str, *arguments: str) -> tuple[Refiner, list[dict]]:
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -397,7 +397,7 @@ def test_random_prompts_are_those_a_model_reads():
     files = (ASSETS / "prompts" / f"{name}.txt" for name in ("emoji", "emoji_heldout"))
     known = {line for file in files for line in file.read_text().splitlines()}
     assert {random_prompt("emoji") for _ in range(100)} <= known
-    classes = load_pipeline(ASSETS / "emoji-sit", "cpu")
+    classes = load_pipeline(str(ASSETS / "emoji-sit"), "cpu")
     classes.encode_prompt([random_prompt("emoji-sit") for _ in range(100)])
 
 

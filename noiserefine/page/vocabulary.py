@@ -5,7 +5,6 @@ import re
 import secrets
 
 from noiserefine.models.catalogue import ASSETS, BACKBONES
-from noiserefine.models.sit import SiTPipeline
 
 PROMPTS = ASSETS / "prompts" / "emoji.txt"
 PATTERN = re.compile(r"(?P<object>.+) on an? (?P<background>.+) background")
@@ -36,7 +35,7 @@ def is_embedded(backbone: str) -> bool:
 
 def takes_classes(backbone: str) -> bool:
     """Return whether a prompt of this model of the catalogue is the name of a class."""
-    return backbone in BACKBONES and BACKBONES[backbone].pipeline == SiTPipeline.__name__
+    return backbone in BACKBONES and BACKBONES[backbone].pipeline == "SiTPipeline"
 
 
 def random_prompt(backbone: str) -> str:

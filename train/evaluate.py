@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 from safetensors.torch import save
 
@@ -37,8 +35,15 @@ from noiserefine.models.usage import usual_guidance_scale
 from noiserefine.models.user_lora import add_lora
 from noiserefine.samplers import SAMPLER_NAMES, samplers_of
 from train.captions import HELD_OUT, coco_captions, fits, read_prompts, repeat_to
-from train.common import WAIT, argument_parser, load_named, run_script, write_json
-from train.measurement import ARMS, Measurement, add_precision, all_figures, arms_table
+from train.common import argument_parser, load_named, run_script, write_json
+from train.measurement import (
+    ARMS,
+    Measurement,
+    add_precision,
+    all_figures,
+    arms_table,
+    open_process,
+)
 from train.metrics import METRICS, load_metrics
 
 MIN_IMAGES = 2  # of which a variance can be taken
@@ -105,8 +110,7 @@ def chosen_prompts(path: str, n: int, pipe: DiffusionPipeline) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """Make, measure and compare the images that the command line asks for."""
     args = parse(arguments)
-    # Accelerator reads this variable by itself, PartialState does not.
-    process = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=WAIT)
+    process = open_process()
     pipe = load_pipeline(args.backbone, process.device)
     if args.lora:
         add_lora(pipe, args.lora)  # which may bring a scheduler of its own

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from PIL import Image
@@ -23,6 +24,7 @@ from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
 from train.common import (
     FIRST_EVALUATION_SEED,
+    WAIT,
     atomic,
     check_recorded,
     interval,
@@ -284,6 +286,12 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
         help="bf16: under torch.autocast, for processors that multiply in it; models on CUDA are "
         "in 16 bits in any case",
     )
+
+
+def open_process() -> PartialState:
+    """Return this process and its device, also under `accelerate launch`."""
+    # Accelerator reads this variable by itself, PartialState does not.
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=WAIT)
 
 
 def autocast_to(mixed_precision: str, device: torch.device) -> torch.autocast:

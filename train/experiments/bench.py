@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 from PIL import Image
 
@@ -21,9 +20,8 @@ from noiserefine.models.loading import load_pipeline
 from noiserefine.models.user_lora import add_lora
 from noiserefine.samplers import with_sampler
 from train.captions import HELD_OUT
-from train.common import WAIT
 from train.evaluate import MIN_IMAGES, lora_sha256
-from train.measurement import Batch, Measurement, add_precision
+from train.measurement import Batch, Measurement, add_precision, open_process
 from train.metrics import METRICS, Metric, load_metrics
 
 Images = list[Image.Image]
@@ -142,7 +140,7 @@ def open_bench(
         raise ValueError("--output is a .json file; the folder of that name keeps measurements.")
     if args.n < MIN_IMAGES or args.batch_size < 1 or args.bootstrap < 1:
         raise ValueError("--n must be at least 2, --batch_size and --bootstrap at least 1.")
-    process = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=WAIT)
+    process = open_process()
     pipe = load_pipeline(args.backbone, process.device)
     refiner = Refiner.from_pretrained(args.refiner, pipe) if args.refiner else None
     scale = args.guidance_scale

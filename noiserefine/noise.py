@@ -114,6 +114,12 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"The seed is a whole number from 0 to {MAX_SEED}; got {seed!r}.")
 
 
+def check_negative_prompt(pipe: DiffusionPipeline, negative_prompt: str) -> None:
+    """Raise ValueError for a negative prompt that the pipeline's call has no argument for."""
+    if negative_prompt and "negative_prompt" not in call_parameters(pipe):
+        raise ValueError(f"{type(pipe).__name__} takes no negative prompt: leave it empty.")
+
+
 def check_prompt_length(pipe: DiffusionPipeline, prompt: str) -> None:
     """Raise ValueError for a prompt that all of the pipeline's tokenizers would cut off."""
     longest = call_parameters(pipe).get("max_sequence_length")

@@ -12,10 +12,11 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from noiserefine.denoiser import ForwardCounter, call_parameters, canvas_like, denoiser, precision
+from noiserefine.denoiser import ForwardCounter, canvas_like, denoiser, precision
 from noiserefine.guidance import sample
 from noiserefine.limits import MAX_GUIDANCE_SCALE, MAX_STEPS
 from noiserefine.noise import (
+    check_negative_prompt,
     check_prompt_length,
     check_seed,
     draw_noise,
@@ -152,10 +153,7 @@ class Maker:
         recipe.check()
         for prompt in (recipe.prompt, recipe.negative_prompt, recipe.refining_prompt or ""):
             check_prompt_length(self.pipe, prompt)
-        if recipe.negative_prompt and "negative_prompt" not in call_parameters(self.pipe):
-            raise ValueError(
-                f"{type(self.pipe).__name__} takes no negative prompt: leave it empty."
-            )
+        check_negative_prompt(self.pipe, recipe.negative_prompt)
         image_size(self.pipe, recipe.height, recipe.width)
         if recipe.strength > 0:
             if self.refiner is None:

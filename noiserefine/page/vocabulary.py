@@ -14,7 +14,7 @@ PATTERN = re.compile(r"(?P<object>.+) on an? (?P<background>.+) background")
 def vocabulary() -> dict[str, list[str]]:
     """Return the objects with their article, the backgrounds, and the models that know them.
 
-    "class_models" are those of them whose prompts name an object only.
+    "class_models" are all models whose prompts name an object only, embedded or not.
     """
     lines = PROMPTS.read_text(encoding="utf-8").splitlines()
     found = [match for line in lines if (match := PATTERN.fullmatch(line.strip()))]

@@ -24,11 +24,11 @@ from typing import Any
 from diffusers import CacheMixin, FirstBlockCacheConfig
 
 from noiserefine import Refiner, draw_noise
-from noiserefine.denoiser import call_parameters, denoiser
+from noiserefine.denoiser import denoiser
 from noiserefine.guidance import sample_latents
 from noiserefine.models.loading import load_pipeline
 from noiserefine.models.user_lora import add_lora, find_lora
-from noiserefine.noise import encode_prompt, image_size
+from noiserefine.noise import check_negative_prompt, encode_prompt, image_size
 from noiserefine.samplers import NATIVE
 from train.common import (
     FIRST_EVALUATION_SEED,
@@ -142,8 +142,7 @@ def at_size(size: str, bench: Bench, args: argparse.Namespace) -> tuple[Bench, C
 
 def against(bench: Bench, args: argparse.Namespace) -> tuple[Bench, Change]:
     """Return prompts with a negative prompt. Raise ValueError where the model takes none."""
-    if "negative_prompt" not in call_parameters(bench.pipe):
-        raise ValueError(f"{type(bench.pipe).__name__} takes no negative prompt.")
+    check_negative_prompt(bench.pipe, args.negative_prompt)
 
     def encode(batch: Batch) -> Batch:
         embeds = encode_prompt(bench.pipe, batch.prompts, negative_prompt=args.negative_prompt)

@@ -454,7 +454,8 @@ def test_the_command_that_trains(pipe, sdxl):
     assert "--preset sdxl --quick --backbone somebody/tune" in training_command(
         sdxl, "somebody/tune", None
     )
-    assert "--preset sd" in training_command(pipe, "somebody/tune", None)
+    tune = training_command(pipe, "my models/a tune", None)
+    assert "--preset sd" in tune and "--backbone 'my models/a tune' " in tune
 
 
 def test_a_fine_tune_takes_its_bases_refiner(pipe, sdxl, tmp_path):

@@ -45,7 +45,9 @@ class Options:
     preset: str = option("sd21", f"the defaults to start from: {', '.join(PRESETS)}")
     quick: bool = option(False, "a small first run of the preset: an evening on one card")
     hours: float = option(
-        None, "use as many targets as fit into this time on one card, at most the preset's"
+        None,
+        "use as many targets as fit into this time on one card, at most the preset's; for the "
+        f"backbones of {', '.join(FORWARDS)}",
     )
     tflops: float = option(200.0, "10^12 operations a second that the card sustains")
     backbone: str = option(
@@ -283,7 +285,10 @@ def _fit_hours(options: Options) -> Options:
     """
     needed = hours(options, sum(plan(options)[1].values()))
     if needed is None:
-        raise ValueError("--hours knows the cost of the presets' own backbones only.")
+        raise ValueError(
+            "--hours knows the cost of a forward for the backbones of the presets "
+            f"{', '.join(FORWARDS)} only: give --num_targets in its place."
+        )
     fitting = int(options.num_targets * min(1.0, options.hours / needed))
     if fitting < MIN_TARGETS:
         raise ValueError(

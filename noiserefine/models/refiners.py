@@ -1,5 +1,6 @@
 """Which refiner a model takes, and the command that trains the one it lacks."""
 
+import shlex
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -32,10 +33,8 @@ def training_command(pipe: DiffusionPipeline, source: str, backbone: Backbone | 
         source, preset, output = base.source, base.preset, base.refiner
     else:
         preset = _preset_for(type(pipe).__name__, prediction_type(pipe))
-    return (
-        f"python train/train_refiner.py --preset {preset} --quick --backbone {source} "
-        f"--output_dir {output}"
-    )
+    options = ["--preset", preset, "--quick", "--backbone", source, "--output_dir", output]
+    return shlex.join(["python", "train/train_refiner.py", *options])
 
 
 def base_of(backbone: Backbone) -> Backbone:

@@ -139,10 +139,17 @@ def test_guided_arms_need_guidance(tmp_path):
             evaluate.main([*chosen, *options])
 
 
-def test_results_need_a_name_of_their_own(capsys):
-    with pytest.raises(SystemExit):
-        evaluate.parse(["--output", "results", "--arms", "gaussian"])
-    assert "--output is a .json file" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("--output results", "--output is a .json file"),
+        ("--output r.json --n 1", "--n must be at least 2"),
+        ("--output r.json --arms refined", "--refiner is missing"),
+    ],
+)
+def test_options_that_cannot_work(options, says):
+    with pytest.raises(ValueError, match=says):
+        evaluate.parse(["--arms", "gaussian", *options.split()])
 
 
 def test_intervals_resample_prompts(tmp_path):

@@ -42,15 +42,14 @@ from train.measurement import (
     add_precision,
     all_figures,
     arms_table,
+    check_options,
     open_process,
 )
 from train.metrics import METRICS, load_metrics
 
-MIN_IMAGES = 2  # of which a variance can be taken
-
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the options of the command line; end the process for values that cannot work."""
+    """Return the options of the command line. Raise ValueError for values that cannot work."""
     parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--backbone", default="assets/emoji", help="folder or hub id of the pipeline")
@@ -87,12 +86,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     sampler = args.sampler or SAMPLER_NAMES[0]
     scale = 1.0 if args.guidance_scale is None else args.guidance_scale
     check_settings(args.steps, scale, args.strength, sampler)
-    if args.n < MIN_IMAGES or args.batch_size < 1 or args.bootstrap < 1:
-        parser.error("--n must be at least 2, --batch_size and --bootstrap at least 1.")
-    if args.output.suffix != ".json":
-        parser.error("--output is a .json file; the folder of that name keeps the measurements.")
+    check_options(args)
     if not args.refiner and any(ARMS[name].refined for name in args.arms):
-        parser.error("--refiner is missing for the arms with refined noise; or choose --arms.")
+        raise ValueError("--refiner is missing for the arms with refined noise; or choose --arms.")
     return args
 
 

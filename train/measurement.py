@@ -36,6 +36,7 @@ from train.common import (
 from train.metrics import Figure, Metric
 
 SHOWN, SHOWN_SIDE = 8, 256  # images of each arm in a row, and their largest side in pixels
+MIN_IMAGES = 2  # of which a variance can be taken
 NOT_BINDING = ("arms", "output", "images", "bootstrap", "reference")
 
 
@@ -275,6 +276,14 @@ class Measurement:
             for key in ("forwards", "seconds")
         }
         return rows, cost
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise ValueError for an --output or a number of images that cannot work."""
+    if args.output.suffix != ".json":
+        raise ValueError("--output is a .json file; the folder of that name keeps measurements.")
+    if args.n < MIN_IMAGES or args.batch_size < 1 or args.bootstrap < 1:
+        raise ValueError("--n must be at least 2, --batch_size and --bootstrap at least 1.")
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:

@@ -20,8 +20,8 @@ from noiserefine.models.loading import load_pipeline
 from noiserefine.models.user_lora import add_lora
 from noiserefine.samplers import with_sampler
 from train.captions import HELD_OUT
-from train.evaluate import MIN_IMAGES, lora_sha256
-from train.measurement import Batch, Measurement, add_precision, open_process
+from train.evaluate import lora_sha256
+from train.measurement import Batch, Measurement, add_precision, check_options, open_process
 from train.metrics import METRICS, Metric, load_metrics
 
 Images = list[Image.Image]
@@ -136,10 +136,7 @@ def open_bench(
 
     Raise ValueError for options that do not work, FileNotFoundError for what is not found.
     """
-    if args.output.suffix != ".json":
-        raise ValueError("--output is a .json file; the folder of that name keeps measurements.")
-    if args.n < MIN_IMAGES or args.batch_size < 1 or args.bootstrap < 1:
-        raise ValueError("--n must be at least 2, --batch_size and --bootstrap at least 1.")
+    check_options(args)
     process = open_process()
     pipe = load_pipeline(args.backbone, process.device)
     refiner = Refiner.from_pretrained(args.refiner, pipe) if args.refiner else None

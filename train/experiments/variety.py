@@ -126,7 +126,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--scales", type=float, nargs="+", default=list(SCALES), help="of guidance")
     add("--strengths", type=float, nargs="+", default=list(STRENGTHS), help="of the refinement")
     args = parser.parse_args(arguments)
-    if args.seeds < MIN_SEEDS or args.n % args.seeds or args.batch_size < 1:
+    if args.seeds < MIN_SEEDS or args.n % args.seeds:
         parser.error("--seeds must be at least 2, and --n a multiple of it.")
     return args
 

@@ -30,7 +30,7 @@ from noiserefine.models.loading import load_pipeline
 from tests import families
 from tests.conftest import EMOJI, EMOJI_REFINER, ROOT, free_port, perturbed, script
 from train import evaluate, measurement
-from train.captions import HELD_OUT
+from train.captions import HELD_OUT, chosen_prompts
 from train.emoji.captions import build_tokenizer
 from train.emoji.judge import EmojiJudge
 from train.emoji.render import BACKGROUNDS, held_out_pairs, objects, prompt
@@ -429,13 +429,13 @@ def test_prompts_of_files(tmp_path, pipe):
             }
         )
     )
-    assert sorted(evaluate.chosen_prompts(str(tmp_path / "prompts.txt"), 4, pipe)) == [
+    assert sorted(chosen_prompts(str(tmp_path / "prompts.txt"), 4, pipe)) == [
         "a quasar",
         "a quasar",
         "a theorem",
         "a theorem",
     ]
-    assert evaluate.chosen_prompts(str(tmp_path / "coco.json"), 2, pipe) == ["a bird", "a bird"]
+    assert chosen_prompts(str(tmp_path / "coco.json"), 2, pipe) == ["a bird", "a bird"]
     arguments = ["--prompts", str(tmp_path / "prompts.txt"), "--arms", "gaussian"]
     with pytest.raises(ValueError, match="judge of the embedded model knows prompts such as"):
         evaluate.main([*EVALUATE, *arguments, "--output", str(tmp_path / "r.json")])

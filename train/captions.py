@@ -63,6 +63,17 @@ def repeat_to(prompts: list[str], n: int) -> list[str]:
     return np.resize(np.random.default_rng(0).permutation(prompts), n).tolist()
 
 
+def chosen_prompts(path: str, n: int, pipe: DiffusionPipeline) -> list[str]:
+    """Return n prompts of a prompt file or of COCO's annotations (.json), in turns.
+
+    Raise FileNotFoundError or ValueError for a file or prompts that cannot be used. Captions that
+    the model would cut off are left out.
+    """
+    if not path.endswith(".json"):
+        return repeat_to(read_prompts(path, pipe), n)
+    return repeat_to([caption for caption in coco_captions(Path(path)) if fits(caption, pipe)], n)
+
+
 def held_out_prompts(n: int) -> list[str]:
     """Return n held-out prompts of the embedded model."""
     return repeat_to((ROOT / HELD_OUT).read_text(encoding="utf-8").splitlines(), n)

@@ -22,10 +22,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import DiffusionPipeline
-from safetensors.torch import save
-
 from noiserefine import Refiner
 from noiserefine.analysis.recipe import check_settings
 from noiserefine.checkpoint import signature
@@ -34,7 +30,7 @@ from noiserefine.models.loading import load_pipeline
 from noiserefine.models.usage import usual_guidance_scale
 from noiserefine.models.user_lora import add_lora
 from noiserefine.samplers import SAMPLER_NAMES, samplers_of
-from train.captions import HELD_OUT, coco_captions, fits, read_prompts, repeat_to
+from train.captions import HELD_OUT, chosen_prompts
 from train.common import argument_parser, load_named, run_script, write_json
 from train.measurement import (
     ARMS,
@@ -43,6 +39,7 @@ from train.measurement import (
     all_figures,
     arms_table,
     check_options,
+    lora_sha256,
     open_process,
 )
 from train.metrics import METRICS, load_metrics
@@ -90,17 +87,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     if not args.refiner and any(ARMS[name].refined for name in args.arms):
         raise ValueError("--refiner is missing for the arms with refined noise; or choose --arms.")
     return args
-
-
-def chosen_prompts(path: str, n: int, pipe: DiffusionPipeline) -> list[str]:
-    """Return n prompts of a prompt file or of COCO's annotations (.json), in turns.
-
-    Raise FileNotFoundError or ValueError for a file or prompts that cannot be used. Captions that
-    the model would cut off are left out.
-    """
-    if not path.endswith(".json"):
-        return repeat_to(read_prompts(path, pipe), n)
-    return repeat_to([caption for caption in coco_captions(Path(path)) if fits(caption, pipe)], n)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -154,18 +140,6 @@ def _files(args: argparse.Namespace) -> dict[str, Any]:
     return {
         str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()
     }
-
-
-def lora_sha256(pipe: DiffusionPipeline) -> str:
-    """Return the SHA-256 of the weights of a pipeline's LoRA: a file of the hub may change."""
-    weights = {
-        f"{part}.{name}": value
-        for part, network in pipe.components.items()
-        if isinstance(network, torch.nn.Module)
-        for name, value in network.state_dict().items()
-        if "lora_" in name
-    }
-    return hashlib.sha256(save(weights)).hexdigest()
 
 
 if __name__ == "__main__":

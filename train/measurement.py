@@ -1,6 +1,7 @@
 """Images of several arms, measured on disk, and their figures with intervals."""
 
 import argparse
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from PIL import Image
+from safetensors.torch import save
 from tqdm import tqdm
 
 from noiserefine import Refiner, draw_noise
@@ -301,6 +303,18 @@ def open_process() -> PartialState:
     """Return this process and its device, also under `accelerate launch`."""
     # Accelerator reads this variable by itself, PartialState does not.
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=WAIT)
+
+
+def lora_sha256(pipe: DiffusionPipeline) -> str:
+    """Return the SHA-256 of the weights of a pipeline's LoRA: a file of the hub may change."""
+    weights = {
+        f"{part}.{name}": value
+        for part, network in pipe.components.items()
+        if isinstance(network, torch.nn.Module)
+        for name, value in network.state_dict().items()
+        if "lora_" in name
+    }
+    return hashlib.sha256(save(weights)).hexdigest()
 
 
 def autocast_to(mixed_precision: str, device: torch.device) -> torch.autocast:

@@ -20,8 +20,14 @@ from noiserefine.models.loading import load_pipeline
 from noiserefine.models.user_lora import add_lora
 from noiserefine.samplers import with_sampler
 from train.captions import HELD_OUT
-from train.evaluate import lora_sha256
-from train.measurement import Batch, Measurement, add_precision, check_options, open_process
+from train.measurement import (
+    Batch,
+    Measurement,
+    add_precision,
+    check_options,
+    lora_sha256,
+    open_process,
+)
 from train.metrics import METRICS, Metric, load_metrics
 
 Images = list[Image.Image]

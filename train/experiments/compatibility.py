@@ -30,6 +30,7 @@ from noiserefine.models.loading import load_pipeline
 from noiserefine.models.user_lora import add_lora, find_lora
 from noiserefine.noise import check_negative_prompt, encode_prompt, image_size
 from noiserefine.samplers import NATIVE
+from train.captions import chosen_prompts
 from train.common import (
     FIRST_EVALUATION_SEED,
     argument_parser,
@@ -38,9 +39,8 @@ from train.common import (
     with_interval,
     write_json,
 )
-from train.evaluate import chosen_prompts, lora_sha256
 from train.experiments.bench import Bench, Images, add_options, open_bench
-from train.measurement import Batch
+from train.measurement import Batch, lora_sha256
 from train.metrics import load_metrics
 
 Change = Callable[[Batch], Batch]

@@ -27,7 +27,7 @@ import numpy as np
 from matplotlib.figure import Figure as Plot
 
 from noiserefine.samplers import samplers_of
-from train.captions import read_prompts, repeat_to
+from train.captions import chosen_prompts, read_prompts, repeat_to
 from train.common import (
     argument_parser,
     interval,
@@ -36,7 +36,6 @@ from train.common import (
     with_interval,
     write_json,
 )
-from train.evaluate import chosen_prompts
 from train.experiments.bench import Bench, Images, add_options, open_bench
 from train.experiments.methods import Family, Setting, families
 from train.measurement import Batch, Measurement, all_figures, summary

@@ -25,9 +25,9 @@ from matplotlib.figure import Figure as Plot
 from PIL import Image
 
 from noiserefine.samplers import NATIVE
+from train.captions import chosen_prompts
 from train.common import argument_parser, interval, run_script, write_json
 from train.emoji.judge import EmojiJudge
-from train.evaluate import chosen_prompts
 from train.experiments.bench import Bench, Images, add_options, open_bench
 from train.measurement import Batch, all_figures, arms_table, summary
 from train.metrics import Figure, Inception, Metric, Rows

@@ -327,8 +327,10 @@ def test_refiner_of_another_backbone(sdxl):
 def test_the_shipped_refiner_refines(pipe, refiner):
     """On held-out prompts, in the steps it was trained with, the refined arm ends nearer to the
     guided images, and closes half of the gap in objects recognised.
+
+    Of six prompts, since the forwards take all of the time; their gaps are far from both bounds.
     """
-    prompts = held_out_prompts(20)
+    prompts = held_out_prompts(6)
     x_T, embeds = draw_noise(pipe, 10**6, len(prompts)), encode_prompt(pipe, prompts)
     (judge,) = load_metrics(["judge"], None, pipe.device)
 
@@ -342,7 +344,7 @@ def test_the_shipped_refiner_refines(pipe, refiner):
         ).images
 
     gaussian, guided, refined = x0(x_T), x0(x_T, 2.0, 10), x0(refiner(x_T, embeds))
-    assert (refined - guided).pow(2).mean() < 0.9 * (gaussian - guided).pow(2).mean()
+    assert (refined - guided).pow(2).mean() < 0.5 * (gaussian - guided).pow(2).mean()
     shares = [
         judge.measure(decode(pipe, latents), prompts)["correct"][:, 0].mean()
         for latents in (gaussian, guided, refined)

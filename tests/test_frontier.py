@@ -213,8 +213,9 @@ def test_variety_is_compared_at_equal_quality():
 
 def test_variety_is_measured_over_seeds(small, tmp_path):
     output = tmp_path / "variety.json"
-    arguments = [*small, "--n", "4", "--seeds", "2", "--steps", "1", "--output", str(output)]
-    variety.main([*arguments, "--scales", "3", "--strengths", "1"])
+    arguments = [*small, "--n", "4", "--seeds", "2", "--steps", "2", "--output", str(output)]
+    arguments += ["--scales", "3", "--strengths", "1"]
+    variety.main([*arguments, "--sampler", "Heun (EDM)"])
     result = json.loads(output.read_text())
     assert result["prompts"] == 2 and result["arms"].keys() == {
         "unguided",
@@ -223,8 +224,10 @@ def test_variety_is_measured_over_seeds(small, tmp_path):
     }
     for arm in result["arms"].values():
         assert 1 <= arm["vendi_score"] <= 2 and arm["feature_variance"] > 0
-    assert result["arms"]["refined, strength 1"]["forwards"] == 2
+    assert result["arms"]["refined, strength 1"]["forwards"] == 1 + 3, "Heun takes 2 N - 1"
     assert Image.open(output.with_suffix(".png")).width > 1000
+    with pytest.raises(ValueError, match="holds results of other settings"):
+        variety.main(arguments)  # DDIM
     with pytest.raises(SystemExit):
         variety.parse([*arguments, "--n", "3"])
 
@@ -249,6 +252,7 @@ def test_compatibility(tmp_path, capsys):
     assert list(measured) == ["as trained", "LoRA ink.1", "size 64x128", "negative prompt"]
     settings = json.loads((output.with_suffix("") / "LoRA ink.1" / "settings.json").read_text())
     assert settings["about"]["judge"] == "classifier-ink.safetensors"
+    assert (settings["about"]["sampler"], settings["about"]["steps"]) == ("DDIM", 1)
     assert len(settings["about"]["lora_sha256"]) == len(settings["about"]["judge_sha256"]) == 64
     for arms in measured.values():
         assert [arm["forwards"] for arm in arms.values()] == [1, 2, 2]

@@ -29,18 +29,20 @@ from noiserefine.denoiser import denoiser
 from noiserefine.models.loading import load_pipeline
 from noiserefine.models.usage import usual_guidance_scale
 from noiserefine.models.user_lora import add_lora
-from noiserefine.samplers import SAMPLER_NAMES, samplers_of
+from noiserefine.samplers import SAMPLER_NAMES
 from train.captions import HELD_OUT, chosen_prompts
 from train.common import argument_parser, load_named, run_script, write_json
 from train.measurement import (
     ARMS,
     Measurement,
     add_precision,
+    add_sampler,
     all_figures,
     arms_table,
     check_options,
     lora_sha256,
     open_process,
+    sampler_of,
 )
 from train.metrics import METRICS, load_metrics
 
@@ -73,7 +75,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--guidance_scale", type=float, help="CFG scale; the model's usual one by default")
     add("--pag_scale", type=float, default=3.0, help="PAG scale s (equation 32)")
     add("--strength", type=float, default=1.0, help="strength of the refinement")
-    add("--sampler", choices=SAMPLER_NAMES, help="the first that the model takes, by default")
+    add_sampler(parser)
     add("--batch_size", type=int, default=50)
     add_precision(parser)
     add("--bootstrap", type=int, default=300, help="resamples for the intervals")
@@ -96,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     pipe = load_pipeline(args.backbone, process.device)
     if args.lora:
         add_lora(pipe, args.lora)  # which may bring a scheduler of its own
-    args.sampler = args.sampler or samplers_of(pipe)[0]
+    args.sampler = sampler_of(pipe, args)
     if args.guidance_scale is None:
         args.guidance_scale = usual_guidance_scale(pipe, args.backbone)
     if args.guidance_scale == 1 and any(ARMS[name].cfg for name in args.arms):

@@ -23,7 +23,7 @@ from noiserefine.analysis.versions import package_versions
 from noiserefine.denoiser import ForwardCounter, as_latents, denoiser
 from noiserefine.guidance import sample
 from noiserefine.noise import encode_prompt
-from noiserefine.samplers import with_sampler
+from noiserefine.samplers import SAMPLER_NAMES, make_scheduler, samplers_of, with_sampler
 from train.common import (
     FIRST_EVALUATION_SEED,
     WAIT,
@@ -297,6 +297,20 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
         help="bf16: under torch.autocast, for processors that multiply in it; models on CUDA are "
         "in 16 bits in any case",
     )
+
+
+def add_sampler(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the sampler of all arms; `sampler_of` says what it is by default."""
+    parser.add_argument(
+        "--sampler", choices=SAMPLER_NAMES, help="the first that the model takes, by default"
+    )
+
+
+def sampler_of(pipe: DiffusionPipeline, args: argparse.Namespace) -> str:
+    """Return the sampler that the options ask for. Raise ValueError if the model lacks it."""
+    sampler = args.sampler or samplers_of(pipe)[0]
+    make_scheduler(sampler, pipe)
+    return sampler
 
 
 def open_process() -> PartialState:

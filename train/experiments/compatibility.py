@@ -29,7 +29,6 @@ from noiserefine.guidance import sample_latents
 from noiserefine.models.loading import load_pipeline
 from noiserefine.models.user_lora import add_lora, find_lora
 from noiserefine.noise import check_negative_prompt, encode_prompt, image_size
-from noiserefine.samplers import NATIVE
 from train.captions import chosen_prompts
 from train.common import (
     FIRST_EVALUATION_SEED,
@@ -40,7 +39,7 @@ from train.common import (
     write_json,
 )
 from train.experiments.bench import Bench, Images, add_options, open_bench
-from train.measurement import Batch, lora_sha256
+from train.measurement import Batch, add_sampler, lora_sha256, sampler_of
 from train.metrics import load_metrics
 
 Change = Callable[[Batch], Batch]
@@ -53,18 +52,21 @@ def main(arguments: list[str] | None = None) -> None:
     for path, *_ in args.lora:
         find_lora(path)  # a missing one ends the run now, and not after the first condition
     bench = open_bench(args)
+    sampler_of(bench.pipe, args)  # one that the model lacks ends the run, not each condition
     prompts = chosen_prompts(args.prompts, args.n, bench.pipe)
     result: dict[str, Any] = {"n": args.n, "steps": args.steps, "conditions": {}}
     for name, condition in conditions(args):
         try:
             changed, change = condition(bench, args)
+            sampling = {"steps": args.steps, "sampler": sampler_of(changed.pipe, args)}
         except ValueError as error:
             result["conditions"][name] = {"impossible": str(error)}
             continue
+        changed = replace(changed, about=changed.about | sampling)
         arms = {
-            "gaussian": partial(_images, changed, args, change, 1.0),
-            "guided": partial(_images, changed, args, change, bench.guidance_scale),
-            "refined": partial(_refined, changed, args, change),
+            "gaussian": partial(_images, changed, sampling, change, 1.0),
+            "guided": partial(_images, changed, sampling, change, bench.guidance_scale),
+            "refined": partial(_refined, changed, sampling, change),
         }
         folder = args.output.with_suffix("") / name.replace("/", "-")
         measurement = changed.measure(folder, arms, prompts, args)
@@ -81,6 +83,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add_options(parser, n=1000)
     add = parser.add_argument
     add("--steps", type=int, default=20, help="sampling steps")
+    add_sampler(parser)
     add("--lora", nargs="+", action="append", default=[], help="a LoRA, and metrics of its own")
     add("--sizes", nargs="+", default=[], help="WIDTHxHEIGHT in pixels")
     add("--negative_prompt", help="for the guided arm")
@@ -195,13 +198,13 @@ def _same(batch: Batch) -> Batch:
 
 
 def _images(
-    bench: Bench, args: argparse.Namespace, change: Change, scale: float, batch: Batch
+    bench: Bench, sampling: dict[str, Any], change: Change, scale: float, batch: Batch
 ) -> Images:
-    return bench.sample(change(batch), args.steps, NATIVE, guidance_scale=scale)
+    return bench.sample(change(batch), guidance_scale=scale, **sampling)
 
 
-def _refined(bench: Bench, args: argparse.Namespace, change: Change, batch: Batch) -> Images:
-    return bench.sample(bench.refine(change(batch)), args.steps, NATIVE)
+def _refined(bench: Bench, sampling: dict[str, Any], change: Change, batch: Batch) -> Images:
+    return bench.sample(bench.refine(change(batch)), **sampling)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,14 @@ from train.captions import chosen_prompts
 from train.common import argument_parser, interval, run_script, write_json
 from train.emoji.judge import EmojiJudge
 from train.experiments.bench import Bench, Images, add_options, open_bench
-from train.measurement import Batch, all_figures, arms_table, summary
+from train.measurement import (
+    Batch,
+    add_sampler,
+    all_figures,
+    arms_table,
+    sampler_of,
+    summary,
+)
 from train.metrics import Figure, Inception, Metric, Rows
 
 SCALES = (1.5, 2.0, 3.0, 4.0, 6.0)
@@ -75,16 +82,22 @@ def main(arguments: list[str] | None = None) -> None:
     if not isinstance(bench.metrics[0], EmojiJudge | Inception):
         raise ValueError("Variety is that of features: begin --metrics with judge or inception.")
     bench.metrics.append(Vendi(args.metrics[0], None, bench.process.device))
+    sampling = {"steps": args.steps, "sampler": sampler_of(bench.pipe, args)}
+    bench.about |= sampling | {"few_steps": args.few_steps}
     prompts = np.repeat(chosen_prompts(args.prompts, args.n // args.seeds, bench.pipe), args.seeds)
     texts = prompts.tolist()
     curves = {
-        "guided": {f"guided, g {g:g}": partial(_guided, bench, args, g) for g in args.scales},
+        "guided": {f"guided, g {g:g}": partial(_guided, bench, sampling, g) for g in args.scales},
         "refined": {
-            f"refined, strength {strength:g}": partial(_refined, bench, args, strength)
+            f"refined, strength {strength:g}": partial(_refined, bench, sampling, strength)
             for strength in (args.strengths if bench.refiner else ())
         },
     }
-    arms = {"unguided": partial(_guided, bench, args, 1.0), **curves["guided"], **curves["refined"]}
+    arms = {
+        "unguided": partial(_guided, bench, sampling, 1.0),
+        **curves["guided"],
+        **curves["refined"],
+    }
     if bench.few_step:
         arms["few-step"] = partial(_few_step, bench, args)
     measurement = bench.measure(args.output.with_suffix("") / "measured", arms, texts, args)
@@ -123,6 +136,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--few_steps", type=int, default=4, help="its steps")
     add("--seeds", type=int, default=SEEDS, help="images of each prompt in every arm")
     add("--steps", type=int, default=20, help="sampling steps")
+    add_sampler(parser)
     add("--scales", type=float, nargs="+", default=list(SCALES), help="of guidance")
     add("--strengths", type=float, nargs="+", default=list(STRENGTHS), help="of the refinement")
     args = parser.parse_args(arguments)
@@ -199,12 +213,12 @@ def table(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _guided(bench: Bench, args: argparse.Namespace, scale: float, batch: Batch) -> Images:
-    return bench.sample(batch, args.steps, NATIVE, guidance_scale=scale)
+def _guided(bench: Bench, sampling: dict[str, Any], scale: float, batch: Batch) -> Images:
+    return bench.sample(batch, guidance_scale=scale, **sampling)
 
 
-def _refined(bench: Bench, args: argparse.Namespace, strength: float, batch: Batch) -> Images:
-    return bench.sample(bench.refine(batch, strength), args.steps, NATIVE)
+def _refined(bench: Bench, sampling: dict[str, Any], strength: float, batch: Batch) -> Images:
+    return bench.sample(bench.refine(batch, strength), **sampling)
 
 
 def _few_step(bench: Bench, args: argparse.Namespace, batch: Batch) -> Images:

@@ -142,9 +142,42 @@ def test_guided_arms_need_guidance(tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        ("--backbone assets/emoji-sit --arms gaussian pag", "no perturbed-attention"),
+        ("--backbone {tiny} --arms gaussian --sampler UniPC", "no sampler 'UniPC'"),
+        (
+            "--backbone {tiny} --refiner {refiner} --arms gaussian refined --guidance_scale 7",
+            "takes a guidance scale from 1 to 4",
+        ),
+    ],
+)
+def test_what_cannot_be_made_is_said_before_any_image(
+    options, says, tiny_folder, tiny_refiner, tmp_path
+):
+    models = options.format(tiny=tiny_folder, refiner=tiny_refiner)
+    with pytest.raises(ValueError, match=says):
+        evaluate.main([*models.split(), "--output", str(tmp_path / "r.json")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_that_does_not_fit_is_said(tmp_path, monkeypatch):
+    def exhausted(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(measurement, "sample", exhausted)
+    arguments = [*EVALUATE, "--arms", "gaussian", "--output", str(tmp_path / "r.json")]
+    for size, says in (("2", "with --batch_size 1, and another --output"), ("1", "one image")):
+        with pytest.raises(MemoryError, match=says):
+            evaluate.main([*arguments, "--batch_size", size])
+        shutil.rmtree(tmp_path / "r")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
         ("--output results", "--output is a .json file"),
         ("--output r.json --n 1", "--n must be at least 2"),
         ("--output r.json --arms refined", "--refiner is missing"),
+        ("--output r.json --arms pag --pag_scale 0", "--pag_scale must be above 0"),
     ],
 )
 def test_options_that_cannot_work(options, says):

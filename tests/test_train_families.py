@@ -23,7 +23,7 @@ from train import embeds, placement, presets, targets, train_refiner, validation
 from train.embeds import Embeds
 from train.options import default_options, describe, parse, plan
 from train.presets import FORWARDS, PRESETS
-from train.run import memory_advice
+from train.run import stage_advice
 from train.tools import cost, cuda_table, tiers
 from train.tools.architectures import random_pipeline
 from train.tools.meta import autocast_as_on_cuda
@@ -312,7 +312,7 @@ def test_advice_on_memory_names_only_what_helps():
     ):
         options = parse(["--preset", "sd35-medium", "--output_dir", "x"])
         options = replace(options, **{"gradient_checkpointing": False} | changed)
-        with pytest.raises(MemoryError) as raised, memory_advice(options, stage, network):
+        with pytest.raises(MemoryError) as raised, stage_advice(options, stage, network):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         named = {*re.findall(r"--(\w+)", str(raised.value))}
         named -= {"output_dir", "targets_of", "gradient_accumulation_steps"}

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
+from noiserefine.models.devices import memory_is_full
+
 ROOT = Path(__file__).resolve().parents[1]
 FIRST_EVALUATION_SEED = 10**6  # image i of every evaluation has this seed + i
 TWO_SIDED_95 = (2.5, 97.5)  # percentiles
@@ -40,6 +42,22 @@ def run_script(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         print("\nStopped. Run the same command again to continue.", file=sys.stderr)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def memory_advice(doing: str, advice: str) -> Iterator[None]:
+    """Turn running out of memory into a MemoryError that says what needs less.
+
+    doing: what the memory is not enough for, as in "to train"; advice: sentences.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not memory_is_full(error):
+            raise
+        raise MemoryError(
+            f"The memory is not enough {doing} ({str(error).splitlines()[0]}). {advice}"
+        ) from error
 
 
 def load_named(option: str, name: str) -> Any:

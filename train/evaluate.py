@@ -22,10 +22,13 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from diffusers import DiffusionPipeline
+
 from noiserefine import Refiner
 from noiserefine.analysis.recipe import check_settings
 from noiserefine.checkpoint import signature
 from noiserefine.denoiser import denoiser
+from noiserefine.guidance import check_guidance
 from noiserefine.models.loading import load_pipeline
 from noiserefine.models.usage import usual_guidance_scale
 from noiserefine.models.user_lora import add_lora
@@ -88,7 +91,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     check_options(args)
     if not args.refiner and any(ARMS[name].refined for name in args.arms):
         raise ValueError("--refiner is missing for the arms with refined noise; or choose --arms.")
+    if args.pag_scale <= 0 and any(ARMS[name].pag for name in args.arms):
+        raise ValueError("--pag_scale must be above 0 for the arms with PAG; or choose --arms.")
     return args
+
+
+def check_arms(args: argparse.Namespace, pipe: DiffusionPipeline, refiner: Refiner | None) -> None:
+    """Raise ValueError for an arm that the model or the refiner cannot make."""
+    arms = [ARMS[name] for name in args.arms]
+    if args.guidance_scale == 1 and any(arm.cfg for arm in arms):
+        raise ValueError(
+            "At a guidance scale of 1 the guided arms are unguided: leave them out, as --arms "
+            "gaussian refined does, or give a --guidance_scale above 1."
+        )
+    for arm in arms:
+        check_guidance(pipe, **arm.guidance(args))
+    if refiner and any(arm.refined for arm in arms):
+        refiner.scale_input(args.guidance_scale)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -101,13 +120,9 @@ def main(arguments: list[str] | None = None) -> None:
     args.sampler = sampler_of(pipe, args)
     if args.guidance_scale is None:
         args.guidance_scale = usual_guidance_scale(pipe, args.backbone)
-    if args.guidance_scale == 1 and any(ARMS[name].cfg for name in args.arms):
-        raise ValueError(
-            "At a guidance scale of 1 the guided arms are unguided: leave them out, as --arms "
-            "gaussian refined does, or give a --guidance_scale above 1."
-        )
     network = load_named("network", args.network) if args.network else Refiner
     refiner = network.from_pretrained(args.refiner, pipe) if args.refiner else None
+    check_arms(args, pipe, refiner)
     prompts = chosen_prompts(args.prompts, args.n, pipe)
     metrics = load_metrics(args.metrics, args.real_images, process.device)
 

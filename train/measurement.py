@@ -31,6 +31,7 @@ from train.common import (
     check_recorded,
     interval,
     markdown_table,
+    memory_advice,
     with_interval,
     without_bias,
     write_json,
@@ -59,6 +60,13 @@ class Arm:
     refined: bool = False  # from refined noise
     cfg: bool = False
     pag: bool = False
+
+    def guidance(self, args: argparse.Namespace) -> dict[str, float]:
+        """Return its guidance as `sample` takes it."""
+        return {
+            "guidance_scale": args.guidance_scale if self.cfg else 1.0,
+            "pag_scale": args.pag_scale if self.pag else 0.0,
+        }
 
 
 ARMS = {
@@ -137,24 +145,25 @@ class Measurement:
             arms = [name for name in self.args.arms if self._is_missing(name, start)]
             if not arms:
                 continue
-            batch_prompts = prompts[start : start + self.args.batch_size]
-            x_T = draw_noise(pipe, FIRST_EVALUATION_SEED + start, len(batch_prompts)).to(
-                pipe.device
-            )
-            batch = Batch(start, batch_prompts, x_T, encode_prompt(pipe, batch_prompts))
-            for name in arms:
-                began, counter = time.perf_counter(), ForwardCounter()
-                with autocast, counter.watch(*networks):
-                    images = images_of(name, batch)
-                cost = {"forwards": counter.count, "seconds": time.perf_counter() - began}
-                rows = {
-                    key: value
-                    for metric in metrics
-                    for key, value in metric.measure(images, batch_prompts).items()
-                }
-                self._keep_images(name, start, images)
-                with atomic(self.file(name, start)) as part, part.open("wb") as file:
-                    np.savez(file, **cost, **rows)  # type: ignore[arg-type]
+            with memory_advice("to make and measure a batch", self._advice()):
+                batch_prompts = prompts[start : start + self.args.batch_size]
+                x_T = draw_noise(pipe, FIRST_EVALUATION_SEED + start, len(batch_prompts)).to(
+                    pipe.device
+                )
+                batch = Batch(start, batch_prompts, x_T, encode_prompt(pipe, batch_prompts))
+                for name in arms:
+                    began, counter = time.perf_counter(), ForwardCounter()
+                    with autocast, counter.watch(*networks):
+                        images = images_of(name, batch)
+                    cost = {"forwards": counter.count, "seconds": time.perf_counter() - began}
+                    rows = {
+                        key: value
+                        for metric in metrics
+                        for key, value in metric.measure(images, batch_prompts).items()
+                    }
+                    self._keep_images(name, start, images)
+                    with atomic(self.file(name, start)) as part, part.open("wb") as file:
+                        np.savez(file, **cost, **rows)  # type: ignore[arg-type]
         self.process.wait_for_everyone()
 
     def results(self, prompts: list[str], metrics: list[Metric]) -> dict[str, Any]:
@@ -212,6 +221,13 @@ class Measurement:
             "differences": {},
         }
 
+    def _advice(self) -> str:
+        """Return what needs less memory; the batch's size binds what is measured."""
+        size = self.args.batch_size
+        if size == 1:
+            return "It is that of one image: take a smaller model, or another device."
+        return f"Run the same command with --batch_size {size // 2}, and another --output."
+
     def _is_missing(self, arm: str, start: int) -> bool:
         if not self.file(arm, start).exists():
             return True
@@ -243,8 +259,7 @@ class Measurement:
     ) -> list[Image.Image]:
         return sample(
             pipe,
-            guidance_scale=self.args.guidance_scale if arm.cfg else 1.0,
-            pag_scale=self.args.pag_scale if arm.pag else 0.0,
+            **arm.guidance(self.args),
             latents=latents,
             num_inference_steps=self.args.steps,
             generator=torch.Generator().manual_seed(start),

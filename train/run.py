@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from train.common import atomic, interruptible
+from train.common import atomic, interruptible, memory_advice
 from train.options import Options
 
 STATS = "stats.jsonl"
@@ -175,21 +175,14 @@ class Log:
             self.board.add_scalar(name, value, line["step"])
 
 
-@contextlib.contextmanager
-def memory_advice(options: Options, stage: str, network: Any = None) -> Iterator[None]:
-    """Turn running out of memory into a MemoryError that says which options need less.
+def stage_advice(
+    options: Options, stage: str, network: Any = None
+) -> contextlib.AbstractContextManager[None]:
+    """Return what turns running out of memory into a MemoryError with options that need less.
 
-    stage: of STAGES, in which it ran out; network: the refining one, of the training.
+    stage: of STAGES, in which it runs out; network: the refining one, of the training.
     """
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise MemoryError(
-            f"The memory is not enough {STAGES[stage]} ({str(error).splitlines()[0]}). "
-            f"{_advice(options, stage, network)}"
-        ) from error
+    return memory_advice(STAGES[stage], _advice(options, stage, network))
 
 
 def _advice(options: Options, stage: str, network: Any) -> str:

@@ -27,7 +27,7 @@ from train.common import atomic, load_named
 from train.embeds import Embeds, moved
 from train.options import Options
 from train.placement import decoding_parts, encoding, encoding_parts, move, on_device
-from train.run import memory_advice
+from train.run import stage_advice
 
 GOLDEN_RATIO = 0.6180339887498949  # its multiples, modulo 1, are spread evenly
 ENCODED_CALLS = 16  # whose prompts are encoded at once
@@ -81,7 +81,7 @@ class Targets:
         accelerator.wait_for_everyone()  # all processes have seen the same files
         share = calls[accelerator.process_index :: accelerator.num_processes]
         pipe, device = with_sampler(self.pipe, self.options.sampler), accelerator.device
-        with memory_advice(self.options, "encoding"), encoding(pipe, device):
+        with stage_advice(self.options, "encoding"), encoding(pipe, device):
             self.embeds.make(self.prompts, accelerator)
             self.empty_prompt = encode_prompt(pipe, "", guided=False)  # to decode with
         hidden = not accelerator.is_local_main_process
@@ -167,7 +167,7 @@ class Targets:
         """
         for first in range(0, len(calls), ENCODED_CALLS):
             together = calls[first : first + ENCODED_CALLS]
-            with memory_advice(self.options, "encoding"), encoding(self.pipe, device):
+            with stage_advice(self.options, "encoding"), encoding(self.pipe, device):
                 encoded = [
                     moved(encode_prompt(self.pipe, self._prompts(c)), "cpu") for c in together
                 ]

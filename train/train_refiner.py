@@ -48,7 +48,7 @@ from train.captions import read_prompts
 from train.common import WAIT, load_named, run_script
 from train.options import DTYPES, Options, describe, parse, plan
 from train.placement import taking_turns
-from train.run import Checkpoint, Run, checkpointing_problem, memory_advice, read_log
+from train.run import Checkpoint, Run, checkpointing_problem, read_log, stage_advice
 from train.settings import open_run, settings_of
 from train.targets import Batch, Targets
 from train.tools.share import push
@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.dry_run:
         print(describe(options, int(os.environ.get("WORLD_SIZE", "1"))))
         return
-    with memory_advice(options, "loading"):
+    with stage_advice(options, "loading"):
         run(options)
 
 
@@ -172,12 +172,12 @@ def run(options: Options) -> None:
     if options.compile:
         denoiser(pipe).compile()
     validation = None
-    with memory_advice(options, "sampling"):
+    with stage_advice(options, "sampling"):
         if held_out and accelerator.is_main_process:
             validation = Validation(options, pipe, held_out, accelerator)
             validation(refiner, step=0)
         targets.make(accelerator)
-    with memory_advice(options, "training", refiner.network):
+    with stage_advice(options, "training", refiner.network):
         train(accelerator, targets, refiner, loss_of, validation)
     if accelerator.is_main_process:
         _save(refiner, targets, settings, accelerator.num_processes)

@@ -16,7 +16,7 @@ from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
 from train.options import Options
 from train.placement import decoding_parts, encoding, on_device
-from train.run import memory_advice
+from train.run import stage_advice
 
 FIRST_SEED = 2**31  # beyond every target's
 SHOWN = 8  # images of each arm on a sheet
@@ -38,7 +38,7 @@ class Validation:
         generator = torch.Generator().manual_seed(options.seed)
         order = torch.randperm(len(prompts), generator=generator)[: options.num_validation]
         calls = order.split(options.target_batch_size)
-        with memory_advice(options, "encoding"), encoding(pipe, accelerator.device):
+        with stage_advice(options, "encoding"), encoding(pipe, accelerator.device):
             self.embeds = [encode_prompt(pipe, [prompts[i] for i in call]) for call in calls]
             self.empty_prompt = encode_prompt(pipe, "", guided=False)  # to decode with
         seed, size = FIRST_SEED + options.seed, (options.height, options.width)
@@ -61,7 +61,7 @@ class Validation:
         validation_percent is the share of the Gaussian arm's distance that refining takes away.
         Write validation/STEP.png with a row each of unguided, guided and refined images.
         """
-        with memory_advice(self.options, "sampling"):
+        with stage_advice(self.options, "sampling"):
             return self._measure(refiner, step)
 
     def _measure(self, refiner: Refiner, step: int) -> dict[str, float]:

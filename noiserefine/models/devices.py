@@ -1,5 +1,7 @@
 """Where a model computes, and in which precision, unless the user says otherwise."""
 
+import re
+
 import torch
 
 from noiserefine.models.catalogue import FAMILIES
@@ -20,3 +22,10 @@ def default_dtype(device: torch.device, pipeline: str = "StableDiffusionPipeline
     if device.type != "cuda":
         return torch.float32
     return getattr(torch, FAMILIES[pipeline].precision if pipeline in FAMILIES else "bfloat16")
+
+
+def memory_is_full(error: RuntimeError) -> bool:
+    """Return whether an error says that a device's memory is not enough."""
+    return isinstance(error, torch.OutOfMemoryError) or bool(
+        re.search("out of memory|can't allocate|ALLOC_FAILED", str(error))
+    )

@@ -1,6 +1,5 @@
 """The work behind a click: load the models, run the view, stream its events."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from noiserefine.analysis.trajectory import FRAMES
 from noiserefine.denoiser import can_guide, guidance_kind
 from noiserefine.latents import decode
 from noiserefine.models.catalogue import BACKBONES, Model
+from noiserefine.models.devices import memory_is_full
 from noiserefine.models.downloads import listening
 from noiserefine.models.pool import Loaded, Models
 from noiserefine.page.events import Download, Event, Made, Picture, Progress, Source, Tick
@@ -159,7 +159,7 @@ def work(
     try:
         yield from stream(WORKER, load_and_show, PREVIEW_SECONDS)
     except RuntimeError as error:
-        if not _memory_is_full(error):
+        if not memory_is_full(error):
             raise
         MODELS.forget(lambda other: other.backbone == model.backbone)
         raise MemoryError(
@@ -253,9 +253,3 @@ def decoded(model: Model, x0: np.ndarray) -> Image.Image | None:
 def _part_used(model: Model, recipe: Recipe) -> Model:
     """Return the model without a refiner that the recipe does not use."""
     return model if recipe.strength else replace(model, refiner="")
-
-
-def _memory_is_full(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or bool(
-        re.search("out of memory|can't allocate|ALLOC_FAILED", str(error))
-    )

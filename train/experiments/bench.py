@@ -151,6 +151,8 @@ def open_bench(
         if refiner is None or "guidance_scale" not in refiner.config.training:
             raise ValueError("--guidance_scale is missing: no refiner says which is usual.")
         scale = refiner.config.training["guidance_scale"]
+    if refiner:
+        refiner.scale_input(scale)  # one that it was not trained for ends the run now
     metrics = load_metrics(args.metrics, args.real_images, process.device)
     about = {
         "backbone": args.backbone,

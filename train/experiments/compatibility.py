@@ -25,7 +25,7 @@ from diffusers import CacheMixin, FirstBlockCacheConfig
 
 from noiserefine import Refiner, draw_noise
 from noiserefine.denoiser import denoiser
-from noiserefine.guidance import sample_latents
+from noiserefine.guidance import check_guidance, sample_latents
 from noiserefine.models.loading import load_pipeline
 from noiserefine.models.user_lora import add_lora, find_lora
 from noiserefine.noise import check_negative_prompt, encode_prompt, image_size
@@ -52,7 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
     for path, *_ in args.lora:
         find_lora(path)  # a missing one ends the run now, and not after the first condition
     bench = open_bench(args)
-    sampler_of(bench.pipe, args)  # one that the model lacks ends the run, not each condition
+    # What the model itself lacks ends the run, and is no property of a condition.
+    sampler_of(bench.pipe, args)
+    check_guidance(bench.pipe, bench.guidance_scale)
     prompts = chosen_prompts(args.prompts, args.n, bench.pipe)
     result: dict[str, Any] = {"n": args.n, "steps": args.steps, "conditions": {}}
     for name, condition in conditions(args):

@@ -24,6 +24,7 @@ import torch
 from matplotlib.figure import Figure as Plot
 from PIL import Image
 
+from noiserefine.guidance import check_guidance
 from noiserefine.samplers import NATIVE
 from train.captions import chosen_prompts
 from train.common import argument_parser, interval, run_script, write_json
@@ -82,6 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not isinstance(bench.metrics[0], EmojiJudge | Inception):
         raise ValueError("Variety is that of features: begin --metrics with judge or inception.")
     bench.metrics.append(Vendi(args.metrics[0], None, bench.process.device))
+    check_guidance(bench.pipe, max(args.scales))
     sampling = {"steps": args.steps, "sampler": sampler_of(bench.pipe, args)}
     bench.about |= sampling | {"few_steps": args.few_steps}
     prompts = np.repeat(chosen_prompts(args.prompts, args.n // args.seeds, bench.pipe), args.seeds)

@@ -282,7 +282,7 @@ def test_every_view_shows_its_images(sampled, tiny, view):
             "the prompt's first after the article"
         )
     if view == "frequencies":
-        assert state["overlay"].size == (128, 128) and "times as strongly" in state["note"]
+        assert state["overlay"].size == (128, 128) and "times the energy of" in state["note"]
         assert state["histogram"].width > state["overlay"].width < state["spectrum"].width
 
 

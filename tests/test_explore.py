@@ -390,6 +390,8 @@ def test_figures_hold_the_noise(pipe):
         "a constant has lowest frequencies only"
     )
     assert histogram.get_xlabel() and histogram.get_ylabel()
+    [shaded] = radial_spectrum(x_T, x_T + 0.5, cutoff=0.6).axes[0].patches
+    assert shaded.get_width() == 0.6, "the cutoff that was chosen"
 
 
 def test_blind_tally():

@@ -57,8 +57,13 @@ def difference_histogram(x_T: torch.Tensor, x_hat: torch.Tensor, other: torch.Te
     return figure
 
 
-def radial_spectrum(x_T: torch.Tensor, x_hat: torch.Tensor, count: int = 12) -> Figure:
-    """Plot the energy of the correction x_hat - x_T and of x_T over frequency (figure 9)."""
+def radial_spectrum(
+    x_T: torch.Tensor, x_hat: torch.Tensor, cutoff: float = LOW_FREQUENCY, count: int = 12
+) -> Figure:
+    """Plot the energy of the correction x_hat - x_T and of x_T over frequency (figure 9).
+
+    Frequencies below the cutoff are shaded.
+    """
     figure, ax = axes(
         "Where the correction is",
         "radial frequency, of the largest",
@@ -87,6 +92,6 @@ def radial_spectrum(x_T: torch.Tensor, x_hat: torch.Tensor, count: int = 12) -> 
             marker="o",
             label=label,
         )
-    ax.axvspan(0, LOW_FREQUENCY, color=REFINED, alpha=0.1, lw=0)
+    ax.axvspan(0, cutoff, color=REFINED, alpha=0.1, lw=0)
     ax.legend(frameon=False, labelcolor=INK)
     return figure

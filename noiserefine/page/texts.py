@@ -142,8 +142,8 @@ def nearness(values: list[float]) -> str:
 
 
 def change_of_noise(cutoff: float, share: float, ratio: float | None) -> str:
-    """Return where the correction is; ratio: of the energy of a coefficient below to one above."""
+    """Return where the correction is; ratio: the mean energy of a coefficient below to above."""
     energy = f"{share:.0%} of the correction's energy is below {cutoff:g} of the frequency radius."
     if ratio is None:
         return energy
-    return f"{energy} A coefficient below it is changed {ratio:.1f} times as strongly as one above."
+    return f"{energy} A coefficient below it has {ratio:.1f} times the energy of one above."

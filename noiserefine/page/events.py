@@ -12,7 +12,7 @@ from noiserefine.models.catalogue import Model
 class Source:
     """The models that this run makes images with, for the record in each file.
 
-    The first event of a view: the settings are checked by then.
+    It comes when they are loaded and the settings are checked, after Download and before all else.
     """
 
     backbone: str

@@ -57,6 +57,7 @@ from noiserefine.page.settings import Settings, any_model_allowed, link, restore
 from noiserefine.page.stream import stream
 from noiserefine.page.views import ARMS, VIEWS
 from noiserefine.page.vocabulary import random_prompt
+from noiserefine.page.wiring import build_page
 from noiserefine.sampler_names import SAMPLERS
 from tests.conftest import EMOJI, EMOJI_REFINER, ROOT, output, perturbed, script
 from train.tools.architectures import random_pipeline
@@ -967,6 +968,13 @@ def test_stop_spares_what_another_button_starts_after_it(monkeypatch):
     handlers.RUNNING["a", "compare"] += 1
     handlers.stop_next(["many"], request)
     assert asked == 2 * [("a", "many")]
+
+
+def test_old_files_are_deleted_but_not_those_the_page_opens_with():
+    blocks = build_page()
+    assert blocks.delete_cache
+    kept = {path for block in blocks.blocks.values() for path in block.keep_in_cache}
+    assert set().union(*blocks.temp_file_sets) <= kept
 
 
 def test_page_goes_on_after_errors(client):

@@ -22,11 +22,13 @@ from noiserefine.page.layout import (
     gallery_classes,
 )
 from noiserefine.page.lazy import Lazy
+from noiserefine.page.opening import FOLDER
 from noiserefine.page.settings import FREE_CHOICE, Settings
 from noiserefine.page.train_tab import train_tab
 from noiserefine.page.views import ARMS, VIEWS
 
 HISTORY = 12  # results
+HOUR, DAY = 3600, 86400  # seconds; old files are deleted every hour
 PRIVATE: Any = {"api_visibility": "private"}  # of events that are no endpoint
 RANDOM_SEED = "Math.floor(Math.random() * 2 ** 32)"
 usages: Any = Lazy("noiserefine.models.usage")
@@ -34,7 +36,10 @@ usages: Any = Lazy("noiserefine.models.usage")
 
 def build_page() -> gr.Blocks:
     """Return the page, ready to launch."""
-    with gr.Blocks(title="NoiseRefine", analytics_enabled=False) as blocks:
+    gr.set_static_paths([FOLDER])  # not copied to the cache, where pictures of buttons grow old too
+    with gr.Blocks(
+        title="NoiseRefine", analytics_enabled=False, delete_cache=(HOUR, DAY)
+    ) as blocks:
         page = build_components()
         known = gr.State({})  # the session's samples, changed in place: Stop keeps what is finished
         compared = _connect_views(page, known)

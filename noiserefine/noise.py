@@ -195,7 +195,7 @@ def encoding_for(embeds: dict[str, Any], count: int) -> dict[str, Any]:
     prompts = len(next(iter(embeds.values())))
     if prompts not in (1, count):
         raise ValueError(
-            f"There are {prompts} prompts for {count} images: give one for all or one for each."
+            f"Prompts: {prompts}, images: {count}. Give one prompt for all or one for each."
         )
     embeds = {name: value for name, value in embeds.items() if not name.startswith("negative")}
     return embeds if prompts == count else {k: _repeat(v, count) for k, v in embeds.items()}

@@ -331,6 +331,7 @@ def test_the_slider_drives_a_refiner_that_is_told_the_scale():
         ("blind", {"opponent": "nobody", "prompts": "current"}, "no 'nobody' image"),
         ("many", {"prompts": "a cat", "count": 10**12}, "in one go"),
         ("many", {"prompts": "a cat", "count": 0}, "in one go"),
+        ("many", {"prompts": "a cat", "count": 40}, "1 prompt with 40 images each are 120 images"),
         ("many", {"prompts": "a cat", "count": 1.5}, "whole number"),
     ],
 )
@@ -632,6 +633,8 @@ def test_strength_zero_is_said():
 
 
 def test_figures_in_words():
+    assert texts.cost(1, None, None, None) == "**1** forward"
+    assert "1 step, DDIM" in texts.caption(Settings(PROMPT, steps=1))
     assert "**30%** further from the guided" in texts.nearness([-0.4, -0.2])
     assert "**10%** nearer to the guided" in texts.nearness([0.4, -0.2])
     assert texts.variety({"plain": 2.0, "guided": 3.0}).endswith("plain 1.00, guided 1.50")

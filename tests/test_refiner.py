@@ -253,7 +253,7 @@ def test_bad_calls(refiner, pipe):
             refiner(x_T, "a cat", strength=strength)
     with pytest.raises(ValueError, match="x_T has shape"):
         refiner(x_T[:, :3], "a cat")
-    with pytest.raises(ValueError, match="3 prompts for 1 images"):
+    with pytest.raises(ValueError, match="Prompts: 3, images: 1"):
         refiner(x_T, ["a cat"] * 3)
     with pytest.raises(ValueError, match="rank"):
         Refiner.create(pipe, 0)

@@ -4,6 +4,8 @@ import math
 import random
 from dataclasses import dataclass
 
+from noiserefine.page import texts
+
 QUESTIONS = {"better": "Which is better?", "follows": "Which follows the prompt?"}
 LEFT, RIGHT, NEITHER = "left", "right", "neither"
 ANSWERS = {LEFT: "Left", NEITHER: "Can't tell", RIGHT: "Right"}
@@ -100,5 +102,5 @@ def result(votes: list[Vote]) -> str:
     against = "plain sampling" if opponent == "gaussian" else "guided sampling at twice the cost"
     return (
         f"Blind test of NoiseRefine ({last.model}): I preferred the refined image over {against} "
-        f"in {won} of {counts['n']} pairs."
+        f"in {won} of {texts.counted(counts['n'], 'pair')}."
     )

@@ -178,10 +178,9 @@ class Screen:
         """Say that the run was stopped; picture: the decoded x0 of its last step."""
         if self.unfinished:
             arm, done = self.unfinished.arm, self.unfinished.forwards
+            total = texts.counted(self.unfinished.total, "forward")
             shown = "the image it expected then" if picture else "a rough preview"
-            self.values[f"{arm}_cost"] = (
-                f"**Stopped** after {done} of {self.unfinished.total} forwards: {shown}"
-            )
+            self.values[f"{arm}_cost"] = f"**Stopped** after {done} of {total}: {shown}"
             if picture:
                 self.values[arm] = self._file(self._name(f"{arm}-after-{done}-forwards"), picture)
         if self.status and "note" in self.values:
@@ -204,7 +203,7 @@ class Screen:
     def _files_to_keep(self) -> list[str]:
         """Return a contact sheet, the arms and, of small ones, enlarged copies, as files."""
         captioned = [
-            (f"{ARMS[arm].title}, {sample.forwards} forwards", sample.image)
+            (f"{ARMS[arm].title}, {texts.counted(sample.forwards, 'forward')}", sample.image)
             for arm, sample in self.samples.items()
         ]
         sheet = contact_sheet(captioned, self.record["settings"]["prompt"])

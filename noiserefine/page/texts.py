@@ -11,6 +11,11 @@ from noiserefine.page.training import shown
 SHOWN_SECONDS = 1.0  # below it the time says more about the machine than about the method
 
 
+def counted(number: float, noun: str) -> str:
+    """Return a number with its noun, in the plural but for 1."""
+    return f"{_whole(number)} {noun}{'s' * (number != 1)}"
+
+
 def cost(
     forwards: int, seconds: float | None, guided_forwards: int | None, nearness: float | None
 ) -> str:
@@ -36,7 +41,7 @@ def caption(settings: Settings) -> str:
     parts = [
         quoted(settings.prompt),
         f"seed {_whole(settings.seed)}",
-        f"{settings.steps:g} steps, {settings.sampler}",
+        f"{counted(settings.steps, 'step')}, {settings.sampler}",
         f"guidance {settings.guidance_scale:g}",
         f"strength {settings.strength:g}",
         Model(str(settings.backbone)).title,

@@ -339,7 +339,8 @@ def many(job: "Job", prompts: str, count: float) -> None:
     total = len(lines) * count * len(job.arms())
     if not 1 <= total <= MOST_IMAGES:
         raise ValueError(
-            f"{len(lines)} prompts with {count} images each are {total} images in all columns; "
+            f"{texts.counted(len(lines), 'prompt')} with {texts.counted(count, 'image')} each are "
+            f"{texts.counted(total, 'image')} in all columns; "
             f"from 1 to {MOST_IMAGES} can be made in one go."
         )
     batch = {

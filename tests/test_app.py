@@ -35,6 +35,7 @@ from noiserefine import Refiner, draw_noise
 from noiserefine.analysis.explore import INTERPOLATIONS, SCALES, STEPS, STRENGTHS
 from noiserefine.analysis.recipe import Maker, Recipe, Sample
 from noiserefine.latents import fit_preview
+from noiserefine.limits import MAX_SEED
 from noiserefine.models import pool as models
 from noiserefine.models.catalogue import ASSETS, BACKBONES, Model
 from noiserefine.models.loading import load_pipeline
@@ -347,6 +348,14 @@ def test_views_refuse_with_a_sentence(view, controls, says):
             shown(*GOOD, "blurry " * 60, view=view, **controls)
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize("view", ["seeds", "many"])
+def test_seeds_that_count_past_the_largest_are_refused_before_any_image(sampled, view):
+    inputs = [PROMPT, MAX_SEED - 1, *GOOD[2:]]
+    with pytest.raises(gr.Error, match=f"start at {MAX_SEED - 2} or below"):
+        shown(*inputs, view=view, **controls_of(view) | {"count": 3})
+    assert not sampled
 
 
 def test_an_unforeseen_error_is_a_sentence_too(monkeypatch, caplog):

@@ -270,6 +270,16 @@ def refine(job: "Job") -> None:
     job.report(Noise(safetensors.save(tensors)))
 
 
+def _counting_up(seed: int, count: int) -> range:
+    """Return `count` seeds from this one on. Raises ValueError for more than there are."""
+    if seed + count - 1 > MAX_SEED:
+        raise ValueError(
+            f"{count} seeds from {seed} on go past {MAX_SEED}, the largest: start at "
+            f"{MAX_SEED - count + 1} or below."
+        )
+    return range(seed, seed + count)
+
+
 @view(
     "Seeds",
     "One prompt, many seeds: a row for each arm. How much the images of different seeds differ "
@@ -288,7 +298,7 @@ def seeds(job: "Job", count: float) -> None:
     arms, rows = job.arms(), dict[str, list]()
     for arm, recipe in arms.items():
         rows[arm] = []
-        for seed in range(job.recipe.seed, job.recipe.seed + count):
+        for seed in _counting_up(job.recipe.seed, count):
             rows[arm].append(job.make(replace(recipe, seed=seed)))
             job.show([(f"{ARMS[arm].title}, seed {seed}", rows[arm][-1])], len(arms) * count)
     distances = {ARMS[arm].title.lower(): explore.variety(rows[arm]) for arm in arms}
@@ -346,7 +356,7 @@ def many(job: "Job", prompts: str, count: float) -> None:
     batch = {
         (prompt, seed): job.arms(prompt=prompt, seed=seed)
         for prompt in lines
-        for seed in range(job.recipe.seed, job.recipe.seed + count)
+        for seed in _counting_up(job.recipe.seed, count)
     }
     for arms in batch.values():
         for recipe in arms.values():

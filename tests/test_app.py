@@ -293,6 +293,20 @@ def test_strengths_without_guidance_are_counted(tiny):
     assert len(state["images"]) == state["total"] == len(STRENGTHS)
 
 
+def test_scale_1_has_no_guided_arm(tiny):
+    """It would be the plain image: it is not shown as guided, nor compared as such."""
+    inputs = [*tiny[:3], 1, 1.0, *tiny[5:]]
+    state = shown(*inputs)
+    assert "guided" not in state and "scale is 1" in state["absent"]["guided"]
+    assert jobs.number_of_arms(Settings(*inputs)) == len(ARMS) - 1
+    with pytest.raises(
+        gr.Error, match="no 'guided' image to compare with: the guidance scale is 1"
+    ):
+        shown(*inputs, view="blind", **SPECIAL["blind"])
+    with pytest.raises(gr.Error, match="does not apply: the guidance scale is 1"):
+        shown(*inputs, view="guided_from_refined")
+
+
 def test_every_view_with_a_tab_is_tested():
     assert {name for name, view in VIEWS.items() if view.title} == {*SHOWN, *SPECIAL}
     for name, view in VIEWS.items():

@@ -26,6 +26,7 @@ from noiserefine.page.views import ARMS, VIEWS, View
 from noiserefine.page.vocabulary import is_embedded
 from noiserefine.samplers import forwards
 
+UNGUIDED = "the guidance scale is 1, which is no guidance; set it above 1."
 PREVIEW_SECONDS = 0.15  # between two previews of an unfinished image
 # One worker: a view that was left ends at its next step and owns the models until then.
 MODELS, WORKER = Models(keep_all=ZERO_GPU), Worker()
@@ -181,7 +182,7 @@ def _prepare(
     """
     refiner = loaded.refiner
     scale = refiner.scale_input(recipe.guidance_scale) if refiner else None
-    no_guidance = _no_guidance(loaded)
+    no_guidance = _no_guidance(loaded, recipe.guidance_scale)
     guidance_scale = 1.0 if no_guidance else recipe.guidance_scale
     recipe = replace(recipe, refiner_scale=scale, guidance_scale=guidance_scale)
     make = Maker(
@@ -194,10 +195,10 @@ def _prepare(
     return Job(loaded, make, recipe, model.backbone, no_guidance, report)
 
 
-def _no_guidance(loaded: Loaded) -> str:
-    """Return why the model has no guided arm, or ""."""
+def _no_guidance(loaded: Loaded, guidance_scale: float) -> str:
+    """Return why there is no guided arm, or ""."""
     if loaded.usage.guidance_scale is not None:
-        return ""
+        return UNGUIDED if guidance_scale == 1 else ""
     if not can_guide(loaded.pipe) and guidance_kind(loaded.pipe) == "embedded":
         return "this network takes the guidance scale as an input; plain is guided already."
     return "this model is distilled to be sampled without guidance."
@@ -215,13 +216,15 @@ def model_of(settings: Settings, view: View) -> Model:
 def number_of_arms(settings: Settings) -> int:
     """Return how many arms a comparison has, as the loaded model or else the catalogue says."""
     try:
-        model = settings.model
+        recipe, model = recipe_of(settings), settings.model
     except ValueError:  # said when something is made
         return len(ARMS)
+    scale = recipe.guidance_scale
     if loaded := MODELS.find(model):
-        return 1 + (not _no_guidance(loaded)) + (loaded.refiner is not None)
+        return 1 + (not _no_guidance(loaded, scale)) + (loaded.refiner is not None)
     if listed := BACKBONES.get(model.backbone):
-        return 1 + (listed.guidance_scale is not None) + (listed.has_refiner or bool(model.refiner))
+        guided = listed.guidance_scale is not None and scale > 1
+        return 1 + guided + (listed.has_refiner or bool(model.refiner))
     return len(ARMS)
 
 

@@ -426,7 +426,8 @@ def blind(job: "Job", opponent: str, prompts: str) -> None:
     seed = secrets.randbelow(MAX_SEED + 1)
     arms = job.arms(seed=seed, prompt=prompt)
     if opponent not in arms or opponent == "refined":
-        raise ValueError(f"There is no {opponent!r} image of this model to compare with.")
+        reason = f": {job.no_guidance}" if opponent == "guided" else "."
+        raise ValueError(f"There is no {opponent!r} image to compare with{reason}")
     # The arms are always made in one order, so that the time it takes says nothing.
     samples = {arm: job.make(arms[arm]) for arm in ("refined", opponent)}
     if any(sample.blocked for sample in samples.values()):

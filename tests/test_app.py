@@ -867,9 +867,30 @@ def test_asking_what_hinders_a_view_changes_no_picture(monkeypatch):
     before = output(loaded.pipe)
     with monkeypatch.context() as patch:
         patch.delattr(PreTrainedTokenizerBase, "__call__")
+        patch.delattr(torch.nn.Module, "__call__")
         reasons = jobs.hindrances(Settings(*inputs[:11], -0.5), ["compare", "samplers"])
     assert list(reasons) == ["samplers"] and "strength is 0" in reasons["samplers"]
     assert torch.equal(output(loaded.pipe), before)
+
+
+@pytest.mark.parametrize(
+    "chosen, hindered",
+    [
+        ({}, []),
+        ({"guidance_scale": 1}, ["guided_from_refined"]),
+        ({"backbone": "sd-turbo"}, ["strength", "guidance_scale", "guided_from_refined"]),
+        ({"backbone": "sd-turbo", "refiner": "x/y"}, ["guidance_scale", "guided_from_refined"]),
+        ({"backbone": "emoji-sit"}, ["guidance_scale"]),
+        ({"backbone": "a/b"}, []),
+        ({"strength": 9}, []),
+    ],
+)
+def test_what_hinders_a_view_is_known_before_a_model_is_loaded(monkeypatch, chosen, hindered):
+    """A link or a choice names a model that a comparison loads later, if at all."""
+    monkeypatch.setattr(jobs, "MODELS", models.Models())
+    views = ["compare", "strength", "guidance_scale", "guided_from_refined", "attention"]
+    assert list(jobs.hindrances(Settings(PROMPT, **chosen), views)) == hindered
+    assert not jobs.MODELS.loaded
 
 
 def test_out_of_memory_is_survived(monkeypatch):

@@ -8,6 +8,7 @@ import urllib.parse
 import pytest
 from PIL import Image
 
+from noiserefine.models.catalogue import BACKBONES
 from noiserefine.page.opening import EXAMPLES
 from noiserefine.page.record import save_png
 from noiserefine.page.settings import Settings
@@ -215,6 +216,19 @@ def test_a_model_without_a_refiner_says_how_to_train_one(open_page, tmp_path):
     command.wait_for(timeout=SECONDS)
     assert command.evaluate("pre => pre.scrollWidth <= pre.clientWidth"), "all of it can be read"
     page.get_by_role("tab", name="Strength", exact=True).click()
+    panel = page.locator("[role=tabpanel]").locator("visible=true")
+    panel.get_by_text("This view needs a refiner").first.wait_for(timeout=SECONDS)
+    assert not panel.get_by_role("button", name="Show", exact=True).is_enabled()
+
+
+def test_a_restored_model_is_described_before_anything_is_made(open_page, tmp_path):
+    """A view's image restores its settings and starts nothing: what it cannot show is greyed."""
+    settings = {"prompt": "an owl", "backbone": "sd-turbo", "guidance_scale": 1}
+    record = {"view": "interpolation", "controls": {}, "settings": settings}
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "view.png", record)
+    page = open_page()
+    drop_on_page(page, tmp_path / "view.png")
+    page.get_by_text(f"{BACKBONES['sd-turbo'].title}: 0.87 B parameters").wait_for(timeout=SECONDS)
     panel = page.locator("[role=tabpanel]").locator("visible=true")
     panel.get_by_text("This view needs a refiner").first.wait_for(timeout=SECONDS)
     assert not panel.get_by_role("button", name="Show", exact=True).is_enabled()

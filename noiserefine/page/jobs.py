@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from noiserefine.analysis import attention
 from noiserefine.analysis.compare import arms
 from noiserefine.analysis.recipe import Maker, Recipe, Sample
 from noiserefine.analysis.trajectory import FRAMES
+from noiserefine.checkpoint import CONFIG_NAME, read_config
 from noiserefine.denoiser import can_guide, guidance_kind
 from noiserefine.latents import decode
 from noiserefine.models.catalogue import BACKBONES, Model
@@ -22,11 +24,13 @@ from noiserefine.page.events import Download, Event, Made, Picture, Progress, So
 from noiserefine.page.settings import REFINERS, ZERO_GPU, Settings, number, text, whole
 from noiserefine.page.stream import Worker, stream
 from noiserefine.page.training import shown
-from noiserefine.page.views import ARMS, VIEWS, View
+from noiserefine.page.views import ARMS, VIEWS, Means, View
 from noiserefine.page.vocabulary import is_embedded
 from noiserefine.samplers import forwards
 
-UNGUIDED = "the guidance scale is 1, which is no guidance; set it above 1."
+# Why a model has no guided images.
+DISTILLED = "this model is distilled to be sampled without guidance."
+GUIDED_BY_INPUT = "this network takes the guidance scale as an input; plain is guided already."
 PREVIEW_SECONDS = 0.15  # between two previews of an unfinished image
 # One worker: a view that was left ends at its next step and owns the models until then.
 MODELS, WORKER = Models(keep_all=ZERO_GPU), Worker()
@@ -40,13 +44,13 @@ class Job:
     make: Maker
     recipe: Recipe
     backbone: str  # as the visitor named it
-    no_guidance: str  # why the guided arm does not apply, or ""
+    means: Means
     report: Callable[[Event], None]
 
     def arms(self, **changes: Any) -> dict[str, Recipe]:
         """Return the recipes of the arms this model has, by name; `changes` are recipe fields."""
         recipe = replace(self.recipe, **changes)
-        return arms(recipe, not self.no_guidance, self.loaded.refiner is not None)
+        return arms(recipe, not self.means.no_guided_arm, self.loaded.refiner is not None)
 
     def show(self, images: Iterable[tuple[str, Sample | Image.Image]], total: int) -> None:
         """Report (caption, image) pairs of `total` images to the gallery as they come."""
@@ -69,7 +73,7 @@ class Job:
         """Return a hint where the scale is the embedded model's, and another family's is usual."""
         usual, scale = self.loaded.usage.guidance_scale, self.recipe.guidance_scale
         default = Settings("").guidance_scale
-        if self.no_guidance or not usual or scale != default or is_embedded(self.backbone):
+        if self.means.no_guided_arm or not usual or scale != default or is_embedded(self.backbone):
             return ""
         if usual == default:
             return ""
@@ -153,7 +157,7 @@ def work(
         if refiner and refiner.source:
             used = shown(Path(refiner.source)), refiner.weights_sha256
         report(Source(model.backbone, loaded.revision, *used))
-        if reason := view.unmet(job):
+        if reason := view.unmet(job.means):
             raise ValueError(reason)
         view.function(job, **controls)
 
@@ -182,8 +186,8 @@ def _prepare(
     """
     refiner = loaded.refiner
     scale = refiner.scale_input(recipe.guidance_scale) if refiner else None
-    no_guidance = _no_guidance(loaded, recipe.guidance_scale)
-    guidance_scale = 1.0 if no_guidance else recipe.guidance_scale
+    means = _means_of(loaded, recipe)
+    guidance_scale = 1.0 if means.no_guidance else recipe.guidance_scale
     recipe = replace(recipe, refiner_scale=scale, guidance_scale=guidance_scale)
     make = Maker(
         loaded.pipe,
@@ -192,16 +196,57 @@ def _prepare(
         on_made=lambda sample: report(Made(_part_used(model, sample.recipe), sample)),
         on_step=lambda: report(Tick()),
     )
-    return Job(loaded, make, recipe, model.backbone, no_guidance, report)
+    return Job(loaded, make, recipe, model.backbone, means, report)
 
 
-def _no_guidance(loaded: Loaded, guidance_scale: float) -> str:
-    """Return why there is no guided arm, or ""."""
-    if loaded.usage.guidance_scale is not None:
-        return UNGUIDED if guidance_scale == 1 else ""
-    if not can_guide(loaded.pipe) and guidance_kind(loaded.pipe) == "embedded":
-        return "this network takes the guidance scale as an input; plain is guided already."
-    return "this model is distilled to be sampled without guidance."
+def _means_of(loaded: Loaded, recipe: Recipe) -> Means:
+    """Return what a model in memory and a recipe offer to a view."""
+    refiner, no_guidance = loaded.refiner, ""
+    if loaded.usage.guidance_scale is None:
+        embedded = not can_guide(loaded.pipe) and guidance_kind(loaded.pipe) == "embedded"
+        no_guidance = GUIDED_BY_INPUT if embedded else DISTILLED
+    return Means(
+        recipe.strength,
+        recipe.guidance_scale,
+        no_guidance,
+        refines=refiner is not None,
+        takes_scale=refiner is not None and refiner.takes_guidance_scale,
+        no_attention=attention.hindrance(loaded.pipe),
+    )
+
+
+def _listed_means(model: Model, recipe: Recipe) -> Means | None:
+    """Return what the catalogue and files on this machine say before a model is loaded.
+
+    None for a model that is not listed.
+    """
+    listed = BACKBONES.get(model.backbone)
+    if listed is None:
+        return None
+    folder = Path(model.refiner or listed.refiner)
+    config = read_config(folder) if (folder / CONFIG_NAME).is_file() else None
+    return Means(
+        recipe.strength,
+        recipe.guidance_scale,
+        "" if listed.guidance_scale else DISTILLED,
+        refines=config is not None or bool(model.refiner),
+        # A refiner that is not here yet may take it.
+        takes_scale=bool(config.guidance_scale_range) if config else bool(model.refiner),
+    )
+
+
+def _known_means(settings: Settings, view: View) -> Means | None:
+    """Return what can be said of a model without loading it, or None.
+
+    A picture may be sampled with it right now, whose LoRA has a weight and whose tokenizers and
+    text encoders no second thread may use: the model is asked nothing but what it is.
+    """
+    try:
+        recipe, model = recipe_of(settings), model_of(settings, view)
+        loaded = MODELS.find(model)
+        return _means_of(loaded, recipe) if loaded else _listed_means(model, recipe)
+    except (ValueError, OSError):  # said when something is made
+        return None
 
 
 def model_of(settings: Settings, view: View) -> Model:
@@ -214,34 +259,19 @@ def model_of(settings: Settings, view: View) -> Model:
 
 
 def number_of_arms(settings: Settings) -> int:
-    """Return how many arms a comparison has, as the loaded model or else the catalogue says."""
-    try:
-        recipe, model = recipe_of(settings), settings.model
-    except ValueError:  # said when something is made
-        return len(ARMS)
-    scale = recipe.guidance_scale
-    if loaded := MODELS.find(model):
-        return 1 + (not _no_guidance(loaded, scale)) + (loaded.refiner is not None)
-    if listed := BACKBONES.get(model.backbone):
-        guided = listed.guidance_scale is not None and scale > 1
-        return 1 + guided + (listed.has_refiner or bool(model.refiner))
-    return len(ARMS)
+    """Return how many arms a comparison has, as far as can be said without loading its model."""
+    means = _known_means(settings, VIEWS["compare"])
+    return 1 + (not means.no_guided_arm) + means.refines if means else len(ARMS)
 
 
 def hindrances(settings: Settings, views: Iterable[str]) -> dict[str, str]:
-    """Return for views that cannot work with a model in memory why not; {} for other models."""
-    try:
-        recipe, model = recipe_of(settings), settings.model
-        # A picture may be sampled with it right now: `get` would set the LoRA's weight, and
-        # checking the recipe would use tokenizers and text encoders in two threads at once.
-        if not (loaded := MODELS.find(model)):
-            return {}
-        job = _prepare(loaded, model, recipe, {}, lambda event: None)
-    except ValueError:  # said when something is made
-        return {}
-    # A view that takes another refiner by itself has other needs.
-    of_this = (name for name in views if model_of(settings, VIEWS[name]) == model)
-    return {name: reason for name in of_this if (reason := VIEWS[name].unmet(job))}
+    """Return for views that cannot work with the settings why not, without loading a model."""
+    reasons = {}
+    for name in views:
+        means = _known_means(settings, VIEWS[name])
+        if means and (reason := VIEWS[name].unmet(means)):
+            reasons[name] = reason
+    return reasons
 
 
 def decoded(model: Model, x0: np.ndarray) -> Image.Image | None:

@@ -52,15 +52,35 @@ ARMS = {
     "guided": ArmText("Guided", "the usual way, twice the cost"),
     "refined": ArmText("Refined", "this method: noise corrected"),
 }
+NO_GUIDANCE = "This view is about guidance, which does not apply: {}"
 OPPONENTS = [("guided", "guided"), ("plain", "gaussian")]  # of the refined arm: label and arm
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a model and the settings offer to a view."""
+
+    strength: float
+    guidance_scale: float
+    no_guidance: str  # why the model has no guided images, or ""
+    refines: bool  # there is a refiner
+    takes_scale: bool  # it takes the guidance scale
+    no_attention: str = ""  # why the model's cross-attention cannot be shown
+
+    @property
+    def no_guided_arm(self) -> str:
+        """Return why there is no guided arm, or ""."""
+        if self.no_guidance or self.guidance_scale > 1:
+            return self.no_guidance
+        return "the guidance scale is 1, which is no guidance; set it above 1."
 
 
 # What a view can need: each returns the sentence that says what is missing, or "".
 
 
-def has_refiner(job: "Job") -> str:
+def has_refiner(means: Means) -> str:
     """Return why there is no refiner, or "" if there is one."""
-    if job.loaded.refiner is not None:
+    if means.refines:
         return ""
     return (
         "This view needs a refiner, and none exists for this model yet. The first comparison "
@@ -68,9 +88,9 @@ def has_refiner(job: "Job") -> str:
     )
 
 
-def has_strength(job: "Job") -> str:
+def has_strength(means: Means) -> str:
     """Return why nothing is refined, or "" if the strength is above 0."""
-    if job.recipe.strength > 0:
+    if means.strength > 0:
         return ""
     return (
         "The refinement strength is 0, and this view shows what refining does: set it above 0, "
@@ -78,15 +98,19 @@ def has_strength(job: "Job") -> str:
     )
 
 
-def has_guidance(job: "Job") -> str:
-    """Return why guidance does not apply, or "" if it does."""
-    reason = job.no_guidance
-    return f"This view is about guidance, which does not apply: {reason}" if reason else ""
+def has_guidance(means: Means) -> str:
+    """Return why guidance does not apply to the model, or "" if it does."""
+    return NO_GUIDANCE.format(means.no_guidance) if means.no_guidance else ""
 
 
-def has_scale_refiner(job: "Job") -> str:
+def has_guided_arm(means: Means) -> str:
+    """Return why there is no guided arm, or "" if there is one."""
+    return NO_GUIDANCE.format(means.no_guided_arm) if means.no_guided_arm else ""
+
+
+def has_scale_refiner(means: Means) -> str:
     """Return why no refiner takes the guidance scale, or "" if the model's does."""
-    if job.loaded.refiner and job.loaded.refiner.takes_guidance_scale:
+    if means.takes_scale:
         return ""
     return (
         "This view needs a refiner that takes the guidance scale, and there is none for this "
@@ -94,9 +118,9 @@ def has_scale_refiner(job: "Job") -> str:
     )
 
 
-def has_unet_attention(job: "Job") -> str:
+def has_unet_attention(means: Means) -> str:
     """Return why cross-attention cannot be shown, or "" if it can."""
-    return attentions.hindrance(job.loaded.pipe)
+    return means.no_attention
 
 
 # What a view costs: a function of its settings and controls that returns forwards.
@@ -158,15 +182,15 @@ class View:
     columns: int = 4  # of its gallery; 0 for none
     # Columns where they depend on the settings, the controls or the number of arms.
     per_row: Callable[[Settings, Mapping, int], int] | None = None
-    needs: tuple[Callable[["Job"], str], ...] = ()
+    needs: tuple[Callable[[Means], str], ...] = ()
     flip: bool = False  # add a slider that moves through the gallery
     wants_scale_refiner: bool = False  # use the model's refiner that takes the guidance scale
     controls: dict[str, Callable[[], gr.components.Component]] = field(default_factory=dict)
     outputs: dict[str, Callable[[], gr.components.Component]] = field(default_factory=dict)
 
-    def unmet(self, job: "Job") -> str:
+    def unmet(self, means: Means) -> str:
         """Return the first need of the view that is not met, as a sentence, or ""."""
-        return next((reason for need in self.needs if (reason := need(job))), "")
+        return next((reason for need in self.needs if (reason := need(means))), "")
 
     def gpu_seconds(self, settings: Settings, controls: Mapping) -> int:
         """Return the seconds of a ZeroGPU card to ask for."""
@@ -219,7 +243,7 @@ def note() -> gr.Markdown:
 def compare(job: "Job") -> None:
     """Report the three arms, and what is to be said of them."""
     _ = job.loaded.preview  # fitted before the clock runs
-    if reason := job.no_guidance:
+    if reason := job.means.no_guided_arm:
         job.report(NoArm("guided", f"**Not applicable**: {reason}"))
     if job.loaded.refiner is None:
         job.report(NoArm("refined", job.loaded.notes))
@@ -426,7 +450,7 @@ def blind(job: "Job", opponent: str, prompts: str) -> None:
     seed = secrets.randbelow(MAX_SEED + 1)
     arms = job.arms(seed=seed, prompt=prompt)
     if opponent not in arms or opponent == "refined":
-        reason = f": {job.no_guidance}" if opponent == "guided" else "."
+        reason = f": {job.means.no_guided_arm}" if opponent == "guided" else "."
         raise ValueError(f"There is no {opponent!r} image to compare with{reason}")
     # The arms are always made in one order, so that the time it takes says nothing.
     samples = {arm: job.make(arms[arm]) for arm in ("refined", opponent)}
@@ -550,7 +574,7 @@ def guidance_scale(job: "Job") -> None:
     "Guidance and refining together: guided sampling from refined noise, beside the three arms of "
     "the comparison.",
     cost=cost_of_images(6),
-    needs=(has_refiner, has_strength, has_guidance),
+    needs=(has_refiner, has_strength, has_guided_arm),
 )
 def guided_from_refined(job: "Job") -> None:
     """Show both noises without and with guidance."""

@@ -46,7 +46,7 @@ def build_page() -> gr.Blocks:
         _start_comparisons(page)
         _after_comparison(page, compared)
         _restore(blocks, page)
-        _model_chosen(page)
+        _model_chosen(page, compared)
         _vote(page)
         train_tab(blocks, page)
     return blocks
@@ -167,15 +167,6 @@ def _after_comparison(page: Page, compared: gr.events.Dependency) -> None:
     parts["history"].select(
         _recall, shown, [*page.inputs.values(), parts["go"]], queue=False, **PRIVATE
     )
-    hindrances = [part for tab in page.tabs.values() for part in (tab.show, tab.hindrance)]
-    compared.then(
-        functools.partial(_hindrances, list(page.tabs)),
-        list(page.inputs.values()),
-        hindrances,
-        queue=False,
-        show_progress="hidden",
-        **PRIVATE,
-    )
 
 
 def _slide(versus: str, gaussian: str | None, guided: str | None, refined: str | None) -> Any:
@@ -226,28 +217,39 @@ def _restore(blocks: gr.Blocks, page: Page) -> None:
     blocks.load(None, None, page.parts["address"], js="() => location.href", **PRIVATE)
 
 
-def _model_chosen(page: Page) -> None:
-    """Set the defaults of a chosen model, and say what it is."""
-    inputs = page.inputs
+def _model_chosen(page: Page, compared: gr.events.Dependency) -> None:
+    """Set the defaults of a model that the visitor chooses; say of any what it is and cannot do."""
+    inputs, hidden = page.inputs, {"queue": False, "show_progress": "hidden"} | PRIVATE
     inputs["backbone"].input(
         _defaults_of,
         inputs["backbone"],
-        [inputs["guidance_scale"], inputs["steps"], inputs["sampler"], page.parts["about_model"]],
+        [inputs["guidance_scale"], inputs["steps"], inputs["sampler"]],
         **PRIVATE,
     )
+    # A link, a PNG and the history choose a model too.
+    inputs["backbone"].change(about_model, inputs["backbone"], page.parts["about_model"], **hidden)
+    hindrances = {
+        "fn": functools.partial(_hindrances, list(page.tabs)),
+        "inputs": list(inputs.values()),
+        "outputs": [part for tab in page.tabs.values() for part in (tab.show, tab.hindrance)],
+    } | hidden
+    decisive = ("backbone", "refiner", "lora", "strength", "guidance_scale")
+    gr.on([inputs[name].change for name in decisive], trigger_mode="always_last", **hindrances)
+    compared.then(**hindrances)  # now the model is in memory
 
 
 def _defaults_of(name: str) -> list:
-    """Return guidance scale, steps, sampler and description of a model, listed or not."""
+    """Return guidance scale, steps and sampler of a model, listed or not."""
     try:
         listed = BACKBONES.get(name)
         usage = listed.usage if listed else usages.usage_by_name(name) if FREE_CHOICE else None
     except (ValueError, OSError) as error:  # said now, before anything is loaded
         raise gr.Error(str(error), print_exception=False) from error
     if usage is None:
-        return [gr.skip(), gr.skip(), gr.skip(), ""]
-    about = about_model(name) or f"{usage.title}: its usual scale, steps and sampler are set."
-    return [usage.guidance_scale or gr.skip(), usage.steps, usage.sampler, about]
+        return [gr.skip()] * 3
+    if not listed:
+        gr.Info(f"{usage.title}: its usual scale, steps and sampler are set.")
+    return [usage.guidance_scale or gr.skip(), usage.steps, usage.sampler]
 
 
 def _vote(page: Page) -> None:

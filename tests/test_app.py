@@ -320,6 +320,14 @@ def controls_of(view):
     return SHOWN[view][0] if view in SHOWN else SPECIAL.get(view, {})
 
 
+@pytest.mark.parametrize("slider", [1.0, 12.0])
+def test_the_scales_are_the_refiners_whatever_the_slider_says(tiny, slider):
+    inputs = [*tiny[:3], 1, slider, *tiny[5:]]
+    state = shown(*inputs, view="guidance_scale")
+    assert len(state["images"]) == state["total"] == 2 * SCALES
+    assert not jobs.hindrances(Settings(*inputs), ["guidance_scale"])
+
+
 def test_the_slider_drives_a_refiner_that_is_told_the_scale():
     values = [*GOOD[:9], EMOJI_REFINER + "-scales", "", 1.0]
     first, second = shown(*values), shown(*values[:4], 3.5, *values[5:])

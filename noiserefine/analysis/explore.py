@@ -40,8 +40,8 @@ def guidance_scales(make: Maker, recipe: Recipe, count: int = SCALES) -> Images:
     Raises ValueError for a refiner that takes no guidance scale.
     """
     assert make.refiner is not None
-    make.refiner.check_guidance_scale(recipe.refiner_scale or recipe.guidance_scale)
-    assert make.refiner.config.guidance_scale_range is not None
+    if make.refiner.config.guidance_scale_range is None:
+        raise ValueError("This refiner takes no guidance scale: it has one image, not a series.")
     low, high = make.refiner.config.guidance_scale_range
     scales = [low + (high - low) * i / (count - 1) for i in range(count)]
     for scale in scales:

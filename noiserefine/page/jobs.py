@@ -152,7 +152,9 @@ def work(
             loaded = MODELS.get(model)
         job = _prepare(loaded, model, asked, known, report)
         refiner = loaded.refiner
-        job.make.check(job.recipe if refiner else job.recipe.guided)  # before any forward
+        # Before any forward; a view of the refiner's own scales does not use the slider's.
+        refines = refiner and not view.wants_scale_refiner
+        job.make.check(job.recipe if refines else job.recipe.guided)
         used: tuple[str | None, str | None] = (None, None)
         if refiner and refiner.source:
             used = shown(Path(refiner.source)), refiner.weights_sha256
@@ -180,13 +182,9 @@ def _prepare(
     known: Mapping[tuple[Model, Recipe], Sample],
     report: Callable[[Event], None],
 ) -> Job:
-    """Return the job of a recipe. No tokenizer and no network is called for it.
-
-    Raises ValueError for a guidance scale that the refiner does not take.
-    """
-    refiner = loaded.refiner
-    scale = refiner.scale_input(recipe.guidance_scale) if refiner else None
-    means = _means_of(loaded, recipe)
+    """Return the job of a recipe."""
+    refiner, means = loaded.refiner, _means_of(loaded, recipe)
+    scale = recipe.guidance_scale if means.takes_scale else None
     guidance_scale = 1.0 if means.no_guidance else recipe.guidance_scale
     recipe = replace(recipe, refiner_scale=scale, guidance_scale=guidance_scale)
     make = Maker(

@@ -184,7 +184,8 @@ class View:
     per_row: Callable[[Settings, Mapping, int], int] | None = None
     needs: tuple[Callable[[Means], str], ...] = ()
     flip: bool = False  # add a slider that moves through the gallery
-    wants_scale_refiner: bool = False  # use the model's refiner that takes the guidance scale
+    # Use the model's refiner that takes the guidance scale, at the scales it was trained for.
+    wants_scale_refiner: bool = False
     controls: dict[str, Callable[[], gr.components.Component]] = field(default_factory=dict)
     outputs: dict[str, Callable[[], gr.components.Component]] = field(default_factory=dict)
 

@@ -39,7 +39,7 @@ from noiserefine.limits import MAX_SEED
 from noiserefine.models import pool as models
 from noiserefine.models.catalogue import ASSETS, BACKBONES, Model
 from noiserefine.models.loading import load_pipeline
-from noiserefine.page import a1111, handlers, jobs, settings, texts
+from noiserefine.page import a1111, handlers, jobs, restoring, settings, texts, wiring
 from noiserefine.page.events import (
     Arm,
     Download,
@@ -51,14 +51,14 @@ from noiserefine.page.events import (
     Picture,
     Progress,
 )
-from noiserefine.page.opening import default_settings, opening
+from noiserefine.page.layout import build_components
+from noiserefine.page.opening import EXAMPLES, default_settings, example_for, opening
 from noiserefine.page.record import read_png
 from noiserefine.page.screen import made_from
 from noiserefine.page.settings import Settings, any_model_allowed, link, restored
 from noiserefine.page.stream import stream
 from noiserefine.page.views import ARMS, VIEWS
 from noiserefine.page.vocabulary import random_prompt
-from noiserefine.page.wiring import build_page
 from noiserefine.sampler_names import SAMPLERS
 from tests.conftest import EMOJI, EMOJI_REFINER, ROOT, output, perturbed, script
 from train.tools.architectures import random_pipeline
@@ -432,6 +432,20 @@ def test_random_prompts_are_those_a_model_reads():
     assert {random_prompt("emoji") for _ in range(100)} <= known
     classes = load_pipeline(str(ASSETS / "emoji-sit"), "cpu")
     classes.encode_prompt([random_prompt("emoji-sit") for _ in range(100)])
+
+
+def test_examples_are_named_as_a_class_conditional_model_takes_them():
+    """The visitor's own words stay, and a link without a prompt shows the first example."""
+    classes = load_pipeline(str(ASSETS / "emoji-sit"), "cpu")
+    classes.encode_prompt([example_for("emoji-sit", prompt) for prompt in EXAMPLES])
+    for prompt in (PROMPT, "an owl"):
+        assert example_for("emoji-sit", prompt) == prompt
+    assert example_for("emoji-flow", EXAMPLES[0]) == EXAMPLES[0]
+    assert wiring._defaults_of("emoji-sit", EXAMPLES[1])[0] == "strawberry"
+    with gr.Blocks():
+        page = build_components()
+    for query, prompt in (({}, "rocket"), ({"prompt": "an owl"}, "an owl")):
+        assert restoring.from_address(page, {"backbone": "emoji-sit"} | query)[0] == prompt
 
 
 def test_a_blind_pair_is_the_two_arms():
@@ -1026,7 +1040,7 @@ def test_stop_spares_what_another_button_starts_after_it(monkeypatch):
 
 
 def test_old_files_are_deleted_but_not_those_the_page_opens_with():
-    blocks = build_page()
+    blocks = wiring.build_page()
     assert blocks.delete_cache
     kept = {path for block in blocks.blocks.values() for path in block.keep_in_cache}
     assert set().union(*blocks.temp_file_sets) <= kept

@@ -11,6 +11,7 @@ from noiserefine.page import texts
 from noiserefine.page.record import read_png
 from noiserefine.page.settings import Settings
 from noiserefine.page.views import ARMS
+from noiserefine.page.vocabulary import takes_classes
 
 FOLDER = ASSETS / "opening"
 EXAMPLES = [
@@ -37,6 +38,11 @@ class Opening:
 def default_settings() -> Settings:
     """Return the settings with which the page opens."""
     return Settings(EXAMPLES[0])
+
+
+def example_for(backbone: str, prompt: str) -> str:
+    """Return an example as the model takes it, some the object alone; other prompts as they are."""
+    return texts.short(prompt) if prompt in EXAMPLES and takes_classes(backbone) else prompt
 
 
 def opening() -> Opening | None:

@@ -12,11 +12,14 @@ const done = () => { if (!one("#arms img") && !one("#restore input")) return; wa
 watcher.observe(document.body, { childList: true, subtree: true });
 setTimeout(() => { watcher.disconnect(); show(); }, 4000);
 
-// A prompt of things the embedded models know; some take the object alone.
+// Whether prompts of the chosen model name an object alone.
+window.takesClasses = () => words().class_models.includes(one("#settings input")?.value);
+
+// A prompt of things the embedded models know.
 window.surprise = () => {
   const pick = list => list[Math.floor(Math.random() * list.length)];
-  const { objects, backgrounds, class_models } = words();
-  if (class_models.includes(one("#settings input")?.value)) return pick(objects);
+  const { objects, backgrounds } = words();
+  if (takesClasses()) return pick(objects);
   const background = pick(backgrounds);
   return `${pick(objects)} on ${/^[aeiou]/.test(background) ? "an" : "a"} ${background} background`;
 };

@@ -6,6 +6,7 @@ from typing import Any
 import gradio as gr
 
 from noiserefine.page.layout import Page
+from noiserefine.page.opening import default_settings, example_for
 from noiserefine.page.record import read_png
 from noiserefine.page.settings import Settings, restored
 from noiserefine.page.views import VIEWS
@@ -37,6 +38,8 @@ def from_address(page: Page, query: dict) -> list:
     values, problems = restored(query)
     _warn(problems)
     known = {name for name in page.inputs if name in query}
+    if "prompt" not in query:
+        values[0] = example_for(str(query.get("backbone")), default_settings().prompt)
     return _updates(page, values) if known else [gr.skip()] * len(targets(page))
 
 

@@ -22,7 +22,7 @@ from noiserefine.page.layout import (
     gallery_classes,
 )
 from noiserefine.page.lazy import Lazy
-from noiserefine.page.opening import FOLDER
+from noiserefine.page.opening import FOLDER, example_for
 from noiserefine.page.settings import FREE_CHOICE, Settings
 from noiserefine.page.train_tab import train_tab
 from noiserefine.page.views import ARMS, VIEWS
@@ -133,7 +133,8 @@ def _start_comparisons(page: Page) -> None:
         **PRIVATE,
     )
     for prompt, button in page.examples.items():
-        js = f"() => [{json.dumps(prompt)}, Date.now()]"
+        name, whole = json.dumps(texts.short(prompt)), json.dumps(prompt)
+        js = f"() => [takesClasses() ? {name} : {whole}, Date.now()]"
         button.click(None, None, [inputs["prompt"], go], js=js, **PRIVATE)
 
 
@@ -222,8 +223,8 @@ def _model_chosen(page: Page, compared: gr.events.Dependency) -> None:
     inputs, hidden = page.inputs, {"queue": False, "show_progress": "hidden"} | PRIVATE
     inputs["backbone"].input(
         _defaults_of,
-        inputs["backbone"],
-        [inputs["guidance_scale"], inputs["steps"], inputs["sampler"]],
+        [inputs["backbone"], inputs["prompt"]],
+        [inputs[name] for name in ("prompt", "guidance_scale", "steps", "sampler")],
         **PRIVATE,
     )
     # A link, a PNG and the history choose a model too.
@@ -238,18 +239,23 @@ def _model_chosen(page: Page, compared: gr.events.Dependency) -> None:
     compared.then(**hindrances)  # now the model is in memory
 
 
-def _defaults_of(name: str) -> list:
-    """Return guidance scale, steps and sampler of a model, listed or not."""
+def _defaults_of(name: str, prompt: str) -> list:
+    """Return prompt, guidance scale, steps and sampler for a model, listed or not.
+
+    Only an example of the page is exchanged, where the model does not take it.
+    """
     try:
         listed = BACKBONES.get(name)
         usage = listed.usage if listed else usages.usage_by_name(name) if FREE_CHOICE else None
     except (ValueError, OSError) as error:  # said now, before anything is loaded
         raise gr.Error(str(error), print_exception=False) from error
+    example = example_for(name, prompt)
+    prompt = gr.skip() if example == prompt else example
     if usage is None:
-        return [gr.skip()] * 3
+        return [prompt, *[gr.skip()] * 3]
     if not listed:
         gr.Info(f"{usage.title}: its usual scale, steps and sampler are set.")
-    return [usage.guidance_scale or gr.skip(), usage.steps, usage.sampler]
+    return [prompt, usage.guidance_scale or gr.skip(), usage.steps, usage.sampler]
 
 
 def _vote(page: Page) -> None:

@@ -41,7 +41,9 @@ from noiserefine.page.blind import (
     wilson,
 )
 from noiserefine.page.record import KEY, contact_sheet, read_png, save_png
+from noiserefine.page.settings import Settings
 from noiserefine.page.stream import Worker, stream
+from noiserefine.page.texts import made_with
 from noiserefine.samplers import SAMPLERS, make_scheduler, predicted_x0, samplers_of
 from tests.conftest import output, perturbed
 from tests.families import pipeline
@@ -396,20 +398,24 @@ def test_figures_hold_the_noise(pipe):
 
 def test_blind_tally():
     assert wilson(0, 0) == (0, 1) and wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    settings = Settings("p", backbone="m")
     votes = [
-        Vote("m", "p", 0, "refined", "guided", LEFT, NEITHER),
-        Vote("m", "p", 1, "guided", "refined", LEFT, RIGHT),
-        Vote("m", "p", 2, "guided", "refined", RIGHT, RIGHT),
-        Vote("m", "p", 3, "gaussian", "refined", RIGHT, NEITHER),
-        Vote("n", "p", 4, "guided", "refined", LEFT, LEFT),
+        Vote(replace(settings, seed=0), "refined", "guided", LEFT, NEITHER),
+        Vote(replace(settings, seed=1), "guided", "refined", LEFT, RIGHT),
+        Vote(replace(settings, seed=2), "guided", "refined", RIGHT, RIGHT),
+        Vote(replace(settings, seed=3), "gaussian", "refined", RIGHT, NEITHER),
+        Vote(replace(settings, backbone="n"), "guided", "refined", LEFT, LEFT),
+        Vote(replace(settings, steps=1), "guided", "refined", LEFT, LEFT),
     ]
-    rows = {(row["model"], row["opponent"], row["question"]): row for row in tally(votes)}
-    better, follows = rows["m", "guided", "better"], rows["m", "guided", "follows"]
+    rows = {(row["made_with"], row["opponent"], row["question"]): row for row in tally(votes)}
+    m, n, steps = (made_with(vote.settings) for vote in votes[-3:])
+    better, follows = rows[m, "guided", "better"], rows[m, "guided", "follows"]
     assert better["n"] == 3 and better["share"] == pytest.approx(2 / 3)
     assert follows["n"] == 2 and follows["undecided"] == 1 and follows["share"] == 1.0
     assert follows["interval"] == wilson(2, 2)
-    assert rows["m", "gaussian", "better"]["share"] == 1.0, "opponents are not pooled"
-    assert rows["n", "guided", "better"]["share"] == 0.0, "nor are models"
+    assert rows[m, "gaussian", "better"]["share"] == 1.0, "opponents are not pooled"
+    assert rows[n, "guided", "better"]["share"] == 0.0, "nor are models"
+    assert rows[steps, "guided", "better"]["n"] == 1, "nor are other settings"
     assert "in 2 of 3 pairs" in result(votes[:3])
     assert {in_random_order("a", "b") for _ in range(64)} == {("a", "b"), ("b", "a")}
 

@@ -5,6 +5,7 @@ import random
 from dataclasses import dataclass
 
 from noiserefine.page import texts
+from noiserefine.page.settings import Settings
 
 QUESTIONS = {"better": "Which is better?", "follows": "Which follows the prompt?"}
 LEFT, RIGHT, NEITHER = "left", "right", "neither"
@@ -17,9 +18,7 @@ ROUND = 10  # pairs
 class Vote:
     """The answers to both questions about one pair."""
 
-    model: str
-    prompt: str
-    seed: int
+    settings: Settings
     left: str  # the arms
     right: str
     better: str  # LEFT, RIGHT or NEITHER
@@ -29,6 +28,11 @@ class Vote:
     def opponent(self) -> str:
         """Return the arm that the refined one was compared with."""
         return self.left if self.right == "refined" else self.right
+
+    @property
+    def made_with(self) -> str:
+        """Return the settings but prompt and seed, in words: votes are pooled where it is equal."""
+        return texts.made_with(self.settings)
 
 
 def in_random_order(first: str, second: str) -> tuple[str, str]:
@@ -49,16 +53,17 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def tally(votes: list[Vote]) -> list[dict]:
-    """Return how often the refined image was chosen, for each model, opponent and question.
+    """Return how often the refined image was chosen, by settings, opponent and question.
 
     n decided votes, undecided ones, the share of the decided and its interval.
     """
     groups: dict[tuple[str, str], list[Vote]] = {}
     for vote in votes:
-        groups.setdefault((vote.model, vote.opponent), []).append(vote)
+        groups.setdefault((vote.made_with, vote.opponent), []).append(vote)
     return [
-        {"model": model, "opponent": opponent, "question": question} | _count(group, question)
-        for (model, opponent), group in groups.items()
+        {"made_with": made_with, "opponent": opponent, "question": question}
+        | _count(group, question)
+        for (made_with, opponent), group in groups.items()
         for question in QUESTIONS
     ]
 
@@ -85,22 +90,22 @@ def table(votes: list[Vote]) -> str:
         low, high = row["interval"]
         opponent = "plain" if row["opponent"] == "gaussian" else row["opponent"]
         rows.append(
-            f"| {opponent}, {row['model']} | {QUESTIONS[row['question']]} | {share} | {row['n']} "
-            f"| {low:.0%} to {high:.0%} | {row['undecided']} |"
+            f"| {opponent}, {row['made_with']} | {QUESTIONS[row['question']]} | {share} "
+            f"| {row['n']} | {low:.0%} to {high:.0%} | {row['undecided']} |"
         )
     return "\n".join(rows)
 
 
 def result(votes: list[Vote]) -> str:
-    """Return a sentence to share, about the model and opponent of the last vote."""
+    """Return a sentence to share, about the settings and opponent of the last vote."""
     last = votes[-1]
-    group = [v for v in votes if (v.model, v.opponent) == (last.model, last.opponent)]
+    group = [v for v in votes if (v.made_with, v.opponent) == (last.made_with, last.opponent)]
     counts = _count(group, "better")
     if not counts["n"]:
         return "I could not tell a single pair apart."
     won, opponent = round(counts["share"] * counts["n"]), last.opponent
     against = "plain sampling" if opponent == "gaussian" else "guided sampling at twice the cost"
     return (
-        f"Blind test of NoiseRefine ({last.model}): I preferred the refined image over {against} "
-        f"in {won} of {texts.counted(counts['n'], 'pair')}."
+        f"Blind test of NoiseRefine ({last.made_with}): I preferred the refined image over "
+        f"{against} in {won} of {texts.counted(counts['n'], 'pair')}."
     )

@@ -105,7 +105,6 @@ class Pair:
 
     left: Any
     right: Any
-    model: str  # its title
     prompt: str
     seed: int
     arms: tuple[str, str]

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,7 +164,8 @@ class Screen:
     def _show_pair(self, event: Pair) -> bool:
         self.values["left"] = self._file("left", event.left)
         self.values["right"] = self._file("right", event.right)
-        self.values["pair"] = (event.model, event.prompt, event.seed, *event.arms)
+        settings = replace(self.settings, prompt=event.prompt, seed=event.seed)
+        self.values["pair"] = (settings, *event.arms)
         return True
 
     @show.register

@@ -38,15 +38,23 @@ def cost(
 
 def caption(settings: Settings) -> str:
     """Return what a comparison was made from, as one line of Markdown."""
+    seed = f"seed {_whole(settings.seed)}"
+    return f"Made from {quoted(settings.prompt)} · {seed} · {made_with(settings)}"
+
+
+def made_with(settings: Settings) -> str:
+    """Return all settings but prompt and seed, as one line of Markdown."""
     parts = [
-        quoted(settings.prompt),
-        f"seed {_whole(settings.seed)}",
         f"{counted(settings.steps, 'step')}, {settings.sampler}",
         f"guidance {settings.guidance_scale:g}",
         f"strength {settings.strength:g}",
         Model(str(settings.backbone)).title,
     ]
-    return "Made from " + " · ".join(parts)
+    for name in ("refiner", "lora", "lora_weight", "width", "height", "negative_prompt"):
+        if value := changed(settings).get(name):
+            shown_value = quoted(value) if isinstance(value, str) else f"{value:g}"
+            parts.append(f"{name.replace('_', ' ')} {shown_value}")
+    return " · ".join(parts)
 
 
 def quoted(prompt: str) -> str:

@@ -14,7 +14,7 @@ import gradio as gr
 from PIL import Image
 
 from noiserefine.limits import MAX_SEED, MAX_STEPS
-from noiserefine.models.catalogue import BACKBONES, Model
+from noiserefine.models.catalogue import BACKBONES
 from noiserefine.page import texts
 from noiserefine.page.blind import in_random_order
 from noiserefine.page.events import Arm, Compared, Figure, NoArm, Noise, Note, Pair
@@ -462,8 +462,7 @@ def blind(job: "Job", opponent: str, prompts: str) -> None:
         )
     left, right = in_random_order("refined", opponent)
     images = samples[left].image, samples[right].image
-    title = Model(job.backbone).title
-    job.report(Pair(*images, title, prompt, seed, (left, right)))
+    job.report(Pair(*images, prompt, seed, (left, right)))
 
 
 @view(

@@ -305,11 +305,11 @@ def _answer(
     given = [*given, answer]
     if len(given) < len(blind.QUESTIONS):
         question = list(blind.QUESTIONS.values())[len(given)]
-        _, prompt, *_ = pair
+        settings, *_ = pair
         yield [
             given,
             gr.skip(),
-            f"**{question}** {texts.quoted(prompt)}",
+            f"**{question}** {texts.quoted(settings.prompt)}",
             gr.skip(),
             gr.skip(),
             gr.skip(),

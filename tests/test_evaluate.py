@@ -513,23 +513,29 @@ def test_guidance_scales_run(tmp_path):
     )
 
 
-def test_benchmark_of_random_weights(sdxl):
+@pytest.mark.parametrize(
+    ("name", "sampler", "forwards"),
+    [
+        ("sdxl", "Euler", {"unguided": 2, "guided": 4, "refined": 3}),
+        ("lcm", "Native", {"unguided": 2, "refined": 3}),
+    ],
+)
+def test_benchmark_of_random_weights(name, sampler, forwards, sdxl):
+    """A model that cannot be guided has two arms."""
     settings = dict(
-        backbone="sdxl",
+        backbone=name,
         random_weights=True,
         batch_size=2,
         steps=2,
         rounds=1,
         warmup=0,
-        sampler="Euler",
+        sampler=sampler,
         mode="shared",
     )
-    result = measure(sdxl, Refiner.create(sdxl, 8), argparse.Namespace(**settings))
-    assert {name: arm["forwards"] for name, arm in result["arms"].items()} == {
-        "unguided": 2,
-        "guided": 4,
-        "refined": 3,
-    }
+    pipe = sdxl if name == "sdxl" else families.pipeline(name)
+    result = measure(pipe, Refiner.create(pipe, 8), argparse.Namespace(**settings))
+    assert {name: arm["forwards"] for name, arm in result["arms"].items()} == forwards
+    assert ("refined_over_guided" in result) == ("guided" in forwards)
     assert (
         0
         < result["refiner_bytes"]

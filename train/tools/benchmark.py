@@ -6,7 +6,8 @@
 
 Speed and memory do not depend on weights: without --refiner an untrained one is timed, and with
 --random_weights the bare architecture. The arms take turns, so that a slower minute of the machine
-slows all three; the ratios are medians over the rounds of the ratio within a round.
+slows all of them; the ratios are medians over the rounds of the ratio within a round. A model that
+cannot be guided has no guided arm.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from noiserefine import Refiner, draw_noise
-from noiserefine.denoiser import ForwardCounter, as_latents, denoiser, precision
+from noiserefine.denoiser import ForwardCounter, as_latents, can_guide, denoiser, precision
 from noiserefine.guidance import sample
 from noiserefine.models.devices import default_device, default_dtype
 from noiserefine.models.loading import load_pipeline
@@ -75,14 +76,15 @@ def main(arguments: list[str] | None = None) -> None:
 
 def measure(pipe: DiffusionPipeline, refiner: Refiner, args: argparse.Namespace) -> dict:
     """Return seconds, forwards and peak bytes of each arm, and the ratios of their times."""
+    arms = [arm for arm in ARMS if arm != "guided" or can_guide(pipe)]
     weights = {id(p): p.numel() * p.element_size() for p in denoiser(pipe).parameters()}
     added = [p for p in refiner.network.parameters() if id(p) not in weights]
     x_T = draw_noise(pipe, 0, args.batch_size)
-    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     forwards, peaks = {}, {}
     pipe = with_sampler(pipe, args.sampler)
     for round_number in range(args.rounds + args.warmup):
-        for arm in ARMS:
+        for arm in arms:
             reset_peak(pipe.device)
             make = partial(_run_arm, arm, pipe, refiner, x_T, args.steps)
             with ForwardCounter().watch(denoiser(pipe), refiner.network) as counter:
@@ -96,8 +98,11 @@ def measure(pipe: DiffusionPipeline, refiner: Refiner, args: argparse.Namespace)
         **{name: getattr(args, name) for name in (*settings, "mode")},
         "device": device_name(pipe.device),
         "dtype": str(precision(denoiser(pipe))),
-        "refined_over_unguided": _ratio(seconds["refined"], seconds["unguided"]),
-        "refined_over_guided": _ratio(seconds["refined"], seconds["guided"]),
+        **{
+            f"refined_over_{arm}": _ratio(seconds["refined"], seconds[arm])
+            for arm in arms
+            if arm != "refined"
+        },
         "denoiser_bytes": sum(weights.values()),
         "refiner_bytes": sum(p.numel() * p.element_size() for p in added),
         "arms": {
@@ -106,7 +111,7 @@ def measure(pipe: DiffusionPipeline, refiner: Refiner, args: argparse.Namespace)
                 "forwards": forwards[arm],
                 "peak_bytes": peaks[arm],
             }
-            for arm in ARMS
+            for arm in arms
         },
     }
 

@@ -133,20 +133,25 @@ def by_model(script: str, table: Callable[[dict], str]) -> str:
 
 
 def benchmark() -> str:
-    """Return the seconds of the whole pipeline in each arm."""
-    header = ["model", "device, precision", "images a call", "unguided", "guided", "refined"]
+    """Return the seconds of the whole pipeline in each arm; some models have no guided one."""
+    arms = ("unguided", "guided", "refined")
+    header = ["model", "device, precision", "images a call", *arms]
     header += ["refined / unguided", "refined / guided"]
     rows = []
     for path in sorted(RESULTS.glob("benchmark*.json")):
         run = json.loads(path.read_text())
         weights = " (random weights)" if run["random_weights"] else ""
+        timed = run["arms"]
         rows.append(
             [
                 f"{Path(run['backbone']).name}{weights}",
                 f"{run['device']}, {run['dtype'].removeprefix('torch.')}",
                 str(run["batch_size"]),
-                *(f"{arm['seconds']:.2f} s" for arm in run["arms"].values()),
-                *(f"{run[f'refined_over_{arm}']:.3f}" for arm in ("unguided", "guided")),
+                *(f"{timed[arm]['seconds']:.2f} s" if arm in timed else "–" for arm in arms),
+                *(
+                    f"{run[f'refined_over_{arm}']:.3f}" if arm in timed else "–"
+                    for arm in ("unguided", "guided")
+                ),
             ]
         )
     return markdown_table(header, rows)

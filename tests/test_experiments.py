@@ -27,6 +27,7 @@ from noiserefine.models.user_lora import add_lora
 from noiserefine.noise import encode_prompt
 from noiserefine.samplers import with_sampler
 from tests.conftest import EMOJI, ROOT, output, perturbed
+from tests.families import pipeline
 from train import evaluate, train_refiner
 from train.captions import held_out_prompts
 from train.common import load_named
@@ -152,6 +153,19 @@ def test_other_networks(name, pipe, tmp_path):
             kind.create(pipe, 8, **refused)
     with pytest.raises(FileNotFoundError, match="is not a refiner"):
         Refiner.from_pretrained(tmp_path, pipe)
+
+
+def test_networks_of_a_unet_refuse_other_models(sdxl, tmp_path):
+    """In words, before any target is made."""
+    for name in NETWORKS.values():
+        with pytest.raises(ValueError, match="UNets only; .* is a SD3Transformer2DModel"):
+            load_named("network", name).create(pipeline("sd3"), 8)
+    with pytest.raises(ValueError, match="network mlp takes UNets that read .* alone"):
+        Mlp.create(sdxl, 8)
+    options = ["--loss", "images", "--steps", "1", "--output_dir", str(tmp_path)]
+    options += ["--targets", str(tmp_path), "--backbone", str(ROOT / "assets" / "emoji-sit")]
+    with pytest.raises(ValueError, match="UNets only; .* is a DiTTransformer2DModel"):
+        denoiser_lora.main(options)
 
 
 def test_difference_takes_two_forwards(pipe):

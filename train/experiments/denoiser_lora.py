@@ -34,7 +34,7 @@ from noiserefine.models.loading import load_pipeline
 from noiserefine.noise import encode_prompt
 from train.common import argument_parser, check_recorded, run_script, write_json
 from train.emoji.fit import Settings, fit
-from train.experiments.networks import Raw
+from train.experiments.networks import Raw, check_unet
 from train.experiments.trajectories import Trajectories
 from train.settings import SETTINGS, read_settings
 
@@ -140,7 +140,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argument_parser(__doc__)
     add = parser.add_argument
     add("--loss", choices=EVALUATIONS, required=True)
-    add("--backbone", default="assets/emoji", help="pipeline with one text encoder")
+    add("--backbone", default="assets/emoji", help="Stable Diffusion with one text encoder")
     add("--targets", type=Path, required=True, help="--output_dir of a refiner's run")
     add("--rank", type=int, default=32)
     add("--steps", type=int, help="steps of the optimiser; or give --evaluations")
@@ -163,17 +163,16 @@ def main(arguments: list[str] | None = None) -> None:
     """Train the LoRA that the command line asks for, or continue."""
     args = parse(arguments)
     pipe = load_pipeline(args.backbone, dtype=torch.float32)
-    if getattr(pipe, "text_encoder_2", None) is not None:
-        raise ValueError(f"{args.backbone} has two text encoders; these comparisons take one.")
+    check_unet(pipe, "A LoRA on the denoiser", prompt_alone=True)
     targets = read_targets(args.targets)
     given = {name: str(value) for name, value in vars(args).items() if name != "output_dir"}
     settings = given | {"guidance_scale": targets[2], "unet": signature(pipe.unet)}
     check_recorded(args.output_dir / SETTINGS, settings)
-    write_json(args.output_dir / SETTINGS, settings)
     torch.manual_seed(0)
     pipe.unet.requires_grad_(False)
     student = Raw.create(pipe, args.rank).network  # the same weights, with a LoRA
     distillation = Distillation(pipe, student, targets, args)
+    write_json(args.output_dir / SETTINGS, settings)
     cast_training_params(student)
     checkpoint = args.output_dir / "checkpoint.pt"
     fit(

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from noiserefine.checkpoint import CONFIG_NAME, RefinerConfig, check_tensors, read_tensors
+from noiserefine.denoiser import denoiser
 from noiserefine.lora import with_lora
 from noiserefine.refiner import Refiner
 from train.common import atomic, write_json
@@ -25,10 +26,30 @@ from train.common import atomic, write_json
 WEIGHTS_NAME = "network.safetensors"
 
 
+def check_unet(pipe: DiffusionPipeline, title: str, prompt_alone: bool) -> None:
+    """Raise ValueError unless the pipeline's denoiser is a UNet of Stable Diffusion.
+
+    title: what takes no other, for the message.
+    prompt_alone: whether the UNet may read no more than the prompt's embeddings, as SDXL's does.
+    """
+    network = denoiser(pipe)
+    if not isinstance(network, UNet2DConditionModel):
+        raise ValueError(
+            f"{title} takes Stable Diffusion's UNets only; the denoiser of {type(pipe).__name__} "
+            f"is a {type(network).__name__}."
+        )
+    if prompt_alone and (network.config.addition_embed_type or network.config.encoder_hid_dim_type):
+        raise ValueError(
+            f"{title} takes UNets that read the prompt's embeddings alone; that of "
+            f"{type(pipe).__name__} reads more."
+        )
+
+
 class Alternative(Refiner, ABC):
     """A refining network that is not the refiner, saved as the tensors that training changes."""
 
     name: str
+    prompt_alone = False  # whether it knows no other input of the UNet
 
     @classmethod
     def create(
@@ -39,7 +60,11 @@ class Alternative(Refiner, ABC):
         guidance_scale_range: list[float] | None = None,
         layers: str | None = None,
     ) -> "Alternative":
-        """Return the untrained network. Raise ValueError for a guidance_scale_range or layers."""
+        """Return the untrained network.
+
+        Raise ValueError for a guidance_scale_range or layers, and for a model without a UNet.
+        """
+        check_unet(pipe, f"The network {cls.name}", cls.prompt_alone)
         if layers is not None:
             raise ValueError(f"The network {cls.name} has no LoRA's layers: leave --layers out.")
         if guidance_scale_range is not None:
@@ -177,6 +202,7 @@ class Mlp(Autocast):
     """x_T moved to N(mu, sigma^2) of the prompt (A.9.2, table 10), at the model's native size."""
 
     name = "mlp"
+    prompt_alone = True
 
     @classmethod
     def build(cls, pipe: DiffusionPipeline, config: RefinerConfig) -> GaussianOfPrompt:

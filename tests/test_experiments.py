@@ -3,11 +3,16 @@ and the report of all of them."""
 
 import argparse
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import signal
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -653,6 +658,18 @@ def test_a_study_measures_each_recipe_once(tmp_path, tiny, study_options, monkey
     percent, _ = latent_distance.percent_of_the_way(distances["gaussian"], distances[2])
     assert found["base"]["percent_of_the_way"] == pytest.approx(percent, rel=1e-3)
     assert found["strength=2.0"]["percent_of_the_way"] != found["base"]["percent_of_the_way"]
+
+
+def test_a_study_that_is_ended_ends_its_processes(monkeypatch):
+    pool = SimpleNamespace(submit=lambda _: None, shutdown=lambda cancel_futures: None)
+    monkeypatch.setattr(study, "Pool", lambda *_: pool)
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    process.start()
+    with pytest.raises(KeyboardInterrupt), study.processes((argparse.Namespace(jobs=2), None, 0)):
+        os.kill(os.getpid(), signal.SIGTERM)
+    process.join(10)
+    assert process.exitcode == -signal.SIGKILL
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_other_layers_of_the_base_recipe_come_first():

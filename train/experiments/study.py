@@ -25,6 +25,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor as Pool
 from concurrent.futures import as_completed
@@ -272,7 +273,10 @@ def _measure(recipes: list[Recipe]) -> dict[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def processes(setup: tuple[argparse.Namespace, Options, int]) -> Iterator[Pool | None]:
-    """Yield as many processes as --jobs asks for, None where one is enough: this one."""
+    """Yield as many processes as --jobs asks for, None where one is enough: this one.
+
+    SIGTERM, which reaches this process alone, ends them too. Ctrl-C reaches all of them by itself.
+    """
     jobs = setup[0].jobs
     if jobs <= 1:
         yield None
@@ -280,10 +284,18 @@ def processes(setup: tuple[argparse.Namespace, Options, int]) -> Iterator[Pool |
     pool = Pool(jobs, multiprocessing.get_context("spawn"), _start, setup)
     for _ in range(jobs):
         pool.submit(int)  # starts a process, which loads while this one prepares
+
+    def end_all(*_) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()  # the last checkpoint stays
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end_all)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 def measure_all(

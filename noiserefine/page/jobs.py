@@ -24,7 +24,7 @@ from noiserefine.page.events import Download, Event, Made, Picture, Progress, So
 from noiserefine.page.settings import REFINERS, ZERO_GPU, Settings, number, text, whole
 from noiserefine.page.stream import Worker, stream
 from noiserefine.page.training import shown
-from noiserefine.page.views import ARMS, VIEWS, Means, View
+from noiserefine.page.views import ARMS, VIEWS, Abilities, View
 from noiserefine.page.vocabulary import is_embedded
 from noiserefine.samplers import forwards
 
@@ -44,13 +44,13 @@ class Job:
     make: Maker
     recipe: Recipe
     backbone: str  # as the visitor named it
-    means: Means
+    abilities: Abilities
     report: Callable[[Event], None]
 
     def arms(self, **changes: Any) -> dict[str, Recipe]:
         """Return the recipes of the arms this model has, by name; `changes` are recipe fields."""
         recipe = replace(self.recipe, **changes)
-        return arms(recipe, not self.means.no_guided_arm, self.loaded.refiner is not None)
+        return arms(recipe, not self.abilities.no_guided_arm, self.loaded.refiner is not None)
 
     def show(self, images: Iterable[tuple[str, Sample | Image.Image]], total: int) -> None:
         """Report (caption, image) pairs of `total` images to the gallery as they come."""
@@ -73,9 +73,9 @@ class Job:
         """Return a hint where the scale is the embedded model's, and another family's is usual."""
         usual, scale = self.loaded.usage.guidance_scale, self.recipe.guidance_scale
         default = Settings("").guidance_scale
-        if self.means.no_guided_arm or not usual or scale != default or is_embedded(self.backbone):
+        if self.abilities.no_guided_arm or not usual or is_embedded(self.backbone):
             return ""
-        if usual == default:
+        if scale != default or usual == default:
             return ""
         return (
             f"The guidance scale {default:g} suits the embedded model; {usual:g} is usual for "
@@ -159,7 +159,7 @@ def work(
         if refiner and refiner.source:
             used = shown(Path(refiner.source)), refiner.weights_sha256
         report(Source(model.backbone, loaded.revision, *used))
-        if reason := view.unmet(job.means):
+        if reason := view.unmet(job.abilities):
             raise ValueError(reason)
         view.function(job, **controls)
 
@@ -183,9 +183,9 @@ def _prepare(
     report: Callable[[Event], None],
 ) -> Job:
     """Return the job of a recipe."""
-    refiner, means = loaded.refiner, _means_of(loaded, recipe)
-    scale = recipe.guidance_scale if means.takes_scale else None
-    guidance_scale = 1.0 if means.no_guidance else recipe.guidance_scale
+    refiner, abilities = loaded.refiner, _abilities_of(loaded, recipe)
+    scale = recipe.guidance_scale if abilities.takes_scale else None
+    guidance_scale = 1.0 if abilities.no_guidance else recipe.guidance_scale
     recipe = replace(recipe, refiner_scale=scale, guidance_scale=guidance_scale)
     make = Maker(
         loaded.pipe,
@@ -194,16 +194,16 @@ def _prepare(
         on_made=lambda sample: report(Made(_part_used(model, sample.recipe), sample)),
         on_step=lambda: report(Tick()),
     )
-    return Job(loaded, make, recipe, model.backbone, means, report)
+    return Job(loaded, make, recipe, model.backbone, abilities, report)
 
 
-def _means_of(loaded: Loaded, recipe: Recipe) -> Means:
+def _abilities_of(loaded: Loaded, recipe: Recipe) -> Abilities:
     """Return what a model in memory and a recipe offer to a view."""
     refiner, no_guidance = loaded.refiner, ""
     if loaded.usage.guidance_scale is None:
         embedded = not can_guide(loaded.pipe) and guidance_kind(loaded.pipe) == "embedded"
         no_guidance = GUIDED_BY_INPUT if embedded else DISTILLED
-    return Means(
+    return Abilities(
         recipe.strength,
         recipe.guidance_scale,
         no_guidance,
@@ -213,7 +213,7 @@ def _means_of(loaded: Loaded, recipe: Recipe) -> Means:
     )
 
 
-def _listed_means(model: Model, recipe: Recipe) -> Means | None:
+def _listed_abilities(model: Model, recipe: Recipe) -> Abilities | None:
     """Return what the catalogue and files on this machine say before a model is loaded.
 
     None for a model that is not listed.
@@ -223,7 +223,7 @@ def _listed_means(model: Model, recipe: Recipe) -> Means | None:
         return None
     folder = Path(model.refiner or listed.refiner)
     config = read_config(folder) if (folder / CONFIG_NAME).is_file() else None
-    return Means(
+    return Abilities(
         recipe.strength,
         recipe.guidance_scale,
         "" if listed.guidance_scale else DISTILLED,
@@ -233,7 +233,7 @@ def _listed_means(model: Model, recipe: Recipe) -> Means | None:
     )
 
 
-def _known_means(settings: Settings, view: View) -> Means | None:
+def _known_abilities(settings: Settings, view: View) -> Abilities | None:
     """Return what can be said of a model without loading it, or None.
 
     A picture may be sampled with it right now, whose LoRA has a weight and whose tokenizers and
@@ -242,7 +242,7 @@ def _known_means(settings: Settings, view: View) -> Means | None:
     try:
         recipe, model = recipe_of(settings), model_of(settings, view)
         loaded = MODELS.find(model)
-        return _means_of(loaded, recipe) if loaded else _listed_means(model, recipe)
+        return _abilities_of(loaded, recipe) if loaded else _listed_abilities(model, recipe)
     except (ValueError, OSError):  # said when something is made
         return None
 
@@ -258,16 +258,16 @@ def model_of(settings: Settings, view: View) -> Model:
 
 def number_of_arms(settings: Settings) -> int:
     """Return how many arms a comparison has, as far as can be said without loading its model."""
-    means = _known_means(settings, VIEWS["compare"])
-    return 1 + (not means.no_guided_arm) + means.refines if means else len(ARMS)
+    abilities = _known_abilities(settings, VIEWS["compare"])
+    return 1 + (not abilities.no_guided_arm) + abilities.refines if abilities else len(ARMS)
 
 
 def hindrances(settings: Settings, views: Iterable[str]) -> dict[str, str]:
     """Return for views that cannot work with the settings why not, without loading a model."""
     reasons = {}
     for name in views:
-        means = _known_means(settings, VIEWS[name])
-        if means and (reason := VIEWS[name].unmet(means)):
+        abilities = _known_abilities(settings, VIEWS[name])
+        if abilities and (reason := VIEWS[name].unmet(abilities)):
             reasons[name] = reason
     return reasons
 

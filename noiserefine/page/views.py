@@ -57,7 +57,7 @@ OPPONENTS = [("guided", "guided"), ("plain", "gaussian")]  # of the refined arm:
 
 
 @dataclass(frozen=True)
-class Means:
+class Abilities:
     """What a model and the settings offer to a view."""
 
     strength: float
@@ -78,9 +78,9 @@ class Means:
 # What a view can need: each returns the sentence that says what is missing, or "".
 
 
-def has_refiner(means: Means) -> str:
+def has_refiner(abilities: Abilities) -> str:
     """Return why there is no refiner, or "" if there is one."""
-    if means.refines:
+    if abilities.refines:
         return ""
     return (
         "This view needs a refiner, and none exists for this model yet. The first comparison "
@@ -88,9 +88,9 @@ def has_refiner(means: Means) -> str:
     )
 
 
-def has_strength(means: Means) -> str:
+def has_strength(abilities: Abilities) -> str:
     """Return why nothing is refined, or "" if the strength is above 0."""
-    if means.strength > 0:
+    if abilities.strength > 0:
         return ""
     return (
         "The refinement strength is 0, and this view shows what refining does: set it above 0, "
@@ -98,19 +98,19 @@ def has_strength(means: Means) -> str:
     )
 
 
-def has_guidance(means: Means) -> str:
+def has_guidance(abilities: Abilities) -> str:
     """Return why guidance does not apply to the model, or "" if it does."""
-    return NO_GUIDANCE.format(means.no_guidance) if means.no_guidance else ""
+    return NO_GUIDANCE.format(abilities.no_guidance) if abilities.no_guidance else ""
 
 
-def has_guided_arm(means: Means) -> str:
+def has_guided_arm(abilities: Abilities) -> str:
     """Return why there is no guided arm, or "" if there is one."""
-    return NO_GUIDANCE.format(means.no_guided_arm) if means.no_guided_arm else ""
+    return NO_GUIDANCE.format(abilities.no_guided_arm) if abilities.no_guided_arm else ""
 
 
-def has_scale_refiner(means: Means) -> str:
+def has_scale_refiner(abilities: Abilities) -> str:
     """Return why no refiner takes the guidance scale, or "" if the model's does."""
-    if means.takes_scale:
+    if abilities.takes_scale:
         return ""
     return (
         "This view needs a refiner that takes the guidance scale, and there is none for this "
@@ -118,9 +118,9 @@ def has_scale_refiner(means: Means) -> str:
     )
 
 
-def has_unet_attention(means: Means) -> str:
+def has_unet_attention(abilities: Abilities) -> str:
     """Return why cross-attention cannot be shown, or "" if it can."""
-    return means.no_attention
+    return abilities.no_attention
 
 
 # What a view costs: a function of its settings and controls that returns forwards.
@@ -182,16 +182,16 @@ class View:
     columns: int = 4  # of its gallery; 0 for none
     # Columns where they depend on the settings, the controls or the number of arms.
     per_row: Callable[[Settings, Mapping, int], int] | None = None
-    needs: tuple[Callable[[Means], str], ...] = ()
+    needs: tuple[Callable[[Abilities], str], ...] = ()
     flip: bool = False  # add a slider that moves through the gallery
     # Use the model's refiner that takes the guidance scale, at the scales it was trained for.
     wants_scale_refiner: bool = False
     controls: dict[str, Callable[[], gr.components.Component]] = field(default_factory=dict)
     outputs: dict[str, Callable[[], gr.components.Component]] = field(default_factory=dict)
 
-    def unmet(self, means: Means) -> str:
+    def unmet(self, abilities: Abilities) -> str:
         """Return the first need of the view that is not met, as a sentence, or ""."""
-        return next((reason for need in self.needs if (reason := need(means))), "")
+        return next((reason for need in self.needs if (reason := need(abilities))), "")
 
     def gpu_seconds(self, settings: Settings, controls: Mapping) -> int:
         """Return the seconds of a ZeroGPU card to ask for."""
@@ -244,7 +244,7 @@ def note() -> gr.Markdown:
 def compare(job: "Job") -> None:
     """Report the three arms, and what is to be said of them."""
     _ = job.loaded.preview  # fitted before the clock runs
-    if reason := job.means.no_guided_arm:
+    if reason := job.abilities.no_guided_arm:
         job.report(NoArm("guided", f"**Not applicable**: {reason}"))
     if job.loaded.refiner is None:
         job.report(NoArm("refined", job.loaded.notes))
@@ -451,7 +451,7 @@ def blind(job: "Job", opponent: str, prompts: str) -> None:
     seed = secrets.randbelow(MAX_SEED + 1)
     arms = job.arms(seed=seed, prompt=prompt)
     if opponent not in arms or opponent == "refined":
-        reason = f": {job.means.no_guided_arm}" if opponent == "guided" else "."
+        reason = f": {job.abilities.no_guided_arm}" if opponent == "guided" else "."
         raise ValueError(f"There is no {opponent!r} image to compare with{reason}")
     # The arms are always made in one order, so that the time it takes says nothing.
     samples = {arm: job.make(arms[arm]) for arm in ("refined", opponent)}

@@ -650,17 +650,26 @@ def test_links_and_pngs_with_a_wrong_value_keep_the_others(values, says):
 
 
 @pytest.mark.parametrize(
-    "query, sampler",
+    "query, own",
     [
-        ({"backbone": "emoji-sit"}, "Native"),  # no flow model takes DDIM
-        ({"backbone": "Tongyi-MAI/Z-Image"}, "Native"),
-        ({"backbone": "emoji-flow", "sampler": "Euler"}, "Euler"),
-        ({"backbone": "sd-turbo"}, "DDIM"),  # as links were written that chose it there
-        ({"backbone": ["emoji-sit"]}, "DDIM"),
+        ({"backbone": "emoji-sit"}, (4.0, 20, "Native")),  # no flow model takes DDIM
+        ({"backbone": "Tongyi-MAI/Z-Image"}, (5.0, 28, "Native")),
+        ({"backbone": "emoji-flow", "sampler": "Euler", "steps": "7"}, (3.0, 7, "Euler")),
+        ({"backbone": "sd-turbo"}, (2.0, 1, BACKBONES["sd-turbo"].sampler)),  # takes no guidance
+        ({"backbone": "somebody/model"}, (2.0, 20, "DDIM")),
+        ({"backbone": ["emoji-sit"]}, (2.0, 20, "DDIM")),
     ],
 )
-def test_a_link_without_a_sampler_has_one_that_its_model_takes(query, sampler):
-    assert restored(query)[0][Settings.names().index("sampler")] == sampler
+def test_what_a_link_leaves_out_is_the_models_own(query, own):
+    found = dict(zip(Settings.names(), restored(query)[0], strict=True))
+    assert tuple(found[name] for name in ("guidance_scale", "steps", "sampler")) == own
+
+
+@pytest.mark.parametrize("backbone", ["emoji", "emoji-sit", "sd-turbo", "somebody/model"])
+def test_a_link_restores_the_usual_settings_of_another_model(backbone):
+    """With which a link that left out the page's defaults would be one to other images."""
+    query = dict(urllib.parse.parse_qsl(link(Settings("a cat", backbone=backbone))[1:]))
+    assert restored(query) == (list(astuple(Settings("a cat", backbone=backbone))), [])
 
 
 def test_a_link_names_the_shipped_refiner_not_its_place():

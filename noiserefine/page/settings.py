@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from noiserefine.limits import MAX_GUIDANCE_SCALE, MAX_SEED, MAX_STEPS, MAX_STRENGTH
-from noiserefine.models.catalogue import ASSETS, BACKBONES, FLOW, Model, backbone_of
+from noiserefine.models.catalogue import ASSETS, BACKBONES, Model, backbone_of
 from noiserefine.sampler_names import SAMPLER_NAMES
 
 try:
@@ -58,6 +58,9 @@ REFINERS = {
         "Emoji, takes the guidance scale", str(ASSETS / "refiners" / "emoji-scales"), "emoji"
     )
 }
+
+
+OF_THE_MODEL = ("guidance_scale", "steps", "sampler")  # whose defaults depend on the model
 
 
 @dataclass(frozen=True)
@@ -155,22 +158,28 @@ def changed(settings: Settings) -> dict[str, Any]:
 
 
 def link(settings: Settings) -> str:
-    """Return a query string of the settings that differ from the defaults."""
-    return "?" + urllib.parse.urlencode(changed(settings))
+    """Return a query string of the settings that differ from the defaults.
+
+    Beside another model, those that it has defaults of its own for are always given.
+    """
+    query = changed(settings)
+    if "backbone" in query:
+        query |= {name: getattr(settings, name) for name in OF_THE_MODEL}
+    return "?" + urllib.parse.urlencode(query)
 
 
 def restored(values: dict) -> tuple[list, list[str]]:
     """Return the settings stored in a link or PNG in field order, and what is wrong with others.
 
-    Missing and wrong settings get their default, a missing prompt None. Flow models do not take the
-    default sampler: those of the catalogue get their own. What else depends on the model is checked
-    when an image is made.
+    Missing and wrong settings get their default, a missing prompt None. Guidance scale, steps and
+    sampler get that of the model, if the catalogue lists it. What else depends on the model is
+    checked when an image is made.
     """
     updates, problems = [], []
     defaults = {field.name: field.default for field in fields(Settings)} | {"prompt": None}
     listed = backbone_of(str(values.get("backbone")))
-    if listed and listed.prediction_type == FLOW:
-        defaults["sampler"] = listed.sampler
+    for name in OF_THE_MODEL:
+        defaults[name] = (listed and getattr(listed, name)) or defaults[name]
     for name, default in defaults.items():
         try:
             updates.append(_setting(values.get(name), name, default))

@@ -221,7 +221,7 @@ def test_processes_share_the_work(tmp_path, tiny):
         "2",
         "--batch_size",
         "2",
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     ) as process:
         said = process.communicate()[0]
     assert process.returncode == 0, said

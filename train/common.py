@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError
 
 from noiserefine.models.devices import memory_is_full
@@ -58,6 +60,14 @@ def memory_advice(doing: str, advice: str) -> Iterator[None]:
         raise MemoryError(
             f"The memory is not enough {doing} ({str(error).splitlines()[0]}). {advice}"
         ) from error
+
+
+def computes_on_cpu() -> bool:
+    """Return whether accelerate is to compute on the CPU: where it is told to, or has nothing else.
+
+    Unless it is told so, each process that torchrun starts on a CPU takes itself for the only one.
+    """
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def load_named(option: str, name: str) -> Any:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
 from PIL import Image
@@ -29,6 +28,7 @@ from train.common import (
     WAIT,
     atomic,
     check_recorded,
+    computes_on_cpu,
     interval,
     markdown_table,
     memory_advice,
@@ -330,8 +330,7 @@ def sampler_of(pipe: DiffusionPipeline, args: argparse.Namespace) -> str:
 
 def open_process() -> PartialState:
     """Return this process and its device, also under `accelerate launch`."""
-    # Accelerator reads this variable by itself, PartialState does not.
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=WAIT)
+    return PartialState(cpu=computes_on_cpu(), timeout=WAIT)
 
 
 def lora_sha256(pipe: DiffusionPipeline) -> str:

@@ -45,7 +45,7 @@ from noiserefine.msd import msd_loss, sampler_gain
 from noiserefine.noise import image_size
 from noiserefine.samplers import samplers_of, with_sampler
 from train.captions import read_prompts
-from train.common import WAIT, load_named, run_script
+from train.common import WAIT, computes_on_cpu, load_named, run_script
 from train.options import DTYPES, Options, describe, parse, plan
 from train.placement import taking_turns
 from train.run import Checkpoint, Run, checkpointing_problem, read_log, stage_advice
@@ -211,6 +211,7 @@ def _accelerator(options: Options) -> Accelerator:
     if options.mixed_precision == "fp16" and not torch.accelerator.is_available():
         raise ValueError("--mixed_precision fp16 needs a GPU: on a CPU choose bf16 or no.")
     return Accelerator(
+        cpu=computes_on_cpu(),
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],

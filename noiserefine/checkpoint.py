@@ -324,5 +324,6 @@ def write(
             projection = {name: tensor.to(dtype) for name, tensor in projection.items()}
             save_file(projection, Path(part) / SCALE_NAME)
         (Path(part) / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")
-        for file in Path(part).iterdir():
+        # refiner.json comes last: where it is, the refiner is whole.
+        for file in sorted(Path(part).iterdir(), key=lambda file: file.name == CONFIG_NAME):
             os.replace(file, folder / file.name)

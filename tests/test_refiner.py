@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -317,6 +318,14 @@ def test_bad_files(pipe, tmp_path, damage, error, says):
     damage(folder)
     with pytest.raises(error, match=says):
         Refiner.from_pretrained(folder, pipe)
+
+
+def test_the_configuration_is_written_last(pipe, tmp_path, monkeypatch):
+    """A process that is killed between two files leaves no folder that passes for a refiner."""
+    order, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(Path(b).name), replace(a, b)))
+    perturbed(pipe, 4, guidance_scale_range=[1, 4]).save_pretrained(tmp_path)
+    assert len(order) == 3 and order[-1] == "refiner.json"
 
 
 def test_refiner_of_another_backbone(sdxl):

@@ -96,8 +96,8 @@ FAILURES = {
     ),
     "strength": Failure(
         "Strengths above 1",
-        "The correction is trained for strength 1; more of it is no stronger guidance: colours "
-        "and contrast grow, faces and patterns wash out.",
+        "The correction is trained for strength 1; more of it is no stronger guidance: contrast "
+        "grows, details are lost, and the images end further from the guided ones.",
         (REFINED, Arm("strength 1.5", 1.5), Arm("strength 2", 2.0), GUIDED),
     ),
     "noisy-sampler": Failure(
@@ -113,8 +113,8 @@ FAILURES = {
     ),
     "few-steps": Failure(
         "Few steps",
-        "With 2 steps most colours are wrong, refined or not. With 4, refined noise is far better "
-        "than Gaussian noise, and some backgrounds are still wrong.",
+        "With 2 steps most colours are wrong, refined or not. With 4, refined noise is better than "
+        "Gaussian noise, and colours are still pale.",
         (
             Arm("unguided, 2 steps", steps=2),
             Arm("refined, 2 steps", 1.0, steps=2),

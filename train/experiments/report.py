@@ -358,7 +358,7 @@ SECTIONS: list[tuple[str, list[str], Callable[[Results], str], str]] = [
         quote("| | FID ↓ |", "| from scratch | 37.87 |", "| LoRA | 13.74 |"),
     ),
     (
-        "N in the loss (table 15): 5, 10, and the preset's 6",
+        "N in the loss (table 15): 5, 10, and the preset's",
         ["base", "n5", "n10"],
         plain(
             ("refined, trained with N = 5", "n5", "refined"),

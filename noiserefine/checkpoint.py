@@ -324,6 +324,7 @@ def write(
             projection = {name: tensor.to(dtype) for name, tensor in projection.items()}
             save_file(projection, Path(part) / SCALE_NAME)
         (Path(part) / CONFIG_NAME).write_text(json.dumps(asdict(config), indent=2) + "\n")
-        # refiner.json comes last: where it is, the refiner is whole.
+        # refiner.json leaves first and comes last: where it is, the refiner is whole.
+        (folder / CONFIG_NAME).unlink(missing_ok=True)
         for file in sorted(Path(part).iterdir(), key=lambda file: file.name == CONFIG_NAME):
             os.replace(file, folder / file.name)

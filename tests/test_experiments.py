@@ -651,8 +651,8 @@ def test_a_study_measures_each_recipe_once(tmp_path, tiny, study_options, monkey
 
     # The share of the distance, by the refiner that was left behind.
     refiner = Refiner.from_pretrained(tmp_path / "s" / "base", tiny)
+    pipe = with_sampler(tiny, settings["sampler"])
     settings = argparse.Namespace(batch_size=4, guidance_scale=2.0, steps=[study.STEPS])
-    pipe = with_sampler(tiny, "DDIM")
     batches = latent_distance.guided_batches(pipe, held_out_prompts(4), settings)
     distances = latent_distance.distances(pipe, {2: refiner}, batches, study.STEPS, 2.0)
     percent, _ = latent_distance.percent_of_the_way(distances["gaussian"], distances[2])

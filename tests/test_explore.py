@@ -121,6 +121,8 @@ def test_guidance_scales(pipe, make):
     )
     expected = plain(pipe, latents=refiner(draw_noise(pipe, 3), PROMPT, guidance_scale=5.0))
     assert np.array_equal(images[2][1].image, expected)
+    with pytest.raises(ValueError, match="12"):  # also where the first strength needs no refiner
+        next(explore.strengths(Maker(pipe, refiner), replace(RECIPE, refiner_scale=12.0)))
 
 
 def test_samplers_and_steps(make):
@@ -417,6 +419,8 @@ def test_blind_tally():
     assert rows[n, "guided", "better"]["share"] == 0.0, "nor are models"
     assert rows[steps, "guided", "better"]["n"] == 1, "nor are other settings"
     assert "in 2 of 3 pairs" in result(votes[:3])
+    weights = [replace(settings, lora=lora, lora_weight=w) for lora in ("", "l") for w in (0, 1)]
+    assert len({made_with(weight) for weight in weights}) == 3, "a weight is that of a LoRA"
     assert {in_random_order("a", "b") for _ in range(64)} == {("a", "b"), ("b", "a")}
 
 

@@ -63,9 +63,9 @@ def memory_advice(doing: str, advice: str) -> Iterator[None]:
 
 
 def computes_on_cpu() -> bool:
-    """Return whether accelerate is to compute on the CPU: where it is told to, or has nothing else.
+    """Return whether to compute on the CPU: ACCELERATE_USE_CPU says so, or there is nothing else.
 
-    Unless it is told so, each process that torchrun starts on a CPU takes itself for the only one.
+    Without cpu=True, accelerate lets each process that torchrun starts on a CPU run alone.
     """
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 

@@ -225,7 +225,7 @@ class Measurement:
         """Return what needs less memory; the batch's size binds what is measured."""
         size = self.args.batch_size
         if size == 1:
-            return "It is that of one image: take a smaller model, or another device."
+            return "A batch is one image already: take a smaller model, or another device."
         return f"Run the same command with --batch_size {size // 2}, and another --output."
 
     def _is_missing(self, arm: str, start: int) -> bool:

@@ -208,7 +208,7 @@ def results(
 
 
 def _accelerator(options: Options) -> Accelerator:
-    if options.mixed_precision == "fp16" and not torch.accelerator.is_available():
+    if options.mixed_precision == "fp16" and computes_on_cpu():
         raise ValueError("--mixed_precision fp16 needs a GPU: on a CPU choose bf16 or no.")
     return Accelerator(
         cpu=computes_on_cpu(),

@@ -27,7 +27,11 @@ Images = Iterator[tuple[str, Sample]]
 
 
 def strengths(make: Maker, recipe: Recipe, values: Sequence[float] = STRENGTHS) -> Images:
-    """Yield the refined image over the strength, then the guided one (figure 13)."""
+    """Yield the refined image over the strength, then the guided one (figure 13).
+
+    Raises ValueError for what the refiner does not take, before any image.
+    """
+    make.check(replace(recipe, strength=max(values)).refined)
     for strength in values:
         yield f"strength {strength:g}", make(replace(recipe, strength=strength).refined)
     if recipe.guidance_scale > 1:

@@ -27,5 +27,5 @@ def default_dtype(device: torch.device, pipeline: str = "StableDiffusionPipeline
 def memory_is_full(error: RuntimeError) -> bool:
     """Return whether an error says that a device's memory is not enough."""
     return isinstance(error, torch.OutOfMemoryError) or bool(
-        re.search("out of memory|can't allocate|ALLOC_FAILED", str(error))
+        re.search("out of memory|can't allocate|allocate memory|ALLOC_FAILED", str(error))
     )

@@ -41,7 +41,7 @@ def default_settings() -> Settings:
 
 
 def example_for(backbone: str, prompt: str) -> str:
-    """Return an example as the model takes it, some the object alone; other prompts as they are."""
+    """Return the prompt, of an example the object alone for a class-conditional model."""
     return texts.short(prompt) if prompt in EXAMPLES and takes_classes(backbone) else prompt
 
 

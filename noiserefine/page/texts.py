@@ -50,8 +50,12 @@ def made_with(settings: Settings) -> str:
         f"strength {settings.strength:g}",
         Model(str(settings.backbone)).title,
     ]
+    given = changed(settings)
+    if not settings.lora:
+        given.pop("lora_weight", None)
     for name in ("refiner", "lora", "lora_weight", "width", "height", "negative_prompt"):
-        if value := changed(settings).get(name):
+        if name in given:
+            value = given[name]
             shown_value = quoted(value) if isinstance(value, str) else f"{value:g}"
             parts.append(f"{name.replace('_', ' ')} {shown_value}")
     return " · ".join(parts)
@@ -155,7 +159,10 @@ def nearness(values: list[float]) -> str:
 
 
 def change_of_noise(cutoff: float, share: float, ratio: float | None) -> str:
-    """Return where the correction is; ratio: the mean energy of a coefficient below to above."""
+    """Return where the correction is.
+
+    ratio: the mean energy of a coefficient below the cutoff, divided by that of one above it.
+    """
     energy = f"{share:.0%} of the correction's energy is below {cutoff:g} of the frequency radius."
     if ratio is None:
         return energy

@@ -182,7 +182,8 @@ def _remember(files: list[str] | None, made_from: str, shown: list) -> tuple[lis
         return shown, gr.skip()
     path = [file for file in files[1:] if not file.endswith("-enlarged.png")][-1]
     values = json.loads(made_from)
-    shown = [row for row in shown if row[1] != values]
+    # Files are deleted after a day.
+    shown = [row for row in shown if row[1] != values and Path(row[0]).is_file()]
     shown = [(path, values), *shown][:HISTORY]
     return shown, [(path, f"{values[0]}, seed {values[1]}") for path, values in shown]
 

@@ -281,9 +281,6 @@ def processes(setup: tuple[argparse.Namespace, Options, int]) -> Iterator[Pool |
     if jobs <= 1:
         yield None
         return
-    pool = Pool(jobs, multiprocessing.get_context("spawn"), _start, setup)
-    for _ in range(jobs):
-        pool.submit(int)  # starts a process, which loads while this one prepares
 
     def end_all(*_) -> None:
         for process in multiprocessing.active_children():
@@ -291,7 +288,10 @@ def processes(setup: tuple[argparse.Namespace, Options, int]) -> Iterator[Pool |
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, end_all)
+    pool = Pool(jobs, multiprocessing.get_context("spawn"), _start, setup)
     try:
+        for _ in range(jobs):
+            pool.submit(int)  # starts a process, which loads while this one prepares
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
